@@ -1,0 +1,46 @@
+# Two commands set up everything: `make train` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+# The one place where the venv's torch is pinned. Choose a build with e.g.
+#   make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+TORCH     ?= torch==2.13.0
+PIP_FLAGS ?=
+BIN := $(VENV)/bin
+
+.PHONY: train test test-slow bench lint clean help
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
+
+$(VENV)/.installed: pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"jindo-core needs Python >= 3.11, this is {sys.version.split()[0]}: make PYTHON=python3.12 ..."'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) "$(TORCH)"
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e ".[dev]"
+	@touch $@
+
+train: $(VENV)/.installed ## the main job on an embedded default: SmolLM2-135M, Korean instructions
+	$(BIN)/jindo-core train
+
+test: $(VENV)/.installed-dev ## lint, types, and every test that needs no GPU (under 10 minutes on 2 cores)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m "not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "interpreter and not slow" tests/kernels
+
+test-slow: $(VENV)/.installed-dev ## the long tests: real training runs against the peers
+	$(BIN)/python -m pytest -q -m slow
+
+bench: $(VENV)/.installed-dev ## kernel throughput beside the peers that are installed
+	$(BIN)/python -m pytest -q bench
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check . && $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

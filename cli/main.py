@@ -1,0 +1,98 @@
+"""`jindo-core <command>`: finds the command, and turns what goes wrong into one line and an exit code.
+
+Exit codes: 0 done; 2 wrong input and 1 a run that could not go on (both `error: ...`, one line on standard
+error); 130 stopped by Ctrl-C; 141 the reader of the output has gone. Anything else that is raised is a defect
+and keeps its traceback. Commands are imported when they run, and the engine when its flags have been read: `--help` and a mistyped flag never wait
+for torch.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable
+
+from jindo_core import __version__
+from jindo_core.errors import InputError, TrainingError, nearest
+
+HELP = """\
+jindo-core: fine-tune a LLaMA in 4 bits on a small GPU, or on none, and use the result.
+
+commands:
+  train       fine-tune on instructions; without flags: SmolLM2-135M on bundled Korean rows
+  generate    answer an instruction with a model and its adapter
+
+  jindo-core <command> --help   the flags of a command
+  jindo-core --version          the version
+
+start with:  jindo-core train
+"""
+
+
+def _train(argv: list[str]) -> int:
+    from jindo_core.cli import train
+
+    return train.run(argv)
+
+
+def _generate(argv: list[str]) -> int:
+    from jindo_core.cli import generate
+
+    return generate.run(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "generate": _generate}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line (`sys.argv` when None) and returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")  # a letter that the terminal lacks becomes ?, not a traceback
+    try:
+        code = _dispatch(sys.argv[1:] if argv is None else list(argv))
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        return _fail(error, 2)
+    except TrainingError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has gone. Python flushes once more at exit: give it somewhere to write to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except SystemExit as stop:
+        if stop.code not in (0, None):
+            raise
+        return 0  # --help
+
+
+def _fail(error: Exception, code: int) -> int:
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    return code
+
+
+def _dispatch(argv: list[str]) -> int:
+    if argv and argv[0] == "help":
+        argv = [*argv[1:2], "--help"]
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(HELP)
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name in ("-V", "--version"):
+        print(f"jindo-core {__version__}")
+        return 0
+    if name in COMMANDS:
+        return COMMANDS[name](rest)
+    expected = f"expected a command ({' or '.join(COMMANDS)})"
+    if name.startswith("-"):
+        raise InputError(f"got the flag {name!r} first, {expected} before its flags")
+    raise InputError(f"got {name!r}, {expected}.{nearest(name, COMMANDS)} See jindo-core --help")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

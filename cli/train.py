@@ -1,0 +1,27 @@
+"""`jindo-core train`: flags and config file -> TrainConfig -> the trainer."""
+
+from __future__ import annotations
+
+from jindo_core.cli.flags import parse_flags
+from jindo_core.config import TrainConfig, resolve_train_config
+
+_DESCRIPTION = """\
+Fine-tune a LLaMA with LoRA on its 4-bit weights.
+Without flags: SmolLM2-135M on bundled Korean rows.
+[a / b]: the default with --base_model / without. Switches take --x, --x False
+or --no_x. In a flag's name - and _ are the same."""
+
+_EPILOG = """\
+example:
+  jindo-core train --base_model ./my-llama --data_path rows.json --output_dir ./my-adapter"""
+
+
+def run(argv: list[str]) -> int:
+    """Trains as `argv` says and returns 0. Raises InputError for wrong input."""
+    given = parse_flags(TrainConfig, argv, prog="jindo-core train", description=_DESCRIPTION, epilog=_EPILOG)
+    config, explicit = resolve_train_config(given)
+
+    from jindo_core.train import train
+
+    train(config, explicit)
+    return 0

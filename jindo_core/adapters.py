@@ -1,0 +1,217 @@
+"""LoRA adapters on disk, in PEFT's format both ways."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jindo_core.checkpoint import read_json
+from jindo_core.errors import InputError
+from jindo_core.lora import LoraLinear, adapted_layers
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+
+# Variants of LoRA that change the arithmetic: refused unless they are off, never ignored.
+_MUST_BE_OFF = (
+    "fan_in_fan_out", "use_dora", "modules_to_save", "layer_replication", "rank_pattern", "alpha_pattern",
+    "trainable_token_indices", "target_parameters", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
+)  # fmt: skip
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: to a temporary file beside it, synced, then renamed over it."""
+    descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(scratch, 0o666 & ~umask)  # mkstemp's 0600 would hide the adapter from its user's group
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's names, fp32, on the CPU: lora_A [r, K] and lora_B [N, r] a layer."""
+    state: dict[str, Tensor] = {}
+    for path, layer in adapted_layers(model):
+        state[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach().float().cpu().contiguous()
+        state[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach().float().cpu().contiguous()
+    return state
+
+
+def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str | None = None) -> Path:
+    """Write the model's adapter so that peft loads it, then read it back and compare.
+
+    Args:
+        folder: made if missing; adapter_model.safetensors and adapter_config.json in it are replaced.
+        base_model: name or path of the base, for the reader's information.
+    Returns:
+        The folder.
+    Raises:
+        InputError: the model has no adapter, its B matrices are all zero (nothing was learnt), a value is
+            not finite, or what was read back differs.
+    """
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    layers = list(adapted_layers(model))
+    if not layers:
+        raise InputError("the model has no adapter to save: attach_lora comes first")
+    state = adapter_state(model)
+    if all(not bool(value.any()) for name, value in state.items() if ".lora_B." in name):
+        raise InputError("the adapter's B matrices are all zero: it was not trained, saving it would be of no use")
+    for name, value in state.items():
+        if not bool(value.isfinite().all()):
+            raise InputError(f"the adapter's tensor {name} has values that are not finite: it was not saved")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
+    config = json.dumps(_config(layers, base_model), indent=2, ensure_ascii=False)
+    write_atomically(folder / CONFIG, (config + "\n").encode())
+    _verify(folder, state)
+    return folder
+
+
+def _config(layers: list[tuple[str, LoraLinear]], base_model: str | None) -> dict[str, Any]:
+    layer = layers[0][1]
+    rank = layer.lora_A.shape[0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": layer.scale * rank,
+        "lora_dropout": layer.dropout,
+        # Full paths: exact, even where only some layers of a name are adapted.
+        "target_modules": [path for path, _ in layers],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,  # its factor is in lora_alpha already
+        "use_dora": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def _verify(folder: Path, state: Mapping[str, Tensor]) -> None:
+    back = read_adapter_weights(folder)
+    if back.keys() != state.keys() or any(not torch.equal(back[name], state[name]) for name in state):
+        raise InputError(f"the adapter read back from {folder} differs from the one in memory: the disk is faulty")
+
+
+def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of adapter_model.safetensors, or of the older adapter_model.bin."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path, old = folder / WEIGHTS, folder / "adapter_model.bin"
+    if path.exists():
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"{path} is truncated or corrupt ({error}): save or download it again") from None
+    if not old.exists():
+        raise InputError(f"{folder} holds no {WEIGHTS}: expected an adapter in PEFT's format")
+    import pickle
+
+    try:
+        return torch.load(old, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        fault = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{old} can't be read as plain tensors ({fault}): convert it to safetensors") from None
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Attach the adapter in `folder` to `model`, in place, and return the model.
+
+    Args:
+        model: without an adapter. Its LoRA parameters are trainable afterwards, everything else is frozen.
+        folder: adapter_config.json with adapter_model.safetensors (or .bin), as peft or `save_adapter` wrote.
+    Raises:
+        InputError: a variant of LoRA that is not supported, or a key or shape that fits no layer of this
+            model: nothing was attached then.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"lora_weights {folder} is no folder: expected one that holds {CONFIG} and {WEIGHTS}")
+    config = read_json(folder / CONFIG)
+    if next(adapted_layers(model), None) is not None:
+        raise InputError("the model has an adapter already: load it afresh before attaching another")
+    pairs = _pair_up(read_adapter_weights(folder), model, folder)
+    _check_config(config, folder)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for path, (a, b) in pairs.items():
+        parent, _, name = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        layer = LoraLinear(
+            getattr(owner, name),
+            a.shape[0],
+            config.get("lora_alpha", 8),
+            config.get("lora_dropout", 0.0),
+            use_rslora=bool(config.get("use_rslora")),
+        )
+        layer.train(owner.training)
+        with torch.no_grad():
+            layer.lora_A.copy_(a)
+            layer.lora_B.copy_(b)
+        setattr(owner, name, layer)
+    return model
+
+
+def _check_config(config: Mapping[str, Any], folder: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{folder / CONFIG} has peft_type {config.get('peft_type')!r}, expected 'LORA'")
+    for name in _MUST_BE_OFF:
+        if config.get(name):
+            raise InputError(f"{folder / CONFIG} has {name} = {config[name]!r}, which is not supported: expected none")
+    if config.get("bias", "none") != "none":
+        raise InputError(f"{folder / CONFIG} has bias = {config['bias']!r}, which is not supported: expected 'none'")
+
+
+def _pair_up(
+    weights: Mapping[str, Tensor], model: nn.Module, folder: Path
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """{path of a layer: (A, B)}; every tensor must fit a linear layer of the model."""
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, value in weights.items():
+        path, _, half = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if path not in linears or half not in ("lora_A", "lora_B") or not key.startswith(PREFIX):
+            raise InputError(f"{folder}: the tensor {key} fits no linear layer: the adapter is for another model")
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            raise InputError(f"{folder}: the tensor {key} ({value.dtype}) has values that are not finite numbers")
+        halves.setdefault(path, {})[half] = value
+    pairs = {}
+    for path, found in halves.items():
+        if len(found) != 2:
+            raise InputError(f"{folder}: {path} has {next(iter(found))} only, expected lora_A and lora_B")
+        a, b = found["lora_A"], found["lora_B"]
+        rows, columns = linears[path].out_features, linears[path].in_features
+        if a.dim() != 2 or a.shape[1] != columns or b.shape != (rows, a.shape[0]):
+            raise InputError(
+                f"{folder}: {path} has A {tuple(a.shape)} and B {tuple(b.shape)}, expected [r, {columns}] and "
+                f"[{rows}, r]: the adapter is for another model"
+            )
+        pairs[path] = (a, b)
+    if not pairs:
+        raise InputError(f"{folder / WEIGHTS} holds no tensors: the adapter is empty")
+    return pairs

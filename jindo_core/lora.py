@@ -1,0 +1,126 @@
+"""Low-rank adapters: the layer, and attaching it to a model in place."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jindo_core.errors import InputError
+from jindo_core.kernels.lora_matmul import drop
+from jindo_core.nf4 import NF4Linear
+
+
+class LoraLinear(nn.Module):
+    """y = base(x) + s (D(x) A^T) B^T (Hu et al. 2021, arXiv:2106.09685), with the base frozen.
+
+    On an NF4Linear the whole runs as one operator; on an nn.Linear as plain PyTorch.
+
+    Args:
+        base: the frozen layer, [N, K].
+        r: rank. alpha: s = alpha / r, or alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732).
+        dropout: probability that D zeroes an element of x, in training only.
+    Attributes:
+        lora_A: fp32 [r, K], Kaiming-uniform(sqrt 5). lora_B: fp32 [N, r], zero: y starts as base(x).
+    """
+
+    def __init__(
+        self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, *, use_rslora: bool = False
+    ) -> None:
+        super().__init__()
+        if r < 1:
+            raise InputError(f"lora_r is {r}, expected 1 or more")
+        if not 0.0 <= dropout < 1.0:
+            raise InputError(f"lora_dropout is {dropout}, expected 0 <= p < 1")
+        self.base = base
+        self.scale = alpha / (math.sqrt(r) if use_rslora else r)
+        self.dropout = dropout
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.dropout if self.training else 0.0
+        # Drawn from torch's generator, so that checkpointing, which replays the generator, redraws it.
+        seed = torch.randint(2**31 - 1, (1,), dtype=torch.int32, device=x.device) if p > 0 else None
+        if isinstance(self.base, NF4Linear):
+            y = self.base.matmul(x, self.lora_A, self.lora_B, scale=self.scale, dropout=p, seed=seed)
+            return y if self.base.bias is None else y + self.base.bias
+        down = F.linear(drop(x, p, seed), self.lora_A.to(x.dtype))
+        return self.base(x) + F.linear(down, self.lora_B.to(x.dtype)) * self.scale
+
+    def extra_repr(self) -> str:
+        return f"r={self.lora_A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def attach_lora(
+    model: nn.Module,
+    r: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] | str = ("q_proj", "v_proj"),
+    *,
+    use_rslora: bool = False,
+) -> nn.Module:
+    """Freeze `model` and wrap its target layers in `LoraLinear`, in place.
+
+    Args:
+        target_modules: names that end a module's path (`q_proj`, `self_attn.q_proj`, a full path), or
+            "all-linear": every linear layer but the head.
+    Returns:
+        The same model; only lora_A and lora_B of the wrapped layers take gradients.
+    Raises:
+        InputError: no name matches a linear layer, or an adapter is attached already.
+    """
+    targets = match_targets(model, target_modules)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for path in targets:
+        parent, _, name = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, name, LoraLinear(getattr(owner, name), r, alpha, dropout, use_rslora=use_rslora))
+    return model
+
+
+def match_targets(model: nn.Module, target_modules: Sequence[str] | str) -> list[str]:
+    """Paths of the linear layers that `target_modules` names, in the model's order (see `attach_lora`)."""
+    if next(adapted_layers(model), None) is not None:
+        raise InputError("the model has an adapter already: load it afresh before attaching another")
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    if names == ["all-linear"]:
+        return [path for path in linears if path.rpartition(".")[2] != "lm_head"]
+    found = {name: [path for path in linears if f".{path}".endswith(f".{name}")] for name in names}
+    unmatched = [name for name, paths in found.items() if not paths]
+    if len(unmatched) == len(names):
+        raise InputError(
+            f"lora_target_modules {_join(names)} match no linear layer; this model has {_join(_leaves(linears))}"
+        )
+    if unmatched:
+        warnings.warn(
+            f"lora_target_modules {_join(unmatched)} match nothing and are left out; "
+            f"this model has {_join(_leaves(linears))}",
+            stacklevel=3,
+        )
+    chosen = {path for paths in found.values() for path in paths}
+    return [path for path in linears if path in chosen]
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """(path, layer) of every `LoraLinear` in the model."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            yield path, module
+
+
+def _leaves(paths: Iterable[str]) -> list[str]:
+    return sorted({path.rpartition(".")[2] for path in paths})
+
+
+def _join(names: Iterable[str]) -> str:
+    return "[" + ", ".join(names) + "]"

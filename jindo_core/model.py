@@ -1,0 +1,381 @@
+"""LLaMA (Touvron et al. 2023, arXiv:2307.09288), under Hugging Face's module names.
+
+Shape suffixes in comments: B batch, T new tokens, S tokens attended to (cache and new), C hidden size,
+H query heads, G key/value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from jindo_core.errors import InputError
+from jindo_core.kernels.linear_cross_entropy import linear_cross_entropy
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The numbers of a LLaMA, under config.json's names. rope: the scaling's parameters, with `rope_type`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope: Mapping[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> LlamaConfig:
+        """From the contents of a config.json.
+
+        Raises:
+            InputError: another architecture, a missing or impossible number, or an unknown RoPE scaling.
+        """
+        kind = raw.get("model_type")
+        if kind != "llama":
+            raise InputError(f"config.json has model_type {kind!r}, expected 'llama': other models can't be loaded")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise InputError(f"config.json has hidden_act {raw['hidden_act']!r}, expected 'silu'")
+        given = {field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None}
+        given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if not isinstance(given.get(name), int) or given[name] < 1:
+                raise InputError(f"config.json has {name} = {raw.get(name)!r}, expected a positive whole number")
+        heads, groups = given["num_attention_heads"], given["num_key_value_heads"]
+        if not isinstance(groups, int) or groups < 1 or heads % groups:
+            raise InputError(f"config.json has {heads} heads and {groups} key/value heads: they don't divide")
+        given.setdefault("head_dim", given["hidden_size"] // heads)
+        # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
+        if rope["rope_type"] not in ROPE_TYPES:
+            raise InputError(f"config.json has rope_type {rope['rope_type']!r}, expected one of {ROPE_TYPES}")
+        if (theta := rope.pop("rope_theta", None)) is not None:
+            given["rope_theta"] = theta
+        if raw.get("original_max_position_embeddings") is not None:
+            rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
+        given["rope"] = None if rope["rope_type"] == "default" else rope
+        eos = raw.get("eos_token_id")
+        given["eos_token_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+        return cls(**given)
+
+
+# --- rotary position embedding --------------------------------------------------------------------------
+
+
+def rope_frequencies(config: LlamaConfig, length: int) -> tuple[Tensor, float]:
+    """Inverse frequencies, fp32 [D/2] on the CPU, and the factor on cos and sin, for a sequence of `length`.
+
+    RoPE: Su et al. 2021 (arXiv:2104.09864). Scalings: linear (arXiv:2306.15595), dynamic NTK, llama3
+    (arXiv:2407.21783), yarn (arXiv:2309.00071).
+    """
+    dim, base = config.head_dim, config.rope_theta
+    scaling = config.rope or {"rope_type": "default"}
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    match scaling["rope_type"]:
+        case "linear":
+            return 1.0 / base**exponent / scaling["factor"], 1.0
+        case "dynamic":
+            # The base grows with the sequence once it outgrows the context of the pretraining.
+            context, factor = config.max_position_embeddings, scaling["factor"]
+            stretch = factor * max(length, context) / context - (factor - 1)
+            return 1.0 / (base * stretch ** (dim / (dim - 2))) ** exponent, 1.0
+        case "llama3":
+            return _llama3_frequencies(1.0 / base**exponent, config, scaling), 1.0
+        case "yarn":
+            return _yarn_frequencies(base**exponent, config, scaling)
+        case "factors":  # GGUF writes llama3 scaling out as a divisor for each frequency
+            return 1.0 / base**exponent / torch.tensor(scaling["factors"], dtype=torch.float32), 1.0
+    return 1.0 / base**exponent, 1.0
+
+
+def _llama3_frequencies(inverse: Tensor, config: LlamaConfig, scaling: Mapping[str, Any]) -> Tensor:
+    """Long wavelengths are divided by the factor, short ones kept, those between interpolated."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    context = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
+    rotations = context * inverse / (2 * math.pi)  # turns within the original context
+    smooth = ((rotations - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * inverse / scaling["factor"] + smooth * inverse
+
+
+def _yarn_frequencies(
+    frequency: Tensor, config: LlamaConfig, scaling: Mapping[str, Any]
+) -> tuple[Tensor, float]:
+    dim, base = config.head_dim, config.rope_theta
+    context = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
+    factor = scaling.get("factor") or config.max_position_embeddings / context
+
+    def dimension(rotations: float) -> float:
+        """The dimension that turns so many times within the original context."""
+        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    inverse = ramp / (factor * frequency) + (1 - ramp) / frequency
+
+    def magnitude(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    attention = scaling.get("attention_factor")
+    if attention is None:
+        mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        attention = magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
+    return inverse, attention
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + D/2) of x [B, H, T, D] by the angles of cos and sin [B or 1, 1, T, D]."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + turned * sin
+
+
+# --- key/value cache ------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of the tokens so far; given to the model as an argument, and filled by it.
+
+    Args:
+        batch: B. capacity: the most tokens a sequence may reach. dtype, device: the activations'.
+    Attributes:
+        length: tokens held. Memory: 2 * layers * B * G * capacity * D * itemsize bytes.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v [B, G, T, D] of one layer; returns all of that layer's [B, G, S, D]."""
+        end = self.length + k.shape[2]
+        if end > self.keys.shape[3]:
+            raise ValueError(f"the cache holds {self.keys.shape[3]} tokens, {end} are needed: make it larger")
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+# --- layers ---------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467), the mean in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        width, groups = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, groups, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, groups, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.grouped = config.num_key_value_heads != config.num_attention_heads
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None
+    ) -> Tensor:
+        split = (*x.shape[:-1], -1, self.head_dim)
+        q = self.q_proj(x).view(split).transpose(1, 2)  # [B, H, T, D]
+        k = self.k_proj(x).view(split).transpose(1, 2)  # [B, G, T, D]
+        v = self.v_proj(x).view(split).transpose(1, 2)
+        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and a residual."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, causal, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """The stack below the head: token ids to hidden states."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """[B, T] -> [B, T, C]; arguments as in `LlamaForCausalLM.forward`."""
+        past = 0 if cache is None else cache.length
+        new = input_ids.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(past, past + new, device=input_ids.device)[None]
+        x = self.embed_tokens(input_ids)
+        cos, sin = self._angles(position_ids, past + new, x.dtype)
+        mask = _attention_mask(attention_mask, past, new, x.device)
+        causal = mask is None and new > 1
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, cos, sin, mask, causal, cache, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, causal, cache)
+        if cache is not None:
+            cache.length += new
+        return self.norm(x)
+
+    def _angles(self, position_ids: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [B or 1, 1, T, D], computed in fp32."""
+        inverse, factor = rope_frequencies(self.config, length)
+        angle = position_ids[:, None, :, None].float() * inverse.to(position_ids.device)
+        angle = torch.cat((angle, angle), dim=-1)
+        return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+
+
+def _attention_mask(attention_mask: Tensor | None, past: int, new: int, device: torch.device) -> Tensor | None:
+    """bool [B or 1, 1, T, S], True where a query may look; None when plain causal attention says it all."""
+    if attention_mask is None and (past == 0 or new == 1):
+        return None
+    query = torch.arange(past, past + new, device=device)[:, None]
+    key = torch.arange(past + new, device=device)[None]
+    mask = (key <= query)[None, None]
+    if attention_mask is not None:
+        # A padded query sees itself: with no key at all its softmax, and its gradient, would be NaN.
+        mask = mask & (attention_mask.bool()[:, None, None] | (key == query))
+    return mask
+
+
+class CausalLMOutput:
+    """What the model returns: `.loss` (fp32 scalar, or None without labels) and `.logits` [B, T, V].
+
+    With labels the logits are made only when asked for: the loss never needs them whole.
+    """
+
+    def __init__(self, hidden: Tensor, head: nn.Linear, loss: Tensor | None) -> None:
+        self.loss = loss
+        self._hidden, self._head = hidden, head
+        self._logits = head(hidden) if loss is None else None
+
+    @property
+    def logits(self) -> Tensor:
+        if self._logits is None:
+            self._logits = self._head(self._hidden)
+        return self._logits
+
+
+class LlamaForCausalLM(nn.Module):
+    """LLaMA with its language-model head, called as transformers' class of the same name is."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> CausalLMOutput:
+        """
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, S], 1 for tokens and 0 for padding. Right padding needs none: a causal token
+                never sees what follows it.
+            labels: int64 [B, T], the token ids with -100 where no loss counts; shifted here.
+            position_ids: int64 [B, T]; counted from the cache's length by default.
+            cache: filled with this call's keys and values.
+            num_items_in_batch: divisor of the loss; the counted labels of this call by default.
+        Returns:
+            `.loss`: mean cross entropy, or None. `.logits`: [B, T, V].
+        """
+        hidden = self.model(input_ids, attention_mask, position_ids, cache)
+        if labels is None:
+            return CausalLMOutput(hidden, self.lm_head, None)
+        shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+        loss = linear_cross_entropy(
+            hidden.flatten(0, 1), self.lm_head.weight, shifted.flatten(), count=num_items_in_batch
+        )
+        return CausalLMOutput(hidden, self.lm_head, loss)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations, embedding, norms and head."""
+        return self.model.norm.weight.dtype

@@ -1,0 +1,265 @@
+"""Quantized weights: a tensor in NF4, and the linear layer that holds one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jindo_core.kernels.lora_matmul import lora_matmul
+from jindo_core.kernels.nf4 import (
+    NESTED_BLOCK,
+    check_layout,
+    code_table,
+    dynamic_map,
+    nf4_dequantize,
+    nf4_quantize,
+    nf4_quantize_absmax,
+)
+
+STATE_KEY = "quant_state.bitsandbytes__nf4"
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """A weight in 4-bit NormalFloat (QLoRA, arXiv:2305.14314), bit-identical to bitsandbytes'.
+
+    Attributes:
+        packed: uint8 [ceil(N/2), 1], two codes a byte, high nibble first, row-major.
+        absmax: block maxima: uint8 [blocks] when double-quantized, else fp32 [blocks].
+        nested_absmax: fp32 [ceil(blocks/256)], or None without double quantization.
+        offset: fp32 [], the mean that was subtracted before the second quantization, or None.
+        shape: the weight's shape. dtype: what `dequantize()` gives by default.
+        block_size: weights that share one maximum.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_layout(self.packed, self.absmax, self.nested_absmax, self.offset, self.shape, self.block_size)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as a tensor of `shape`, in `dtype` (its own by default)."""
+        return nf4_dequantize(
+            self.packed,
+            self.absmax,
+            self.nested_absmax,
+            self.offset,
+            self.shape,
+            dtype=dtype or self.dtype,
+            block_size=self.block_size,
+        )
+
+    def to(self, device: torch.device) -> NF4Weight:
+        """The same weight with its parts on `device`."""
+        nested_absmax = None if self.nested_absmax is None else self.nested_absmax.to(device)
+        offset = None if self.offset is None else self.offset.to(device)
+        return replace(
+            self,
+            packed=self.packed.to(device),
+            absmax=self.absmax.to(device),
+            nested_absmax=nested_absmax,
+            offset=offset,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage: 0.5159 a weight when double-quantized in blocks of 64."""
+        parts = (self.packed, self.absmax, self.nested_absmax, self.offset)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
+        """The parts under the key suffixes of bitsandbytes' 4-bit checkpoints."""
+        state: dict[str, Any] = {
+            "quant_type": "nf4",
+            "blocksize": self.block_size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+        }
+        parts = {
+            prefix: self.packed,
+            f"{prefix}.absmax": self.absmax,
+            f"{prefix}.quant_map": code_table(self.packed.device),
+        }
+        if self.nested_absmax is not None and self.offset is not None:
+            state |= {
+                "nested_blocksize": NESTED_BLOCK,
+                "nested_dtype": "float32",
+                "nested_offset": self.offset.item(),
+            }
+            parts[f"{prefix}.nested_absmax"] = self.nested_absmax
+            parts[f"{prefix}.nested_quant_map"] = dynamic_map(self.packed.device)
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        return parts | {f"{prefix}.{STATE_KEY}": text.to(self.packed.device)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], prefix: str = "weight") -> NF4Weight:
+        """The inverse of `state_dict`; also reads what bitsandbytes wrote.
+
+        Raises:
+            KeyError: a part is missing. ValueError: the parts do not fit, or use other code maps.
+        """
+        described = json.loads(bytes(state[f"{prefix}.{STATE_KEY}"].cpu().tolist()))
+        packed = state[prefix]
+        if not torch.equal(state[f"{prefix}.quant_map"], code_table(packed.device)):
+            raise ValueError(f"{prefix} was quantized with other codes than NF4's")
+        nested_absmax, offset = None, None
+        if f"{prefix}.nested_absmax" in state:
+            nested_absmax = state[f"{prefix}.nested_absmax"]
+            offset = torch.tensor(described["nested_offset"], dtype=torch.float32, device=packed.device)
+            nested_map = state[f"{prefix}.nested_quant_map"]
+            if described["nested_blocksize"] != NESTED_BLOCK or not torch.equal(
+                nested_map, dynamic_map(packed.device)
+            ):
+                raise ValueError(f"{prefix} was double-quantized with another map or block size than 256")
+        return cls(
+            packed,
+            state[f"{prefix}.absmax"],
+            nested_absmax,
+            offset,
+            tuple(described["shape"]),
+            getattr(torch, described["dtype"]),
+            described["blocksize"],
+        )
+
+
+def quantize_nf4(weight: Tensor, *, block_size: int = 64, double_quant: bool = True) -> NF4Weight:
+    """Quantize a tensor to NF4.
+
+    Args:
+        weight: any shape, bf16, fp16, fp32 or fp64.
+        block_size: elements that share one maximum; even.
+        double_quant: also quantize the maxima, to 8 bits in blocks of 256: 4.127 bits a weight instead of 4.5.
+    Raises:
+        TypeError: not a floating dtype. ValueError: an empty tensor or an odd block size.
+    """
+    packed, absmax = nf4_quantize(weight.detach(), block_size)
+    nested_absmax, offset = None, None
+    if double_quant:
+        absmax, nested_absmax, offset = nf4_quantize_absmax(absmax)
+    return NF4Weight(packed, absmax, nested_absmax, offset, tuple(weight.shape), weight.dtype, block_size)
+
+
+class NF4Linear(nn.Linear):
+    """A frozen linear layer y = x W^T + b with W [N, K] in NF4; differentiable in x and b.
+
+    W is rebuilt at every use, in x's dtype, and never kept. State dict keys are bitsandbytes'.
+
+    Args:
+        weight: W, shape [N, K]. bias: [N], or None.
+    """
+
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+
+    def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate a full weight
+        self.out_features, self.in_features = weight.shape
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self._hold(weight)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, double_quant: bool = True) -> NF4Linear:
+        """Quantize an ordinary linear layer."""
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls(quantize_nf4(linear.weight, double_quant=double_quant), bias)
+
+    def _hold(self, weight: NF4Weight) -> None:
+        self.block_size, self.weight_dtype = weight.block_size, weight.dtype
+        self.weight = nn.Parameter(weight.packed, requires_grad=False)
+        # Buffers, not parameters: sharding engines cast and cut parameters, and these must stay whole fp32.
+        self.register_buffer("absmax", weight.absmax, persistent=False)
+        self.register_buffer("nested_absmax", weight.nested_absmax, persistent=False)
+        self.register_buffer("offset", weight.offset, persistent=False)
+
+    @property
+    def nf4(self) -> NF4Weight:
+        """The quantized weight; its tensors are this layer's own."""
+        shape = (self.out_features, self.in_features)
+        return NF4Weight(
+            self.weight.data, self.absmax, self.nested_absmax, self.offset, shape, self.weight_dtype, self.block_size
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.matmul(x)
+        return y if self.bias is None else y + self.bias
+
+    def matmul(
+        self,
+        x: Tensor,
+        lora_A: Tensor | None = None,
+        lora_B: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        """x W^T, plus scale * (D(x) A^T) B^T when an adapter is given; no bias. See `lora_matmul`."""
+        return lora_matmul(
+            x, self.weight, self.absmax, self.nested_absmax, self.offset, self.out_features,
+            lora_A, lora_B, scale=scale, dropout=dropout, seed=seed, block_size=self.block_size,
+        )  # fmt: skip
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
+        # .to(dtype) may move the maxima, never cast them: a bf16 absmax changes every weight of its block.
+        kept = {name: self._buffers[name] for name in ("absmax", "nested_absmax", "offset")}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        parts = self.nf4.state_dict()
+        del parts["weight"]
+        destination.update({prefix + key: part for key, part in parts.items()})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        extra = {key for key in state_dict if key.startswith(prefix + "weight.")}
+        if prefix + "weight" not in state_dict or not extra:
+            missing_keys.append(prefix + "weight." + STATE_KEY)
+            return
+        own = {key.removeprefix(prefix): state_dict[key] for key in (extra | {prefix + "weight"})}
+        try:
+            weight = NF4Weight.from_state_dict(own)
+        except (KeyError, ValueError) as error:
+            error_msgs.append(f"{prefix}weight: {error}")
+            return
+        if weight.shape != (self.out_features, self.in_features):
+            error_msgs.append(
+                f"{prefix}weight has shape {weight.shape}, expected {(self.out_features, self.in_features)}"
+            )
+            return
+        self._hold(weight.to(self.weight.device))
+        if self.bias is not None and prefix + "bias" in state_dict:
+            with torch.no_grad():
+                self.bias.copy_(state_dict[prefix + "bias"])
+        elif self.bias is not None:
+            missing_keys.append(prefix + "bias")
+
+    def extra_repr(self) -> str:
+        bits = self.nf4.nbytes * 8 / math.prod((self.out_features, self.in_features))
+        return f"in_features={self.in_features}, out_features={self.out_features}, {bits:.3f} bits/weight"

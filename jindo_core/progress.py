@@ -1,0 +1,141 @@
+"""What a person sees of a training run: plain lines and tables, and a live bar on a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from jindo_core.memory import MemoryPlan
+
+
+class TrainingView:
+    """Prints a run to standard output; without a terminal, one line every `logging_steps`."""
+
+    def __init__(self) -> None:
+        # Without a terminal rich assumes 80 columns and wraps; a log line should stay one line.
+        self.console = Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console = Console(highlight=False, width=160)
+        self._bar: Progress | None = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def notice(self, text: str) -> None:
+        """Something the user should know: a warning that does not stop the run."""
+        self.console.print(f"note: {text}", style="yellow", markup=False)
+
+    def plan(self, plan: MemoryPlan) -> None:
+        table = Table(title="Memory plan", title_justify="left", title_style="bold")
+        table.add_column("what")
+        table.add_column("MiB", justify="right")
+        for what, size in plan.rows:
+            table.add_row(what, f"{size / 2**20:,.1f}")
+        table.add_section()
+        table.add_row("expected peak", f"{plan.total / 2**20:,.1f}")
+        self.console.print(table)
+
+    def start(self, total: int) -> None:
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[memory]} MiB  left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._bar.start()
+            self._bar.add_task("training", total=total, loss="-", speed="-", memory="-")
+
+    def step(self, row: dict[str, Any], total: int, left: float, log: bool) -> None:
+        """One optimizer step; `row` as in metrics.jsonl, `left` in seconds."""
+        memory = f"{row['memory_bytes'] / 2**20:,.0f}"
+        if self._bar is not None:
+            self._bar.update(
+                self._bar.task_ids[0],
+                completed=row["step"],
+                loss=f"{row['loss']:.3f}",
+                speed=f"{row['tokens_per_second']:,.0f}",
+                memory=memory,
+            )
+        elif log:
+            self.say(
+                f"step {row['step']}/{total}  loss {row['loss']:.3f}  lr {row['learning_rate']:.2e}  "
+                f"{row['tokens_per_second']:,.0f} tokens/s  {memory} MiB  {_clock(left)} left"
+            )
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def results(self, before: float, after: float, rows: int, answers: Sequence[tuple[str, str, str]]) -> None:
+        """Held-out loss and answers before and after; answers: (instruction, before, after)."""
+        if rows:
+            table = Table(title=f"Loss on {rows} held-out rows", title_justify="left", title_style="bold")
+            for name in ("before", "after", "change"):
+                table.add_column(name, justify="right")
+            table.add_row(f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+            self.console.print(table)
+        for instruction, first, second in answers:
+            table = Table(title=f"Instruction: {instruction}", title_justify="left", title_style="bold")
+            table.add_column("before", ratio=1)
+            table.add_column("after", ratio=1)
+            table.add_row(_plain(first), _plain(second))
+            self.console.print(table)
+
+
+def _plain(text: str) -> str:
+    # Square brackets are markup to rich, and a model may say them.
+    return (text.strip() or "(nothing)").replace("[", r"\[")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw training and held-out loss over steps, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    held = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
+    if steps:
+        x, y = zip(*steps, strict=True)
+        axes.plot(x, y, color="#9bb8d3", linewidth=1, label="training, each step")
+        axes.plot(x, _smooth(y), color="#1f5f99", linewidth=2, label="training, moving average")
+    held = [point for point in held if math.isfinite(point[1])]
+    if held:
+        x, y = zip(*held, strict=True)
+        axes.plot(x, y, "o--", color="#c8442f", label="held out")
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross entropy (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    out: list[float] = []
+    mean = 0.0
+    for i, value in enumerate(values, start=1):
+        mean = keep * mean + (1 - keep) * value
+        out.append(mean / (1 - keep**i))
+    return out

@@ -1,0 +1,42 @@
+"""What a training run leaves beside its adapter, so that `generate` needs no more than the folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from jindo_core.adapters import write_atomically
+from jindo_core.checkpoint import read_json
+from jindo_core.errors import InputError
+
+FILE = "jindo_run.json"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """base_model: as the user named it, None for the embedded one. results: figures of the run."""
+
+    base_model: str | None
+    prompt_template_name: str
+    settings: dict[str, Any]
+    results: dict[str, Any]
+
+
+def write_run(folder: Path, record: RunRecord) -> None:
+    """Write the record into `folder`, whole or not at all."""
+    text = json.dumps(vars(record), indent=2, ensure_ascii=False)
+    write_atomically(folder / FILE, (text + "\n").encode())
+
+
+def read_run(folder: str | Path | None) -> RunRecord | None:
+    """The record in `folder`; None where there is none (an adapter that another tool made)."""
+    path = None if folder is None else Path(folder).expanduser() / FILE
+    if path is None or not path.exists():
+        return None
+    raw = read_json(path)
+    names = {field.name for field in fields(RunRecord)}
+    if not names <= raw.keys():
+        raise InputError(f"{path} lacks {sorted(names - raw.keys())[0]}: it is no record of a run")
+    return RunRecord(**{name: raw[name] for name in names})

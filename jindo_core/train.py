@@ -1,0 +1,366 @@
+"""The main job: load a LLaMA in NF4, train LoRA adapters on instructions, save and check the adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shlex
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jindo_core import embedded
+from jindo_core.adapters import CONFIG, WEIGHTS, save_adapter
+from jindo_core.config import TrainConfig
+from jindo_core.data.examples import Example, collate, encode_all, epoch_batches
+from jindo_core.data.records import Record, bundled_path, read_records, split_records
+from jindo_core.data.templates import Template, load_template
+from jindo_core.errors import InputError, TrainingError
+from jindo_core.evaluate import held_out_loss
+from jindo_core.generation import generate
+from jindo_core.hub import resolve_data, resolve_model
+from jindo_core.loader import load_model
+from jindo_core.lora import attach_lora
+from jindo_core.memory import current_bytes, peak_bytes, plan_training
+from jindo_core.model import LlamaForCausalLM
+from jindo_core.optim import build_optimizer, learning_rate_factor
+from jindo_core.progress import TrainingView, draw_loss
+from jindo_core.run_record import FILE as RUN_FILE
+from jindo_core.run_record import RunRecord, write_run
+from jindo_core.tokenizer import Tokenizer, load_tokenizer
+
+METRICS = "metrics.jsonl"
+ANSWER_TOKENS = 64
+"""Tokens of the sample answers, before and after training."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """output_dir: where the adapter lies. Losses are on the held-out rows, NaN without any."""
+
+    output_dir: Path
+    steps: int
+    loss_before: float
+    loss_after: float
+    tokens_per_second: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run's parts once everything was read and checked."""
+
+    model: LlamaForCausalLM
+    tokenizer: Tokenizer
+    template: Template
+    examples: list[Example]
+    held_out: list[Example]
+    probe: Record
+
+
+def train(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> TrainResult:
+    """Run a training job as `config` says.
+
+    Args:
+        explicit: names of the settings that the user gave; an output_dir among them is never renamed.
+    Raises:
+        InputError: a path, file, row or setting that can't be used; nothing was written.
+        TrainingError: the loss stopped being finite; no adapter was written.
+    """
+    view = TrainingView()
+    output_dir = choose_output_dir(config, "output_dir" in explicit)
+    job = _prepare(config, view)
+    longest = max(len(example.input_ids) for example in job.examples)
+    view.plan(
+        plan_training(
+            job.model,
+            rows=min(config.micro_batch_size, len(job.examples)),
+            length=-(-longest // 8) * 8,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with open(output_dir / METRICS, "w", encoding="utf-8") as log:
+        history = _History(log)
+        before = _measure(job, config, history, step=0)
+        first_answer = _answer(job)
+        speed, steps = _loop(job, config, view, history)
+        after = _measure(job, config, history, step=steps)
+    second_answer = _answer(job)
+    view.results(before, after, len(job.held_out), [(_one_line(job.probe), first_answer, second_answer)])
+    base = config.base_model or embedded.HUB_ID
+    save_adapter(job.model, output_dir, base_model=base)
+    draw_loss(history.rows, output_dir / "loss.png")
+    result = TrainResult(output_dir, steps, before, after, speed, peak_bytes(job.model.device))
+    _record(config, result)
+    _farewell(view, config, result, job.probe)
+    return result
+
+
+def choose_output_dir(config: TrainConfig, named: bool) -> Path:
+    """The folder to write to. One that holds a run is refused; a default name gets the next free number."""
+    folder = Path(config.output_dir).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder} is a file, expected a folder")
+    if config.overwrite_output_dir or not _holds_run(folder):
+        return folder
+    if named:
+        raise InputError(
+            f"output_dir {folder} holds another run: give another folder, or --overwrite_output_dir to replace it"
+        )
+    number = 2
+    while _holds_run(folder.with_name(f"{folder.name}-{number}")):
+        number += 1
+    return folder.with_name(f"{folder.name}-{number}")
+
+
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (WEIGHTS, CONFIG, METRICS, RUN_FILE))
+
+
+# --- before the first step ------------------------------------------------------------------------------
+
+
+def _prepare(config: TrainConfig, view: TrainingView) -> _Job:
+    """Read and check everything; cheap checks first, the model last."""
+    if config.base_model is None:
+        view.say(f"Base model: {embedded.NAME}, embedded default (135M weights; it was made for English)")
+    template = load_template(config.prompt_template_name)
+    if config.data_path is None:
+        view.notice("no --data_path: the bundled Korean instructions are used")
+    records = read_records(bundled_path() if config.data_path is None else resolve_data(config.data_path))
+    training, held_out, warning = split_records(records, config.val_set_size, config.seed)
+    if warning:
+        view.notice(warning)
+    path = resolve_model(config.base_model)
+    tokenizer = load_tokenizer(path)
+    torch.manual_seed(config.seed)
+    model = load_model(
+        path, quantize=config.quantize, double_quant=config.double_quant, dtype=config.dtype, device=config.device
+    )
+    tokenizer.check(model.config.vocab_size)
+    context = model.config.max_position_embeddings
+    if config.cutoff_len > context:
+        view.notice(f"cutoff_len {config.cutoff_len} is beyond the model's context: {context} is used")
+    cutoff = min(config.cutoff_len, context)
+    examples = _encode(training, tokenizer, template, config, cutoff, view)
+    if not examples:
+        raise InputError(
+            f"no training row has a supervised token within cutoff_len {cutoff}: raise --cutoff_len or check the data"
+        )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attach_lora(
+            model,
+            config.lora_r,
+            config.lora_alpha,
+            config.lora_dropout,
+            config.lora_target_modules,
+            use_rslora=config.use_rslora,
+        )
+    for message in caught:
+        view.notice(str(message.message))
+    model.model.gradient_checkpointing = config.gradient_checkpointing
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    view.say(
+        f"{len(examples)} training rows, {len(held_out)} held out; {trainable:,} trainable parameters; "
+        f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
+    )
+    probe = (held_out or training)[0]
+    held_out_examples = _encode(held_out, tokenizer, template, config, cutoff, view)
+    return _Job(model, tokenizer, template, examples, held_out_examples, probe)
+
+
+def _encode(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    template: Template,
+    config: TrainConfig,
+    cutoff: int,
+    view: TrainingView,
+) -> list[Example]:
+    examples, problems = encode_all(
+        records, tokenizer, template, cutoff_len=cutoff, train_on_inputs=config.train_on_inputs
+    )
+    for problem in problems:
+        view.notice(problem)
+    return examples
+
+
+# --- the loop -------------------------------------------------------------------------------------------
+
+
+class _History:
+    """The rows of metrics.jsonl, written as they come."""
+
+    def __init__(self, log: Any) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._log = log
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        # NaN is no JSON: a figure that is not there is null.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._log.write(json.dumps(clean) + "\n")
+        self._log.flush()
+
+
+def _loop(job: _Job, config: TrainConfig, view: TrainingView, history: _History) -> tuple[float, int]:
+    """Train; returns tokens a second over the whole loop, and the steps done."""
+    model = job.model
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = build_optimizer(
+        config.optim, parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    total = count_steps(len(job.examples), config)
+    warmup = min(config.warmup_steps, total // 10)
+    model.train()
+    view.start(total)
+    started, evaluating, tokens = time.perf_counter(), 0.0, 0
+    try:
+        for step, batches in zip(range(1, total + 1), _step_batches(job.examples, config), strict=False):
+            rate = config.learning_rate * learning_rate_factor(
+                config.lr_scheduler_type, step - 1, total, warmup
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = _accumulate(job, batches, step)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            tokens += sum(len(job.examples[i].input_ids) for batch in batches for i in batch)
+            seconds = time.perf_counter() - started - evaluating
+            row = {
+                "step": step,
+                "epoch": round(step * config.num_epochs / total, 4) if config.max_steps < 1 else None,
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": float(norm),
+                "tokens": tokens,
+                "tokens_per_second": tokens / seconds,
+                "memory_bytes": current_bytes(model.device),
+                "seconds": seconds,
+            }
+            history.add(row)
+            view.step(row, total, seconds / step * (total - step), step % config.logging_steps == 0)
+            if step % config.eval_steps == 0 and step < total:
+                pause = time.perf_counter()
+                view_loss = _measure(job, config, history, step)
+                evaluating += time.perf_counter() - pause
+                view.say(f"step {step}/{total}  held-out loss {view_loss:.4f}")
+        seconds = time.perf_counter() - started - evaluating
+    finally:
+        view.stop()
+    model.eval()
+    return tokens / seconds, total
+
+
+def count_steps(examples: int, config: TrainConfig) -> int:
+    """Optimizer steps of the run: max_steps if given, else num_epochs over the examples."""
+    if config.max_steps > 0:
+        return config.max_steps
+    batches = -(-examples // config.micro_batch_size)
+    per_epoch = -(-batches // accumulation(config))
+    return max(math.ceil(per_epoch * config.num_epochs), 1)
+
+
+def accumulation(config: TrainConfig) -> int:
+    """Micro-batches in a step: batch_size // micro_batch_size, as alpaca-lora counts them."""
+    return max(config.batch_size // config.micro_batch_size, 1)
+
+
+def _step_batches(examples: Sequence[Example], config: TrainConfig) -> Iterator[list[list[int]]]:
+    """The micro-batches (row numbers) of one step after another, epoch after epoch, without end."""
+    lengths = [len(example.input_ids) for example in examples]
+    epoch = 0
+    while True:
+        batches = epoch_batches(
+            lengths,
+            config.micro_batch_size,
+            group_by_length=config.group_by_length,
+            seed=config.seed,
+            epoch=epoch,
+        )
+        size = accumulation(config)
+        for start in range(0, len(batches), size):
+            yield batches[start : start + size]
+        epoch += 1
+
+
+def _accumulate(job: _Job, batches: list[list[int]], step: int) -> float:
+    """Forward and backward of one step; returns its loss. Every supervised token weighs the same."""
+    collated = [collate([job.examples[i] for i in batch], job.tokenizer.pad_id) for batch in batches]
+    counted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in collated)
+    device = job.model.device
+    loss = 0.0
+    for batch in collated:
+        # No attention mask: padding is on the right, where no causal token sees it.
+        part = job.model(
+            batch["input_ids"].to(device), labels=batch["labels"].to(device), num_items_in_batch=counted
+        ).loss
+        assert part is not None
+        loss += part.item()
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss at step {step} is {loss}: no adapter was saved; lower --learning_rate, use --dtype fp32, "
+                "or look at the data"
+            )
+        part.backward()
+    return loss
+
+
+def _measure(job: _Job, config: TrainConfig, history: _History, step: int) -> float:
+    """Held-out loss, also written to the history."""
+    if not job.held_out:
+        return math.nan
+    loss = held_out_loss(
+        job.model, job.held_out, batch_size=config.micro_batch_size, pad_id=job.tokenizer.pad_id
+    )
+    history.add({"step": step, "eval_loss": loss})
+    return loss
+
+
+# --- after the last step --------------------------------------------------------------------------------
+
+
+def _answer(job: _Job) -> str:
+    prompt = job.template.prompt(job.probe.instruction, job.probe.input)
+    return generate(job.model, job.tokenizer, prompt, max_new_tokens=ANSWER_TOKENS)
+
+
+def _one_line(record: Record) -> str:
+    text = " / ".join(part for part in (record.instruction, record.input) if part)
+    text = " ".join(text.split())
+    return text if len(text) <= 100 else text[:99] + "…"
+
+
+def _record(config: TrainConfig, result: TrainResult) -> None:
+    results = {
+        "steps": result.steps,
+        "held_out_loss_before": None if math.isnan(result.loss_before) else result.loss_before,
+        "held_out_loss_after": None if math.isnan(result.loss_after) else result.loss_after,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_bytes": result.peak_bytes,
+    }
+    settings = dataclasses.asdict(config)
+    write_run(
+        result.output_dir, RunRecord(config.base_model, config.prompt_template_name, settings, results)
+    )
+
+
+def _farewell(view: TrainingView, config: TrainConfig, result: TrainResult, probe: Record) -> None:
+    view.say(
+        f"{result.steps} steps at {result.tokens_per_second:,.0f} tokens/s; peak memory "
+        f"{result.peak_bytes / 2**20:,.0f} MiB"
+    )
+    view.say(f"Saved and read back: {result.output_dir}/{WEIGHTS}, {CONFIG}, {METRICS}, loss.png")
+    base = [] if config.base_model is None else ["--base_model", config.base_model]
+    instruction = ["--instruction", probe.instruction if len(probe.instruction) < 80 else "…"]
+    command = ["jindo-core", "generate", *base, "--lora_weights", str(result.output_dir), *instruction]
+    view.say("Next: " + shlex.join(command))

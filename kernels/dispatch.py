@@ -1,0 +1,107 @@
+"""The only place that chooses which implementation of an operator runs.
+
+The choice depends on the device, its compute capability and the number of rows; `override` forces one for
+tests and benchmarks. Triton is imported only when a kernel of it was chosen, so that everything imports and
+runs without Triton and without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# operator -> implementation -> "module:function". The reference always exists.
+IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    "nf4_quantize": {
+        "reference": "nf4:quantize_reference",
+        "triton": "nf4_triton:quantize",
+    },
+    "nf4_quantize_absmax": {
+        "reference": "nf4:quantize_absmax_reference",
+    },
+    "nf4_dequantize": {
+        "reference": "nf4:dequantize_reference",
+        "triton": "nf4_triton:dequantize",
+    },
+    "lora_matmul": {
+        "reference": "lora_matmul:forward_reference",
+        "triton": "lora_matmul_triton:forward",
+    },
+    "lora_matmul_backward": {
+        "reference": "lora_matmul:backward_reference",
+        "triton": "lora_matmul_triton:backward",
+    },
+    "linear_cross_entropy": {
+        "reference": "linear_cross_entropy:forward_reference",
+    },
+}
+
+# Largest number of rows at which dequantizing inside the matrix product beats a scratch copy and cuBLAS, by
+# compute capability. Estimates from instruction counts and bandwidth, not yet measured on a GPU.
+FUSED_MAX_ROWS: dict[tuple[int, int], int] = {(8, 0): 32, (8, 6): 64, (8, 9): 64, (9, 0): 16}
+
+_override: ContextVar[str | None] = ContextVar("jindo_override", default=None)
+
+
+@contextlib.contextmanager
+def override(name: str | None) -> Iterator[None]:
+    """Run every operator that has an implementation called `name` with it, whatever the device."""
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def choose(operator: str, tensor: Tensor, *, rows: int | None = None) -> str:
+    """The name of the implementation that runs.
+
+    Args:
+        operator: a key of `IMPLEMENTATIONS`.
+        tensor: an operand; its device decides.
+        rows: M, the rows of the activation, for operators whose best choice depends on it.
+    """
+    available = IMPLEMENTATIONS[operator]
+    forced = _override.get()
+    if forced is not None and forced in available:
+        return forced
+    if tensor.device.type != "cuda" or "triton" not in available or not _triton_found():
+        return "reference"
+    if rows is None:
+        return "triton"
+    # No tensor cores for Triton before sm_80 (and none of its dots): scratch + cuBLAS there, and above the
+    # crossover. That path is the reference, whose dequantize is the Triton kernel.
+    return "triton" if rows <= FUSED_MAX_ROWS.get(_capability(tensor.device), 0) else "reference"
+
+
+def implementation(operator: str, tensor: Tensor, *, rows: int | None = None) -> Callable[..., Any]:
+    """The function that `choose` names."""
+    return _load(IMPLEMENTATIONS[operator][choose(operator, tensor, rows=rows)])
+
+
+@functools.cache
+def _load(path: str) -> Callable[..., Any]:
+    module, function = path.split(":")
+    return getattr(importlib.import_module(f"jindo_core.kernels.{module}"), function)
+
+
+@functools.cache
+def _triton_found() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        warnings.warn("Triton is not installed: the slower PyTorch path runs on the GPU.", stacklevel=3)
+        return False
+    return True
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

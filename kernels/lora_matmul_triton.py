@@ -1,0 +1,206 @@
+"""LoRA linear on an NF4 weight for few rows on the GPU. Contract, equations and reference: lora_matmul.py.
+
+At small M the product is bound by reading W: the forward and the dX kernel read it as 4-bit codes and rebuild
+it in registers in the main loop, so that W in 16 bits never exists. W is the *first* operand of the dot
+(y^T = W x^T): its rows fill the tensor core's 64-row side, which M <= 64 rows of x could not.
+
+Reading W, a tile of it is [ROWS, COLUMNS] of out x in features. Where 64 divides K and the block size, its
+64-element groups are byte-aligned and share one maximum (PAIRED); any other K goes element by element.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jindo_core.kernels import lora_matmul as contract
+from jindo_core.kernels import nf4
+from jindo_core.kernels.nf4_triton import EXACT, expand_absmax, look_up_pairs, pair_table
+
+GROUP = 64
+"""Elements of a row of W that share one maximum on the PAIRED path."""
+
+
+class Tiles(NamedTuple):
+    """Tile of one program: `m` rows of the activation, `n` out features, `k` in features."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+# By M rounded up to a power of two. Deep in K (forward) or N (dX) and few columns: enough loads in flight.
+FORWARD_TILES = {16: Tiles(16, 64, 128, 4, 3), 32: Tiles(32, 64, 128, 4, 3), 64: Tiles(64, 64, 64, 4, 3)}
+BACKWARD_TILES = {16: Tiles(16, 64, 64, 4, 3), 32: Tiles(32, 64, 64, 4, 3), 64: Tiles(64, 64, 64, 4, 3)}
+DOWN_TILES = Tiles(16, 16, 128, 4, 3)
+DROP_ELEMENTS = 1024
+
+
+def tiles_for(table: dict[int, Tiles], rows: int) -> Tiles:
+    """The tile for M rows; more than 64 take several programs."""
+    return table[min(max(triton.next_power_of_2(rows), 16), 64)]
+
+
+@triton.jit
+def keep(m, k, K, seed_ptr, threshold, GOLDEN: tl.constexpr, MIX_1: tl.constexpr, MIX_2: tl.constexpr):
+    """The dropout mask at row m, column k: `keep_mask` of the contract, in registers."""
+    h = (m.to(tl.uint32) * K + k.to(tl.uint32)).to(tl.uint32)
+    h = h * tl.full((1, 1), GOLDEN, tl.uint32) + tl.load(seed_ptr).to(tl.uint32)
+    h = (h ^ (h >> 16)) * tl.full((1, 1), MIX_1, tl.uint32)
+    h = (h ^ (h >> 13)) * tl.full((1, 1), MIX_2, tl.uint32)
+    return ((h ^ (h >> 16)) >> 8).to(tl.int32) >= threshold
+
+
+@triton.jit
+def weight_tile(
+    packed_ptr, absmax_ptr, nested_ptr, offset_ptr, pairs_ptr, map_ptr,
+    n, k0, N, K,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    NESTED: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """fp32 [ROWS, COLUMNS] of W: rows n [ROWS], columns from k0 (a multiple of COLUMNS). Finite outside W."""
+    if PAIRED:
+        # Written as multiples of a constant, so that the compiler knows the alignment: 128-bit async copies.
+        row_bytes = (K // 64) * 32
+        GROUPS: tl.constexpr = COLUMNS // 64
+        group = k0 // 64 + tl.arange(0, GROUPS)
+        inside = (n < N)[:, None] & (group < K // 64)[None, :]
+        block = (n.to(tl.int64)[:, None] * (K // 64) + group[None, :]) // (BLOCK_SIZE // 64)
+        peak = expand_absmax(absmax_ptr, nested_ptr, offset_ptr, map_ptr, block, inside, NESTED)
+        byte = k0 // 2 + tl.arange(0, COLUMNS // 2)
+        inside_byte = (n < N)[:, None] & (byte < row_bytes)[None, :]
+        packed = tl.load(packed_ptr + n.to(tl.int64)[:, None] * row_bytes + byte[None, :], mask=inside_byte, other=0)
+        high, low = look_up_pairs(packed, pairs_ptr, ROWS, COLUMNS // 2)
+        codes = tl.reshape(tl.join(high, low), (ROWS, GROUPS, 64))
+        return tl.reshape(codes * peak[:, :, None], (ROWS, COLUMNS))
+    else:
+        column = tl.arange(0, COLUMNS)
+        inside = (n < N)[:, None] & (k0 + column < K)[None, :]
+        element = n.to(tl.int64)[:, None] * K + k0 + column[None, :]
+        peak = expand_absmax(absmax_ptr, nested_ptr, offset_ptr, map_ptr, element // BLOCK_SIZE, inside, NESTED)
+        packed = tl.load(packed_ptr + element // 2, mask=inside, other=0)
+        high, low = look_up_pairs(packed, pairs_ptr, ROWS, COLUMNS)
+        return tl.where(element % 2 == 0, high, low) * peak
+
+
+@triton.jit
+def down_kernel(
+    down_ptr,  # [M, R]
+    x_ptr,  # [M, K]
+    a_ptr,  # [R, K]
+    seed_ptr,  # int32 [1] when DROPOUT
+    M, K, R, threshold, growth,
+    GOLDEN: tl.constexpr, MIX_1: tl.constexpr, MIX_2: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_R: tl.constexpr, TILE_K: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """down = D(x) A^T"""
+    m = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
+    r = tl.program_id(1) * TILE_R + tl.arange(0, TILE_R)
+    total = tl.zeros((TILE_M, TILE_R), tl.float32)
+    for k0 in range(0, K, TILE_K):
+        k = k0 + tl.arange(0, TILE_K)
+        inside_x = (m < M)[:, None] & (k < K)[None, :]
+        x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=inside_x, other=0.0)
+        if DROPOUT:
+            kept = keep(m[:, None], k[None, :], K, seed_ptr, threshold, GOLDEN, MIX_1, MIX_2)
+            x = tl.where(kept, x.to(tl.float32) * growth, 0.0).to(x_ptr.dtype.element_ty)
+        a = tl.load(a_ptr + r[None, :] * K + k[:, None], mask=(r < R)[None, :] & (k < K)[:, None], other=0.0)
+        total = tl.dot(x, a.to(x_ptr.dtype.element_ty), total, input_precision="ieee")
+    out = down_ptr + m[:, None] * R + r[None, :]
+    tl.store(out, total.to(down_ptr.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
+
+
+@triton.jit
+def forward_kernel(
+    y_ptr,  # [M, N]
+    x_ptr,  # [M, K]
+    packed_ptr, absmax_ptr, nested_ptr, offset_ptr, pairs_ptr, map_ptr,
+    down_ptr,  # [M, R] when LORA
+    b_ptr,  # [N, R] when LORA
+    M, N, K, R, scale,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, TILE_R: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, PAIRED: tl.constexpr, LORA: tl.constexpr,
+):  # fmt: skip
+    """y^T = W x^T + scale * B down^T"""
+    n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    m = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
+    total = tl.zeros((TILE_N, TILE_M), tl.float32)
+    if LORA:
+        for r0 in range(0, R, TILE_R):
+            r = r0 + tl.arange(0, TILE_R)
+            b = tl.load(b_ptr + n[:, None] * R + r[None, :], mask=(n < N)[:, None] & (r < R)[None, :], other=0.0)
+            inside_down = (m < M)[None, :] & (r < R)[:, None]
+            down = tl.load(down_ptr + m[None, :] * R + r[:, None], mask=inside_down, other=0.0)
+            total = tl.dot(b.to(down_ptr.dtype.element_ty), down, total, input_precision="ieee")
+        total *= scale
+    for k0 in range(0, K, TILE_K):
+        k = k0 + tl.arange(0, TILE_K)
+        x = tl.load(x_ptr + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
+        w = weight_tile(
+            packed_ptr, absmax_ptr, nested_ptr, offset_ptr, pairs_ptr, map_ptr,
+            n, k0, N, K, TILE_N, TILE_K, BLOCK_SIZE, NESTED, PAIRED,
+        )  # fmt: skip
+        total = tl.dot(w.to(x_ptr.dtype.element_ty), x, total, input_precision="ieee")
+    out = y_ptr + m[None, :] * N + n[:, None]
+    tl.store(out, total.to(y_ptr.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+
+
+@triton.jit
+def dx_kernel(
+    dx_ptr,  # [M, K]
+    dy_ptr,  # [M, N]
+    packed_ptr, absmax_ptr, nested_ptr, offset_ptr, pairs_ptr, map_ptr,
+    through_b_ptr,  # [M, R] when LORA
+    a_ptr,  # [R, K] when LORA
+    seed_ptr,  # int32 [1] when DROPOUT
+    M, N, K, R, scale, threshold, growth,
+    GOLDEN: tl.constexpr, MIX_1: tl.constexpr, MIX_2: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, TILE_R: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, PAIRED: tl.constexpr,
+    LORA: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """dX^T = W^T dY^T + scale * D'(A^T (dY B)^T)"""
+    k0 = tl.program_id(0) * TILE_K
+    k = k0 + tl.arange(0, TILE_K)
+    m = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
+    total = tl.zeros((TILE_K, TILE_M), tl.float32)
+    if LORA:
+        for r0 in range(0, R, TILE_R):
+            r = r0 + tl.arange(0, TILE_R)
+            a = tl.load(a_ptr + r[None, :] * K + k[:, None], mask=(r < R)[None, :] & (k < K)[:, None], other=0.0)
+            inside = (m < M)[None, :] & (r < R)[:, None]
+            through_b = tl.load(through_b_ptr + m[None, :] * R + r[:, None], mask=inside, other=0.0)
+            total = tl.dot(a.to(through_b_ptr.dtype.element_ty), through_b, total, input_precision="ieee")
+        if DROPOUT:
+            kept = keep(m[None, :], k[:, None], K, seed_ptr, threshold, GOLDEN, MIX_1, MIX_2)
+            total = tl.where(kept, total * growth, 0.0)
+        total *= scale
+    for n0 in range(0, N, TILE_N):
+        n = n0 + tl.arange(0, TILE_N)
+        dy = tl.load(dy_ptr + m[None, :] * N + n[:, None], mask=(m < M)[None, :] & (n < N)[:, None], other=0.0)
+        w = weight_tile(
+            packed_ptr, absmax_ptr, nested_ptr, offset_ptr, pairs_ptr, map_ptr,
+            n, k0, N, K, TILE_N, TILE_K, BLOCK_SIZE, NESTED, PAIRED,
+        )  # fmt: skip
+        total = tl.dot(tl.trans(w.to(dy_ptr.dtype.element_ty)), dy, total, input_precision="ieee")
+    out = dx_ptr + m[None, :] * K + k[:, None]
+    tl.store(out, total.to(dx_ptr.dtype.element_ty), mask=(m < M)[None, :] & (k < K)[:, None])
+
+
+@triton.jit
+def drop_kernel(
+    out_ptr, x_ptr, seed_ptr, count, threshold, growth,
+    GOLDEN: tl.constexpr, MIX_1: tl.constexpr, MIX_2: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """D(x), element by element."""
+    index = tl.program_id(0) * TILE + tl.arange(0, TILE)[None, :]
+    x = tl.load(x_ptr + index, mask=index < count, other=0.0)
+    kept = keep(tl.zeros((1, 1), tl.int32), index, 0, seed_ptr, threshold, GOLDEN, MIX_1, MIX_2)
+    dropped = tl.where(kept, x.to(tl.float32) * growth, 0.0)
+    tl.store(out_ptr + index, dropped.to(out_ptr.dtype.element_ty), mask=index < count)

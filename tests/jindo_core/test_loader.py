@@ -1,0 +1,210 @@
+"""Loading: safetensors single and sharded, GGUF, quantized as they are read; what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GgufConfig
+
+from jindo_core.errors import InputError
+from jindo_core.loader import load_model
+from jindo_core.nf4 import NF4Linear, quantize_nf4
+
+
+@pytest.fixture
+def copy(stories260k, tmp_path):
+    """A checkpoint that a test may break, and its tensors."""
+    folder = tmp_path / "model"
+    shutil.copytree(stories260k, folder)
+    for path in [folder, *folder.iterdir()]:
+        path.chmod(0o755)
+    return folder, load_file(folder / "model.safetensors")
+
+
+def shard(folder, tensors, count=3):
+    names = sorted(tensors)
+    weight_map = {}
+    for i in range(count):
+        file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        held = {name: tensors[name] for name in names[i::count]}
+        save_file(held, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(held, file)
+    (folder / "model.safetensors").unlink()
+    write_index(folder, weight_map)
+    return weight_map
+
+
+def write_index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def refused(folder, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load_model(folder, dtype="fp32", device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_gguf_equals_transformers(smollm2_gguf):
+    """q and k are stored permuted: text survives a mistake there, logits do not."""
+    theirs = AutoModelForCausalLM.from_pretrained(
+        smollm2_gguf.parent,
+        gguf_file=smollm2_gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    ours = load_model(smollm2_gguf, quantize=None, dtype="fp32", device="cpu")
+    ids = torch.randint(0, 49152, (2, 48), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_quantized_while_read(copy):
+    folder, tensors = copy
+    model = load_model(folder, dtype="fp32", device="cpu")
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+    assert len(linears) == 5 * 7
+    for name, linear in linears.items():
+        expected = quantize_nf4(tensors[f"{name}.weight"])
+        assert torch.equal(linear.nf4.packed, expected.packed)
+        assert torch.equal(linear.nf4.absmax, expected.absmax)
+    assert torch.equal(model.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_shards_equal_one_file(copy):
+    folder, tensors = copy
+    ids = torch.arange(10)[None]
+    whole = load_model(folder, dtype="fp32", device="cpu")(ids).logits
+    shard(folder, tensors)
+    assert torch.equal(load_model(folder, dtype="fp32", device="cpu")(ids).logits, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_float_dtype_on_disk(copy, dtype):
+    folder, tensors = copy
+    save_file({k: v.to(dtype) for k, v in tensors.items()}, folder / "model.safetensors")
+    model = load_model(folder, dtype="fp32", device="cpu")
+    assert model.dtype == torch.float32
+    expected = quantize_nf4(tensors["model.layers.0.mlp.up_proj.weight"].to(dtype))
+    assert torch.equal(model.model.layers[0].mlp.up_proj.nf4.packed, expected.packed)
+
+
+def test_leftovers_of_old_checkpoints_are_let_pass(copy):
+    folder, tensors = copy
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    load_model(folder, dtype="fp32", device="cpu")
+
+
+def test_peak_is_the_quantized_model_and_one_tensor(smollm2_gguf):
+    """Storages alive while loading, counted: never more than the result and a few copies of one tensor."""
+    import gc
+
+    from jindo_core import loader
+
+    largest = 0
+    original = loader.quantize_nf4
+
+    def watch(value, **options):
+        nonlocal largest
+        weight = original(value, **options)
+        gc.collect()
+        alive = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in gc.get_objects()
+            if type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu"
+        }
+        floats = sum(alive.values())
+        largest = max(largest, floats)
+        return weight
+
+    baseline = sum(
+        {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in gc.get_objects()
+            if type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu"
+        }.values()
+    )
+    loader.quantize_nf4 = watch
+    try:
+        model = load_model(smollm2_gguf, dtype="bf16", device="cpu")
+    finally:
+        loader.quantize_nf4 = original
+    held = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+    biggest_linear = 1536 * 576 * 4
+    assert largest - baseline <= held + 2 * biggest_linear
+
+
+def test_missing_extra_misshapen_and_wrongly_typed_tensors_are_named(copy):
+    folder, tensors = copy
+    name = "model.layers.2.mlp.up_proj.weight"
+    file = folder / "model.safetensors"
+    save_file({k: v for k, v in tensors.items() if k != name}, file)
+    refused(folder, f"the tensor {name} is missing")
+    save_file(tensors | {"model.layers.9.odd": torch.ones(2)}, file)
+    refused(folder, r"the tensor model\.layers\.9\.odd belongs to no part")
+    save_file(tensors | {name: tensors[name].t().contiguous()}, file)
+    refused(folder, rf"the tensor {name} has shape \(64, 172\), expected \(172, 64\)")
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, file)
+    refused(folder, f"the tensor {name} in .* is of type I8, expected")
+
+
+def test_shards_that_lie_are_refused(copy):
+    folder, tensors = copy
+    weight_map = shard(folder, tensors)
+    name = sorted(weight_map)[0]
+    for place in ("../elsewhere.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b.safetensors", "", 3):
+        write_index(folder, weight_map | {name: place})
+        refused(folder, "expected the name of a file beside it")
+    write_index(folder, weight_map | {name: "model-00009-of-00003.safetensors"})
+    refused(folder, "is missing: download")
+    write_index(folder, weight_map | {"model.odd": weight_map[name]})
+    refused(folder, r"lacks the tensor model\.odd")
+    write_index(folder, {k: v for k, v in weight_map.items() if k != name})
+    refused(folder, f"holds, beyond what the index says, the tensor {name}")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    refused(folder, "has no weight_map")
+
+
+def test_broken_files_are_refused(copy, tmp_path, smollm2_gguf):
+    folder, _ = copy
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for broken in (whole[:-100], whole[:5], b"", b"\xff" * 100, whole + b"more"):
+        file.write_bytes(broken)
+        refused(folder, "truncated or corrupt")
+    file.unlink()
+    refused(folder, "holds neither model.safetensors nor")
+    (folder / "config.json").write_text("{")
+    refused(folder, "not valid JSON")
+    (folder / "config.json").unlink()
+    refused(folder, r"config\.json is missing")
+    refused(tmp_path / "nowhere", "does not exist: expected a folder, a .gguf file or a Hub id")
+    refused(tmp_path / "nowhere.gguf", "does not exist")
+    cut = tmp_path / "cut.gguf"
+    for size in (0, 3, 100, 100_000, 5_000_000):
+        with open(smollm2_gguf, "rb") as source:
+            cut.write_bytes(source.read(size))
+        refused(cut, "truncated or no GGUF file")
+
+
+def test_a_hub_id_that_can_not_be_had_says_what_to_fetch(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused("decapoda-research/llama-7b-hf", "hf download decapoda-research/llama-7b-hf")
+
+
+def test_settings_that_can_not_be(stories260k):
+    for options, message in (
+        ({"quantize": "int3"}, "quantize is 'int3', expected 'nf4' or None"),
+        ({"device": "tpu9x"}, "device is 'tpu9x', expected auto, cpu, cuda"),
+        ({"device": "cuda:7"}, "torch sees 0 CUDA devices"),
+        ({"dtype": "int8"}, "dtype is 'int8', expected auto"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_model(stories260k, **options)

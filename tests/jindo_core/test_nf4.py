@@ -1,0 +1,85 @@
+"""NF4Weight and NF4Linear: the keys and bits of bitsandbytes, and what moving and saving must not change."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+
+from jindo_core.nf4 import NF4Linear, NF4Weight, quantize_nf4
+
+
+@pytest.fixture
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(192, 320)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_state_dict_is_bitsandbytes(linear, double_quant):
+    """The keys, dtypes and bytes that bitsandbytes' own Linear4bit writes."""
+    theirs = bnb.nn.Linear4bit(192, 320, compress_statistics=double_quant, quant_type="nf4")
+    theirs.load_state_dict(linear.state_dict())
+    theirs = theirs.to("cpu")
+    theirs.weight.data  # noqa: B018  quantized by the move
+    expected = theirs.state_dict()
+    ours = NF4Linear.from_linear(linear, double_quant=double_quant).state_dict()
+    assert ours.keys() == expected.keys()
+    for key in ours:
+        if "quant_state." not in key:
+            assert ours[key].dtype == expected[key].dtype, key
+            assert torch.equal(ours[key].view(-1), expected[key].view(-1)), key
+    # and their reader takes ours
+    parts = {key.removeprefix("weight."): value for key, value in ours.items() if key.startswith("weight.")}
+    state = bnb.functional.QuantState.from_dict(dict(parts), device=torch.device("cpu"))
+    assert state.shape == (320, 192)
+    value = bnb.functional.dequantize_4bit(ours["weight"], state)
+    assert torch.equal(value, NF4Weight.from_state_dict(ours).dequantize())
+
+
+def test_reads_what_bitsandbytes_wrote(linear):
+    theirs = bnb.nn.Linear4bit(192, 320, quant_type="nf4")
+    theirs.load_state_dict(linear.state_dict())
+    state = theirs.to("cpu").state_dict()
+    ours = NF4Linear.from_linear(nn.Linear(192, 320))
+    ours.load_state_dict(state)
+    assert torch.equal(ours.nf4.dequantize(), NF4Linear.from_linear(linear).nf4.dequantize())
+    assert torch.equal(ours.bias, linear.bias)
+
+
+def test_storage_is_as_the_paper_says():
+    weight = quantize_nf4(torch.randn(1024, 1024))
+    assert weight.nbytes * 8 / 1024**2 == pytest.approx(4.127, abs=1e-3)
+    assert quantize_nf4(torch.randn(1024, 1024), double_quant=False).nbytes * 8 / 1024**2 == pytest.approx(4.5)
+
+
+def test_casting_the_model_never_casts_the_maxima(linear):
+    layer = NF4Linear.from_linear(linear, double_quant=False)
+    before = layer.nf4.dequantize(torch.float32)
+    layer.to(torch.bfloat16).half()
+    assert layer.absmax.dtype == torch.float32
+    assert layer.weight.dtype == torch.uint8
+    assert layer.bias.dtype == torch.float16
+    assert torch.equal(layer.nf4.dequantize(torch.float32), before)
+
+
+def test_is_a_linear_and_equals_one_on_the_dequantized_weight(linear):
+    layer = NF4Linear.from_linear(linear)
+    assert isinstance(layer, nn.Linear)
+    x = torch.randn(3, 5, 192, requires_grad=True)
+    expected = nn.functional.linear(x, layer.nf4.dequantize(), linear.bias)
+    torch.testing.assert_close(layer(x), expected)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.nf4.dequantize().sum(0).expand_as(x))
+
+
+def test_a_state_that_does_not_fit_is_refused(linear):
+    state = NF4Linear.from_linear(linear).state_dict()
+    with pytest.raises(RuntimeError, match=r"shape \(320, 192\), expected \(192, 320\)"):
+        NF4Linear.from_linear(nn.Linear(320, 192)).load_state_dict(state)
+    del state["weight.nested_absmax"]
+    with pytest.raises(RuntimeError, match="double-quantized"):
+        NF4Linear.from_linear(linear).load_state_dict(state)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        NF4Linear.from_linear(linear).load_state_dict(linear.state_dict())
