@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -91,7 +90,9 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> No
                 help=argparse.SUPPRESS,
             )
         else:
-            group.add_argument(f"--{setting.name}", metavar=setting.metavar, default=argparse.SUPPRESS, help=help)
+            group.add_argument(
+                f"--{setting.name}", metavar=setting.metavar, default=argparse.SUPPRESS, help=help
+            )
 
 
 def _default_text(setting: Setting, columns: Sequence[Mapping[str, Any]]) -> str:
@@ -149,7 +150,9 @@ def _canonical(config_class: type[Config], argv: Sequence[str], prog: str) -> It
             yield f"--{name}" if known[name].read(_unquoted(value)) else f"--no_{name}"
         elif name is not None and name.startswith("no_") and _is_bool(known, name[3:]):
             if equals:
-                raise InputError(f"{spelled}: got the value {value!r}, expected none: write {spelled} or --{name[3:]}")
+                raise InputError(
+                    f"{spelled}: got the value {value!r}, expected none: write {spelled} or --{name[3:]}"
+                )
             yield f"--{name}"
         else:
             raise InputError(_unknown(word, config_class, prog))
@@ -169,7 +172,9 @@ def _is_flag(word: str, known: Mapping[str, Setting]) -> bool:
     return name is not None and (name in (*known, "config") or _is_bool(known, name.removeprefix("no_")))
 
 
-def _take_value(setting: Setting | None, name: str, words: list[str], known: Mapping[str, Setting], prog: str) -> str:
+def _take_value(
+    setting: Setting | None, name: str, words: list[str], known: Mapping[str, Setting], prog: str
+) -> str:
     """Removes the value of `--name` from the front of `words`. Free text may begin with dashes."""
     if setting is not None and setting.kind == "names":
         parts = list(_take_list(words))

@@ -22,7 +22,9 @@ examples:
 
 def run(argv: list[str]) -> int:
     """Answers as `argv` says and returns 0. Raises InputError for wrong input."""
-    given = parse_flags(GenerateConfig, argv, prog="jindo-core generate", description=_DESCRIPTION, epilog=_EPILOG)
+    given = parse_flags(
+        GenerateConfig, argv, prog="jindo-core generate", description=_DESCRIPTION, epilog=_EPILOG
+    )
     if "base_model" not in given and os.environ.get("BASE_MODEL"):
         given["base_model"] = os.environ["BASE_MODEL"]  # as alpaca-lora's generate.py does
     config = resolve_generate_config(given)
@@ -47,5 +49,7 @@ def _read_instruction() -> str:
             "convert it first"
         ) from error
     if not text.strip():
-        raise InputError("standard input: got nothing, expected an instruction: pass --instruction TEXT or pipe one in")
+        raise InputError(
+            "standard input: got nothing, expected an instruction: pass --instruction TEXT or pipe one in"
+        )
     return text

@@ -1,9 +1,9 @@
 """`jindo-core <command>`: finds the command, and turns what goes wrong into one line and an exit code.
 
-Exit codes: 0 done; 2 wrong input and 1 a run that could not go on (both `error: ...`, one line on standard
+Exit codes: 0 done; 2 wrong input and 1 a run that could not go on (both one line `error: ...` on standard
 error); 130 stopped by Ctrl-C; 141 the reader of the output has gone. Anything else that is raised is a defect
-and keeps its traceback. Commands are imported when they run, and the engine when its flags have been read: `--help` and a mistyped flag never wait
-for torch.
+and keeps its traceback. Commands are imported when they run, and the engine when its flags have been read:
+`--help` and a mistyped flag never wait for torch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command line (`sys.argv` when None) and returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="replace")  # a letter that the terminal lacks becomes ?, not a traceback
+            # A letter that the terminal's encoding lacks becomes a ?, not a traceback.
+            stream.reconfigure(errors="replace")
     try:
         code = _dispatch(sys.argv[1:] if argv is None else list(argv))
         sys.stdout.flush()

@@ -13,7 +13,7 @@ or --no_x. In a flag's name - and _ are the same."""
 
 _EPILOG = """\
 example:
-  jindo-core train --base_model ./my-llama --data_path rows.json --output_dir ./my-adapter"""
+  jindo-core train --base_model ./my-llama --data_path rows.json"""
 
 
 def run(argv: list[str]) -> int:

@@ -255,7 +255,9 @@ class TrainConfig:
     val_set_size: int = _profiled("val_set_size", _DATA, "rows held out (0: none)", at_least=0)
     train_on_inputs: bool = _profiled("train_on_inputs", _DATA, "count the prompt in the loss too")
     group_by_length: bool = _profiled("group_by_length", _DATA, "batch rows of similar length")
-    prompt_template_name: str = _profiled("prompt_template_name", _DATA, "a template's name or file", metavar="NAME")
+    prompt_template_name: str = _profiled(
+        "prompt_template_name", _DATA, "a template's name or file", metavar="NAME"
+    )
 
     lora_r: int = _setting(8, _LORA, "rank", at_least=1)
     lora_alpha: float = _setting(16.0, _LORA, "scale: alpha / r", above=0)
@@ -426,7 +428,9 @@ def _parse_file(path: Path) -> Mapping[Any, Any]:
         ) from error
     parsed = _parse_toml(path, text) if path.suffix.lower() == ".toml" else _parse_yaml(path, text)
     if not isinstance(parsed, dict):
-        raise InputError(f"{path}: got a {type(parsed).__name__} at the top, expected lines such as 'lora_r: 8'")
+        raise InputError(
+            f"{path}: got a {type(parsed).__name__} at the top, expected lines such as 'lora_r: 8'"
+        )
     return parsed
 
 

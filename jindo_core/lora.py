@@ -83,7 +83,8 @@ def attach_lora(
     for path in targets:
         parent, _, name = path.rpartition(".")
         owner = model.get_submodule(parent)
-        setattr(owner, name, LoraLinear(getattr(owner, name), r, alpha, dropout, use_rslora=use_rslora))
+        layer = LoraLinear(getattr(owner, name), r, alpha, dropout, use_rslora=use_rslora)
+        setattr(owner, name, layer.train(owner.training))
     return model
 
 

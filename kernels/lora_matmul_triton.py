@@ -204,3 +204,167 @@ def drop_kernel(
     kept = keep(tl.zeros((1, 1), tl.int32), index, 0, seed_ptr, threshold, GOLDEN, MIX_1, MIX_2)
     dropped = tl.where(kept, x.to(tl.float32) * growth, 0.0)
     tl.store(out_ptr + index, dropped.to(out_ptr.dtype.element_ty), mask=index < count)
+
+
+# --- launches -------------------------------------------------------------------------------------------
+
+
+def weight_arguments(
+    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None
+) -> tuple[tuple[Tensor, ...], bool]:
+    """The six pointers that `weight_tile` takes, and whether the maxima are double-quantized."""
+    nested = absmax.dtype == torch.uint8
+    second = (nested_absmax, offset) if nested_absmax is not None and offset is not None else (absmax, absmax)
+    device = packed.device
+    return (packed.contiguous(), absmax.contiguous(), *second, pair_table(device), nf4.dynamic_map(device)), nested
+
+
+def weight_options(in_features: int, block_size: int, nested: bool) -> dict[str, Any]:
+    """How `weight_tile` reads W."""
+    paired = in_features % GROUP == 0 and block_size % GROUP == 0
+    return {"BLOCK_SIZE": block_size, "NESTED": nested, "PAIRED": paired}
+
+
+def mask_arguments(dropout: float) -> tuple[int, float]:
+    """The mask's threshold and the factor of what is kept."""
+    return contract.drop_threshold(dropout), 1.0 / (1.0 - dropout)
+
+
+HASH = {"GOLDEN": contract.GOLDEN, "MIX_1": contract.MIX_1, "MIX_2": contract.MIX_2}
+
+
+def rank_tile(rank: int) -> int:
+    """Columns of A and B an iteration takes: the rank padded to a power of two, 16 to 64."""
+    return min(max(triton.next_power_of_2(rank), 16), 64)
+
+
+def drop(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """D(x) in one pass; x itself when there is no dropout. x is contiguous."""
+    if dropout == 0.0 or seed is None:
+        return x
+    out = torch.empty_like(x)
+    grid = (triton.cdiv(x.numel(), DROP_ELEMENTS),)
+    drop_kernel[grid](out, x, seed, x.numel(), *mask_arguments(dropout), TILE=DROP_ELEMENTS, **HASH, **EXACT)
+    return out
+
+
+def down_product(x: Tensor, lora_A: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """D(x) A^T [M, r] in x's dtype."""
+    (rows, in_features), rank = x.shape, lora_A.shape[0]
+    down = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
+    masked = dropout > 0.0 and seed is not None
+    tile = DOWN_TILES
+    down_kernel[(triton.cdiv(rows, tile.m), triton.cdiv(rank, tile.n))](
+        down, x, lora_A.contiguous(), seed if masked else x, rows, in_features, rank, *mask_arguments(dropout),
+        TILE_M=tile.m, TILE_R=tile.n, TILE_K=tile.k, DROPOUT=masked,
+        num_warps=tile.warps, num_stages=tile.stages, **HASH, **EXACT,
+    )  # fmt: skip
+    return down
+
+
+def forward(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    out_features: int,
+    block_size: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`lora_matmul`: returns y and D(x)A^T [M, r]. Tensor cores multiply no fp64, which the reference takes."""
+    if x.dtype == torch.float64 or x.numel() == 0:
+        return contract.forward_reference(
+            x, packed, absmax, nested_absmax, offset, out_features, block_size, lora_A, lora_B, scale, dropout, seed
+        )
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    rows, in_features = flat.shape
+    y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
+    weight, nested = weight_arguments(packed, absmax, nested_absmax, offset)
+    tile = tiles_for(FORWARD_TILES, rows)
+    with torch.cuda.device_of(x):
+        if lora_A is None or lora_B is None:
+            rank, b = 0, flat
+            down = torch.empty(rows, 0, dtype=x.dtype, device=x.device)
+        else:
+            rank, b = lora_A.shape[0], lora_B.contiguous()
+            down = down_product(flat, lora_A, dropout, seed)
+        forward_kernel[(triton.cdiv(out_features, tile.n), triton.cdiv(rows, tile.m))](
+            y, flat, *weight, down if rank else flat, b, rows, out_features, in_features, rank, scale,
+            TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, TILE_R=rank_tile(rank), LORA=rank > 0,
+            **weight_options(in_features, block_size, nested),
+            num_warps=tile.warps, num_stages=tile.stages, **EXACT,
+        )  # fmt: skip
+    return y, down
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    in_features: int,
+    block_size: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    down: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`lora_matmul_backward`: dX in one kernel; dA and dB, small products, by cuBLAS."""
+    if dy.dtype == torch.float64 or dy.numel() == 0:
+        return contract.backward_reference(
+            dy, x, packed, absmax, nested_absmax, offset, in_features, block_size,
+            lora_A, lora_B, down, scale, dropout, seed, need_dx,
+        )  # fmt: skip
+    flat = dy.reshape(-1, dy.shape[-1]).contiguous()
+    dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
+    with torch.cuda.device_of(dy):
+        through_b = None
+        if lora_A is not None and lora_B is not None:
+            through_b = flat @ lora_B.to(dy.dtype)
+            if x is not None and down is not None:
+                dropped = drop(x.reshape(-1, in_features).contiguous(), dropout, seed)
+                dA = (through_b.t() @ dropped).to(lora_A.dtype).mul_(scale)
+                dB = (flat.t() @ down).to(lora_B.dtype).mul_(scale)
+        if need_dx:
+            weight = weight_arguments(packed, absmax, nested_absmax, offset)
+            dx = dx_product(flat, weight, in_features, block_size, through_b, lora_A, scale, dropout, seed)
+            dx = dx.view(*dy.shape[:-1], in_features)
+    return dx, dA, dB
+
+
+def dx_product(
+    dy: Tensor,
+    weight: tuple[tuple[Tensor, ...], bool],
+    in_features: int,
+    block_size: int,
+    through_b: Tensor | None,
+    lora_A: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """dX [M, K] from dY [M, N] and dY B [M, r]."""
+    rows, out_features = dy.shape
+    pointers, nested = weight
+    dx = torch.empty(rows, in_features, dtype=dy.dtype, device=dy.device)
+    rank = 0 if lora_A is None or through_b is None else lora_A.shape[0]
+    masked = rank > 0 and dropout > 0.0 and seed is not None
+    tile = tiles_for(BACKWARD_TILES, rows)
+    dx_kernel[(triton.cdiv(in_features, tile.k), triton.cdiv(rows, tile.m))](
+        dx, dy, *pointers, through_b if rank else dy, lora_A.contiguous() if rank and lora_A is not None else dy,
+        seed if masked else dy, rows, out_features, in_features, rank, scale, *mask_arguments(dropout),
+        TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, TILE_R=rank_tile(rank), LORA=rank > 0, DROPOUT=masked,
+        **weight_options(in_features, block_size, nested),
+        num_warps=tile.warps, num_stages=tile.stages, **HASH, **EXACT,
+    )  # fmt: skip
+    return dx

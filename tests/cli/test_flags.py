@@ -211,7 +211,10 @@ def test_an_instruction_is_taken_as_it_is(text, joint):
 
 
 def test_an_empty_input_is_none():
-    assert parse_flags(GenerateConfig, ["--input", "", "--instruction=x"]) == {"input": None, "instruction": "x"}
+    assert parse_flags(GenerateConfig, ["--input", "", "--instruction=x"]) == {
+        "input": None,
+        "instruction": "x",
+    }
 
 
 # Wrong flags and values -----------------------------------------------------------------------------------
@@ -244,8 +247,14 @@ def test_flags_are_not_abbreviated():
     [
         ("--zzzzqqq 1", "got the unknown flag '--zzzzqqq'. See jindo-core x --help"),
         ("--", "got the unknown flag '--'"),
-        ("--output_dir my folder", "got 'folder', which belongs to no flag: a value with spaces needs quotes"),
-        ("--batch_size", "--batch_size: got nothing after it, expected a value: a whole number of at least 1"),
+        (
+            "--output_dir my folder",
+            "got 'folder', which belongs to no flag: a value with spaces needs quotes",
+        ),
+        (
+            "--batch_size",
+            "--batch_size: got nothing after it, expected a value: a whole number of at least 1",
+        ),
         ("--output_dir --seed 1", "--output_dir: got the flag --seed after it, expected a value: a path"),
         ("--lora_target_modules --seed 1", "--lora_target_modules: got the flag --seed after it"),
         ("--config", "--config: got nothing after it, expected a value: a .yaml or .toml file"),

@@ -95,7 +95,9 @@ def test_cheap_commands_import_nothing_heavy(argv):
         "import sys; from jindo_core.cli.main import main; main(sys.argv[1:]); "
         f"print('heavy:', [name for name in {HEAVY} if name in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True
+    ).stdout
     assert out.splitlines()[-1] == "heavy: []"
 
 

@@ -334,6 +334,8 @@ def test_a_file_that_is_not_there_or_a_folder(tmp_path):
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, jindo_core.config; print(sorted({'torch', 'numpy', 'yaml', 'rich'} & set(sys.modules)))"
+    code = (
+        "import sys, jindo_core.config; print(sorted({'torch', 'numpy', 'yaml', 'rich'} & set(sys.modules)))"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
