@@ -10,7 +10,7 @@ Reading W, a tile of it is [ROWS, COLUMNS] of out x in features. Where 64 divide
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,8 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jindo_core.kernels import lora_matmul as contract
-from jindo_core.kernels import nf4
-from jindo_core.kernels.nf4_triton import EXACT, expand_absmax, look_up_pairs, pair_table
+from jindo_core.kernels.nf4_triton import EXACT, expand_absmax, look_up_pairs, weight_arguments
 
 GROUP = 64
 """Elements of a row of W that share one maximum on the PAIRED path."""
@@ -35,16 +34,27 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By M rounded up to a power of two. Deep in K (forward) or N (dX) and few columns: enough loads in flight.
+# By M rounded up to a power of two. Three stages, and a forward deep in K, keep enough loads in flight.
 FORWARD_TILES = {16: Tiles(16, 64, 128, 4, 3), 32: Tiles(32, 64, 128, 4, 3), 64: Tiles(64, 64, 64, 4, 3)}
-BACKWARD_TILES = {16: Tiles(16, 64, 64, 4, 3), 32: Tiles(32, 64, 64, 4, 3), 64: Tiles(64, 64, 64, 4, 3)}
+DX_TILES = {16: Tiles(16, 64, 64, 4, 3), 32: Tiles(32, 64, 64, 4, 3), 64: Tiles(64, 64, 64, 4, 3)}
+# Element by element, a tile costs 20 times the registers: no pipelining, or it spills and outgrows shared memory.
+UNPAIRED_TILES = Tiles(16, 32, 32, 4, 1)
 DOWN_TILES = Tiles(16, 16, 128, 4, 3)
 DROP_ELEMENTS = 1024
 
 
-def tiles_for(table: dict[int, Tiles], rows: int) -> Tiles:
-    """The tile for M rows; more than 64 take several programs."""
+def tiles_for(table: dict[int, Tiles], rows: int, dtype: torch.dtype, paired: bool) -> Tiles:
+    """The tile for M rows; more rows than it has take several programs."""
+    if not paired:
+        return UNPAIRED_TILES
+    if dtype == torch.float32:  # no tensor cores: a wider tile spills
+        return table[16]
     return table[min(max(triton.next_power_of_2(rows), 16), 64)]
+
+
+def is_paired(in_features: int, block_size: int) -> bool:
+    """Whether 64-element groups of W are byte-aligned and inside one quantization block each."""
+    return in_features % GROUP == 0 and block_size % GROUP == 0
 
 
 @triton.jit
@@ -209,22 +219,6 @@ def drop_kernel(
 # --- launches -------------------------------------------------------------------------------------------
 
 
-def weight_arguments(
-    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None
-) -> tuple[tuple[Tensor, ...], bool]:
-    """The six pointers that `weight_tile` takes, and whether the maxima are double-quantized."""
-    nested = absmax.dtype == torch.uint8
-    second = (nested_absmax, offset) if nested_absmax is not None and offset is not None else (absmax, absmax)
-    device = packed.device
-    return (packed.contiguous(), absmax.contiguous(), *second, pair_table(device), nf4.dynamic_map(device)), nested
-
-
-def weight_options(in_features: int, block_size: int, nested: bool) -> dict[str, Any]:
-    """How `weight_tile` reads W."""
-    paired = in_features % GROUP == 0 and block_size % GROUP == 0
-    return {"BLOCK_SIZE": block_size, "NESTED": nested, "PAIRED": paired}
-
-
 def mask_arguments(dropout: float) -> tuple[int, float]:
     """The mask's threshold and the factor of what is kept."""
     return contract.drop_threshold(dropout), 1.0 / (1.0 - dropout)
@@ -285,7 +279,8 @@ def forward(
     rows, in_features = flat.shape
     y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
     weight, nested = weight_arguments(packed, absmax, nested_absmax, offset)
-    tile = tiles_for(FORWARD_TILES, rows)
+    paired = is_paired(in_features, block_size)
+    tile = tiles_for(FORWARD_TILES, rows, x.dtype, paired)
     with torch.cuda.device_of(x):
         if lora_A is None or lora_B is None:
             rank, b = 0, flat
@@ -296,7 +291,7 @@ def forward(
         forward_kernel[(triton.cdiv(out_features, tile.n), triton.cdiv(rows, tile.m))](
             y, flat, *weight, down if rank else flat, b, rows, out_features, in_features, rank, scale,
             TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, TILE_R=rank_tile(rank), LORA=rank > 0,
-            **weight_options(in_features, block_size, nested),
+            BLOCK_SIZE=block_size, NESTED=nested, PAIRED=paired,
             num_warps=tile.warps, num_stages=tile.stages, **EXACT,
         )  # fmt: skip
     return y, down
@@ -359,12 +354,13 @@ def dx_product(
     dx = torch.empty(rows, in_features, dtype=dy.dtype, device=dy.device)
     rank = 0 if lora_A is None or through_b is None else lora_A.shape[0]
     masked = rank > 0 and dropout > 0.0 and seed is not None
-    tile = tiles_for(BACKWARD_TILES, rows)
+    paired = is_paired(in_features, block_size)
+    tile = tiles_for(DX_TILES, rows, dy.dtype, paired)
     dx_kernel[(triton.cdiv(in_features, tile.k), triton.cdiv(rows, tile.m))](
         dx, dy, *pointers, through_b if rank else dy, lora_A.contiguous() if rank and lora_A is not None else dy,
         seed if masked else dy, rows, out_features, in_features, rank, scale, *mask_arguments(dropout),
         TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, TILE_R=rank_tile(rank), LORA=rank > 0, DROPOUT=masked,
-        **weight_options(in_features, block_size, nested),
+        BLOCK_SIZE=block_size, NESTED=nested, PAIRED=paired,
         num_warps=tile.warps, num_stages=tile.stages, **HASH, **EXACT,
     )  # fmt: skip
     return dx

@@ -1,11 +1,11 @@
 """NF4 quantize and dequantize for the GPU. Contract and reference: nf4.py; bit-identical to both.
 
 Compiled Triton contracts a multiply and an add into one fma, and turns `a / b` into an approximate division.
-Each would change last bits, so every launch passes `EXACT` and every division is `tl.div_rn`.
+Either would change last bits, so every launch passes `EXACT` and every division is `tl.div_rn`.
 
 What bounds dequantize is instructions per element, not arithmetic: a byte indexes a table of code *pairs* in
 shared memory (one 64-bit load for two elements, no nibble shifts), and a row of 64 elements shares one maximum
-(the second quantization is undone once per row and thread). 4.7 SASS instructions an element on sm_80 and 5.3
+(the second quantization is undone once per row and thread). 4.6 SASS instructions an element on sm_80 and 5.2
 on sm_90, where a tree of selects takes 22.
 """
 
@@ -29,10 +29,10 @@ DEQUANTIZE_ROWS = 128
 
 DEQUANTIZE_WARPS = 4
 
-QUANTIZE_ELEMENTS = 4096
-"""Elements a program quantizes: 16 packed bytes a thread, one 128-bit store."""
+QUANTIZE_ELEMENTS = 8192
+"""Elements a program quantizes, and the largest block: 16 packed bytes a thread, one 128-bit store."""
 
-QUANTIZE_WARPS = 4
+QUANTIZE_WARPS = 8
 
 MAX_ROW = 64
 """Longest row of `dequantize`'s tiles, in elements."""
@@ -115,11 +115,11 @@ def quantize_kernel(
     count,
     byte_count,
     block_count,
-    smallest,  # the least divisor
     BLOCK_SIZE: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,  # BLOCK_SIZE rounded up to a power of two
     BLOCKS: tl.constexpr,  # quantization blocks of a program
     PARTIAL: tl.constexpr,  # whether the last block is a partial one
+    SMALLEST: tl.constexpr,  # the least divisor
     ZERO_CODE: tl.constexpr,
 ):
     first_block = tl.program_id(0).to(tl.int64) * BLOCKS
@@ -131,7 +131,8 @@ def quantize_kernel(
         inside = inside & (column < BLOCK_SIZE)[None, :]
     weight = tl.load(weight_ptr + first_block * BLOCK_SIZE + offsets, mask=inside, other=0.0).to(tl.float32)
     peak = tl.max(tl.abs(weight), axis=1)
-    divisor = tl.maximum(peak, smallest)
+    # tl.full, not a bare constant: 1e-38 is subnormal, and Triton makes an fp64 of such a one.
+    divisor = tl.maximum(peak, tl.full((BLOCKS,), SMALLEST, tl.float32))
     scaled = weight * tl.div_rn(tl.full((BLOCKS,), 1.0, tl.float32), divisor)[:, None]
     if PARTIAL:
         # The rule for the partial last block: divide, and store the divisor.
@@ -143,7 +144,7 @@ def quantize_kernel(
 
     # Clamping to [-1, 1] is left out: the outermost thresholds lie inside it.
     code = tl.zeros((BLOCKS, BLOCK_WIDTH), tl.int32)
-    for index in tl.static_range(15):
+    for index in range(15):  # a real loop: unrolled, fifteen thresholds at once in registers make it spill
         code += (scaled > tl.load(thresholds_ptr + index)).to(tl.int32)
     code = tl.where(inside, code, ZERO_CODE)
     high, low = tl.split(tl.reshape(code, (BLOCKS, BLOCK_WIDTH // 2, 2)))
@@ -155,11 +156,22 @@ def quantize_kernel(
     tl.store(packed_ptr + first_block * (BLOCK_SIZE // 2) + out, ((high << 4) | low).to(tl.uint8), mask=inside_out)
 
 
+def weight_arguments(
+    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None
+) -> tuple[tuple[Tensor, ...], bool]:
+    """The six pointers a kernel reads W through, packed codes to maps, and whether its maxima are quantized."""
+    device = packed.device
+    tables = (pair_table(device), nf4.dynamic_map(device))
+    if nested_absmax is None or offset is None:  # the unused pointers still need some tensor of the device
+        return (packed.contiguous(), absmax.contiguous(), absmax, absmax, *tables), False
+    return (packed.contiguous(), absmax.contiguous(), nested_absmax.contiguous(), offset, *tables), True
+
+
 def quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """`nf4_quantize`; the codes of a block that holds NaN are unspecified. Blocks over 4096: the reference."""
+    """`nf4_quantize`; the codes of a block that holds NaN are unspecified. Blocks over 8192: the reference."""
     if block_size > QUANTIZE_ELEMENTS:
         return nf4.quantize_reference(weight, block_size)
-    flat = weight.reshape(-1)
+    flat = weight.reshape(-1).contiguous()  # reshape alone keeps the stride of a vector
     count = flat.numel()
     block_count = triton.cdiv(count, block_size)
     packed = torch.empty(((count + 1) // 2, 1), dtype=torch.uint8, device=weight.device)
@@ -169,8 +181,9 @@ def quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(weight):
         quantize_kernel[(triton.cdiv(block_count, blocks),)](
             packed, absmax, flat, nf4.thresholds(weight.device), count, packed.numel(), block_count,
-            nf4.SMALLEST_ABSMAX, BLOCK_SIZE=block_size, BLOCK_WIDTH=width, BLOCKS=blocks,
-            PARTIAL=count % block_size != 0, ZERO_CODE=nf4.ZERO_CODE, num_warps=QUANTIZE_WARPS, **EXACT,
+            BLOCK_SIZE=block_size, BLOCK_WIDTH=width, BLOCKS=blocks,
+            PARTIAL=count % block_size != 0, SMALLEST=nf4.SMALLEST_ABSMAX,
+            ZERO_CODE=nf4.ZERO_CODE, num_warps=QUANTIZE_WARPS, **EXACT,
         )  # fmt: skip
     return packed, absmax
 
@@ -188,12 +201,10 @@ def dequantize(
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     count = out.numel()
     row = row_elements(block_size)
-    nested = absmax.dtype == torch.uint8
+    pointers, nested = weight_arguments(packed, absmax, nested_absmax, offset)
     with torch.cuda.device_of(packed):
         dequantize_kernel[(triton.cdiv(count, row * DEQUANTIZE_ROWS),)](
-            out, packed.contiguous(), absmax.contiguous(), nested_absmax if nested else absmax,
-            offset if nested else absmax, pair_table(packed.device), nf4.dynamic_map(packed.device),
-            count, (count + 1) // 2, absmax.numel(), ROW=row, ROWS_PER_BLOCK=block_size // row,
+            out, *pointers, count, (count + 1) // 2, absmax.numel(), ROW=row, ROWS_PER_BLOCK=block_size // row,
             ROWS=DEQUANTIZE_ROWS, NESTED=nested, num_warps=DEQUANTIZE_WARPS, **EXACT,
         )  # fmt: skip
     return out

@@ -1,0 +1,1 @@
+"""From files to batches: records (rows of instruction data), templates (prompts), examples (ids and labels)."""

@@ -1,0 +1,153 @@
+"""Token ids and labels of training rows, and their batches: alpaca-lora's semantics, padded on the right."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jindo_core.data.records import Record
+from jindo_core.data.templates import Template
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from jindo_core.tokenizer import Tokenizer
+
+IGNORE = -100
+"""The label of a token that the loss passes over."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids and, of the same length, their labels: the id itself, or -100."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def encode_example(
+    tokenizer: Tokenizer, template: Template, record: Record, *, cutoff_len: int, train_on_inputs: bool
+) -> Example:
+    """A row as ids and labels.
+
+    Prompt and answer are tokenized as one text (BOS where the tokenizer adds one) and cut on the right at
+    `cutoff_len`; EOS follows where it still fits. Unless `train_on_inputs`, as many labels as the prompt alone
+    has tokens are -100. Source: alpaca-lora's finetune.py, generate_and_tokenize_prompt.
+    """
+    return _encode(tokenizer, template, record, cutoff_len, train_on_inputs)[0]
+
+
+def encode_all(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    cutoff_len: int,
+    train_on_inputs: bool,
+) -> tuple[list[Example], list[str]]:
+    """Encode rows; those with nothing to learn (the prompt fills `cutoff_len`) are left out.
+
+    Returns:
+        The examples, in the rows' order, and a warning each for rows left out and for answers cut short.
+    """
+    examples, empty, cut = [], [], []
+    for record in records:
+        example, was_cut = _encode(tokenizer, template, record, cutoff_len, train_on_inputs)
+        if all(label == IGNORE for label in example.labels[1:]):  # the first has nothing before it
+            empty.append(record.row)
+            continue
+        examples.append(example)
+        if was_cut:
+            cut.append(record.row)
+    warnings = []
+    if empty:
+        warnings.append(
+            f"{_rows(empty)} of {len(records)} left out: the prompt alone fills cutoff_len {cutoff_len}; raise it"
+        )
+    if cut:
+        warnings.append(
+            f"{_rows(cut)} of {len(records)} cut at cutoff_len {cutoff_len}: their end and EOS are not learned"
+        )
+    return examples, warnings
+
+
+def collate(examples: Sequence[Example], pad_id: int, *, multiple_of: int = 8) -> dict[str, Tensor]:
+    """Pad examples on the right to one length, a multiple of `multiple_of`.
+
+    Returns:
+        int64 [B, T] each: `input_ids` (padded with pad_id), `labels` (with -100), `attention_mask` (1 on the
+        example's own tokens, by its length: pad_id may well be a token that it holds).
+    Raises:
+        ValueError: no examples.
+    """
+    import torch
+
+    longest = max(len(example.input_ids) for example in examples)
+    shape = (len(examples), -(-longest // multiple_of) * multiple_of)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE, dtype=torch.int64)
+    mask = torch.zeros(shape, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        input_ids[row, :length] = torch.tensor(example.input_ids, dtype=torch.int64)
+        labels[row, :length] = torch.tensor(example.labels, dtype=torch.int64)
+        mask[row, :length] = 1
+    return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+
+
+def epoch_batches(
+    lengths: Sequence[int], batch_size: int, *, group_by_length: bool, seed: int, epoch: int
+) -> list[list[int]]:
+    """The batches of an epoch: every index of `lengths` once, shuffled by `seed` and `epoch` alone.
+
+    The batch that takes the most memory comes first, so that running out of it shows at once.
+
+    Args:
+        lengths: tokens of each example.
+        group_by_length: fill batches with examples of like length. As transformers does, groups of up to 50
+            batches are sorted; unlike there, the batches are then shuffled, or else the loss would follow the
+            falling lengths of each group.
+    """
+    chance = random.Random(f"{seed}/{epoch}")
+    order = list(range(len(lengths)))
+    chance.shuffle(order)
+    if group_by_length:
+        # At least four groups where there are rows enough: one sorted group would be the same every epoch.
+        group = batch_size * max(min(len(order) // (batch_size * 4), 50), 1)
+        order = [
+            index
+            for start in range(0, len(order), group)
+            for index in sorted(order[start : start + group], key=lambda i: -lengths[i])
+        ]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if group_by_length:
+        chance.shuffle(batches)
+    if batches:
+        costs = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
+        batches.insert(0, batches.pop(costs.index(max(costs))))
+    return batches
+
+
+def _encode(
+    tokenizer: Tokenizer, template: Template, record: Record, cutoff_len: int, train_on_inputs: bool
+) -> tuple[Example, bool]:
+    """The example, and whether its text was cut."""
+    prompt = template.prompt(record.instruction, record.input)
+    whole = tokenizer.encode(prompt + record.output)
+    ids = whole[:cutoff_len]
+    eos = tokenizer.eos_id
+    if eos is not None and len(ids) < cutoff_len and (not ids or ids[-1] != eos):
+        ids.append(eos)
+    labels = list(ids)
+    if not train_on_inputs:
+        masked = min(len(tokenizer.encode(prompt)), cutoff_len, len(ids))
+        labels[:masked] = [IGNORE] * masked
+    return Example(ids, labels), len(whole) > cutoff_len
+
+
+def _rows(rows: Sequence[int]) -> str:
+    """ "3 rows (4, 7, 9)", at most five of them named."""
+    named = ", ".join(str(row) for row in rows[:5]) + (", …" if len(rows) > 5 else "")
+    return f"{len(rows)} {'row' if len(rows) == 1 else 'rows'} ({named})"

@@ -1,0 +1,209 @@
+"""Ids and labels against alpaca-lora's own steps on transformers; batches by their properties."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from jindo_core.data.examples import Example, collate, encode_all, encode_example, epoch_batches
+from jindo_core.data.records import Record, bundled_path, read_records
+from jindo_core.data.templates import load_template
+from jindo_core.tokenizer import load_tokenizer
+
+CUTOFFS = [1, 2, 7, 16, 40, 256]
+
+
+def alpaca_lora(tokenize, eos, template, record, cutoff_len, train_on_inputs):
+    """What its training script does with a row; `tokenize` gives ids as its tokenizer call does."""
+    full = template.prompt(record.instruction, record.input) + record.output
+    ids = tokenize(full, cutoff_len)
+    if ids[-1] != eos and len(ids) < cutoff_len:
+        ids = [*ids, eos]
+    labels = list(ids)
+    if not train_on_inputs:
+        prompt = len(tokenize(template.prompt(record.instruction, record.input), cutoff_len))
+        labels = [-100] * prompt + labels[prompt:]
+    return ids, labels
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf):
+    return load_tokenizer(smollm2_gguf)
+
+
+@pytest.fixture(scope="module")
+def smollm2_calls(smollm2_gguf):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(smollm2_gguf.parent), gguf_file=smollm2_gguf.name)
+
+    def tokenize(text, cutoff_len):
+        return tokenizer(text, truncation=True, max_length=cutoff_len, padding=False).input_ids
+
+    return tokenize
+
+
+@pytest.fixture(scope="module")
+def llama(stories15m):
+    return load_tokenizer(stories15m)
+
+
+@pytest.fixture(scope="module")
+def llama_calls(stories15m):
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(stories15m / "tokenizer.model"))
+    return lambda text, cutoff_len: [1, *processor.encode(text)][:cutoff_len]
+
+
+@pytest.fixture(scope="module")
+def rows(assets):
+    real = read_records(assets / "data/ko/ko_sharegpt_deepl_translate_cleaned_v2.json")
+    odd = [Record("질문", "", "", 1), Record("", "", "", 2), Record("{input}", "{instruction}", "x", 3)]
+    return odd + read_records(bundled_path())[:25] + real[:10]
+
+
+@pytest.mark.parametrize("train_on_inputs", [True, False])
+@pytest.mark.parametrize("name", ["alpaca", "alpaca_legacy", "korean_short"])
+@pytest.mark.parametrize("kind", ["smollm2", "llama"])
+def test_rows_are_alpaca_loras(kind, name, train_on_inputs, rows, request):
+    tokenizer = request.getfixturevalue(kind)
+    calls = request.getfixturevalue(kind + "_calls")
+    template = load_template(name)
+    for record in rows:
+        for cutoff in CUTOFFS:
+            expected = alpaca_lora(calls, tokenizer.eos_id, template, record, cutoff, train_on_inputs)
+            example = encode_example(tokenizer, template, record, cutoff_len=cutoff, train_on_inputs=train_on_inputs)
+            assert (example.input_ids, example.labels) == expected
+            assert len(example.labels) == len(example.input_ids) <= cutoff
+
+
+def test_eos_is_supervised_where_it_fits_and_never_twice(smollm2):
+    template = load_template("korean_short")
+    record = Record("수도는?", "", "서울", 1)
+    whole = encode_example(smollm2, template, record, cutoff_len=256, train_on_inputs=False)
+    length = len(whole.input_ids)
+    assert whole.input_ids[-1] == whole.labels[-1] == smollm2.eos_id
+    assert smollm2.decode([i for i in whole.labels if i != -100]) == "서울"
+    cut = encode_example(smollm2, template, record, cutoff_len=length - 1, train_on_inputs=False)
+    assert cut.input_ids == whole.input_ids[:-1]
+    told = Record("수도는?", "", "서울<|im_end|>", 1)
+    assert encode_example(smollm2, template, told, cutoff_len=256, train_on_inputs=False) == whole
+
+
+def test_a_tokenizer_without_eos(smollm2, monkeypatch):
+    monkeypatch.setattr(smollm2, "eos_id", None)
+    record = Record("a", "", "b", 1)
+    example = encode_example(smollm2, load_template("korean_short"), record, cutoff_len=9, train_on_inputs=True)
+    assert example.input_ids == smollm2.encode("a\n→b")
+
+
+def test_korean_short_is_two_tokens_a_prompt(smollm2):
+    """And its end never melts into the answer, so that the model is asked as it was taught."""
+    template = load_template("korean_short")
+    for record in read_records(bundled_path()):
+        prompt = smollm2.encode(template.prompt(record.instruction, record.input))
+        whole = smollm2.encode(template.prompt(record.instruction, record.input) + record.output)
+        assert whole[: len(prompt)] == prompt
+        if not record.input:
+            assert len(prompt) == len(smollm2.encode(record.instruction)) + 2
+
+
+def test_rows_with_nothing_to_learn_are_left_out(smollm2):
+    template = load_template("korean_short")
+    records = [
+        Record("짧다", "", "네", 4),
+        Record("아주 긴 질문입니다 " * 9, "", "네", 5),
+        Record("a", "", "긴 답 " * 20, 6),
+    ]
+    examples, warnings = encode_all(records, smollm2, template, cutoff_len=24, train_on_inputs=False)
+    assert len(examples) == 2
+    assert all(any(label != -100 for label in example.labels[1:]) for example in examples)
+    assert len(warnings) == 2
+    assert warnings[0].startswith("1 row (5) of 3 left out: the prompt alone fills cutoff_len 24")
+    assert warnings[1].startswith("1 row (6) of 3 cut at cutoff_len 24")
+    examples, warnings = encode_all(records, smollm2, template, cutoff_len=1, train_on_inputs=True)
+    assert examples == []  # one token predicts nothing
+    assert warnings[0].startswith("3 rows (4, 5, 6) of 3 left out")
+
+
+def test_warnings_stay_short(smollm2):
+    records = [Record("질문", "", "답", row) for row in range(1, 10)]
+    _, warnings = encode_all(records, smollm2, load_template("alpaca"), cutoff_len=8, train_on_inputs=False)
+    assert warnings[0].startswith("9 rows (1, 2, 3, 4, 5, …) of 9 left out")
+    assert encode_all([], smollm2, load_template("alpaca"), cutoff_len=8, train_on_inputs=False) == ([], [])
+
+
+# --- collate --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(8, 16), (1, 9), (3, 9)])
+def test_collate_pads_on_the_right_by_length(multiple, width):
+    # The first holds the pad id itself: padding is known by length, never by value.
+    examples = [Example([2, 5, 2], [-100, 5, 2]), Example(list(range(10, 19)), list(range(10, 19)))]
+    batch = collate(examples, 2, multiple_of=multiple)
+    assert batch.keys() == {"input_ids", "labels", "attention_mask"}
+    for tensor in batch.values():
+        assert tensor.dtype == torch.int64
+        assert tensor.shape == (2, width)
+    for row, example in enumerate(examples):
+        n = len(example.input_ids)
+        assert batch["input_ids"][row].tolist() == example.input_ids + [2] * (width - n)
+        assert batch["labels"][row].tolist() == example.labels + [-100] * (width - n)
+        assert batch["attention_mask"][row].tolist() == [1] * n + [0] * (width - n)
+
+
+# --- epoch_batches --------------------------------------------------------------------------------------
+
+
+LENGTHS = random.Random(0).choices(range(5, 200), k=403)
+
+
+def padded(batches, lengths):
+    return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+
+@pytest.mark.parametrize("group", [True, False])
+@pytest.mark.parametrize(("count", "size"), [(403, 8), (403, 1), (7, 8), (1, 4), (8, 8), (0, 3), (33, 32)])
+def test_every_index_once_and_the_costliest_first(group, count, size):
+    lengths = LENGTHS[:count]
+    batches = epoch_batches(lengths, size, group_by_length=group, seed=42, epoch=0)
+    assert sorted(i for batch in batches for i in batch) == list(range(count))
+    assert len(batches) == -(-count // size)
+    assert sorted(map(len, batches), reverse=True)[: count // size] == [size] * (count // size)
+    if batches:
+        costs = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
+        assert costs[0] == max(costs)
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_order_depends_on_seed_and_epoch_alone(group):
+    def order(seed, epoch):
+        return epoch_batches(LENGTHS, 8, group_by_length=group, seed=seed, epoch=epoch)
+
+    assert order(42, 0) == order(42, 0)
+    distinct = [order(42, 0), order(42, 1), order(43, 0), order(43, 1)]
+    assert all(a != b for n, a in enumerate(distinct) for b in distinct[:n])
+    # Other batches too, not the same ones in another order.
+    assert {frozenset(b) for b in distinct[0]} != {frozenset(b) for b in distinct[1]}
+
+
+def test_grouping_saves_padding_as_transformers_does():
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    plain = epoch_batches(LENGTHS, 8, group_by_length=False, seed=42, epoch=0)
+    grouped = epoch_batches(LENGTHS, 8, group_by_length=True, seed=42, epoch=0)
+    theirs = get_length_grouped_indices(LENGTHS, 8, generator=torch.Generator().manual_seed(42))
+    theirs = [theirs[start : start + 8] for start in range(0, len(theirs), 8)]
+    assert padded(grouped, LENGTHS) < 0.75 * padded(plain, LENGTHS)
+    assert padded(grouped, LENGTHS) == pytest.approx(padded(theirs, LENGTHS), rel=0.05)
+
+
+def test_the_order_does_not_follow_the_lengths():
+    grouped = epoch_batches(LENGTHS, 8, group_by_length=True, seed=42, epoch=0)
+    longest = [max(LENGTHS[i] for i in batch) for batch in grouped[1:]]
+    falls = sum(a > b for a, b in itertools.pairwise(longest))
+    assert 0.3 < falls / (len(longest) - 1) < 0.7

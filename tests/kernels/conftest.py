@@ -1,0 +1,76 @@
+"""What all operator tests share: the tolerance table, and weights made to be awkward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+# Largest error allowed against an fp64 oracle on the same inputs, relative to the oracle's largest magnitude.
+# The one table for every operator, implementation and machine. 0: bit-exact. Measured errors are 2 to 5 times
+# (fp64: more) smaller: an fp16 or bf16 product is rounded once or twice (2^-11, 2^-8) after an fp32 accumulation.
+TOLERANCES = {
+    "nf4_quantize": {torch.float64: 0, torch.float32: 0, torch.float16: 0, torch.bfloat16: 0},
+    "nf4_dequantize": {torch.float64: 0, torch.float32: 0, torch.float16: 0, torch.bfloat16: 0},
+    "lora_matmul": {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2},
+    "linear_cross_entropy": {
+        torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def close():
+    """close(operator, actual, expected, dtype=None): assert within the table's tolerance of an fp64 oracle."""
+
+    def check(operator, actual, expected, dtype=None):
+        allowed = TOLERANCES[operator][dtype or actual.dtype]
+        assert actual.shape == expected.shape
+        if allowed == 0:
+            assert torch.equal(actual, expected)
+            return
+        error = (actual.double() - expected.double()).abs().max().item()
+        bound = allowed * expected.abs().max().item()
+        assert error <= bound, f"{operator} {dtype or actual.dtype}: error {error:.3g}, allowed {bound:.3g}"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def make_weight():
+    """make_weight(shape, dtype, seed=0): normal values with an outlier, a zero block and a nearly zero one."""
+
+    def make(shape, dtype=torch.float32, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.02
+        flat = weight.view(-1)
+        flat[flat.numel() // 3] = 1.5
+        if flat.numel() > 256:
+            flat[64:128] = 0.0
+            flat[128:192] *= 1e-33
+        return weight.to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def nan_in_fresh_memory():
+    """torch.empty gives NaN (integers: the largest value), so that what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.isnan(torch.empty(3)).all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def walled():
+    """walled(tensor): the same values between two walls of NaN (integers: the largest value), contiguous."""
+
+    def wall(tensor):
+        worst = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+        count = tensor.numel()
+        buffer = torch.full((count + 2048,), worst, dtype=tensor.dtype)
+        buffer[1024 : 1024 + count] = tensor.detach().reshape(-1)
+        return buffer[1024 : 1024 + count].view(tensor.shape)
+
+    return wall

@@ -1,0 +1,194 @@
+"""Linear + cross entropy in chunks: torch's cross_entropy on the whole logits is the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from jindo_core.kernels import linear_cross_entropy as module
+from jindo_core.kernels.linear_cross_entropy import chunk_rows, linear_cross_entropy
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def make_case(m, h, v, dtype, ignored=3):
+    generator = torch.Generator().manual_seed(m + v)
+    hidden = torch.randn(m, h, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = (torch.randn(v, h, generator=generator, dtype=torch.float64) / h**0.5).to(dtype).requires_grad_()
+    labels = torch.randint(0, v, (m,), generator=generator)
+    labels[torch.randperm(m, generator=generator)[:ignored]] = -100
+    return hidden, weight, labels
+
+
+def oracle(hidden, weight, labels, count=None):
+    leaves = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    loss = F.cross_entropy(leaves[0] @ leaves[1].T, labels, reduction="mean" if count is None else "sum")
+    return (loss if count is None else loss / count), leaves
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 4 rows at a vocabulary of 50."""
+    monkeypatch.setattr(module, "_CHUNK_LOGITS", 200)
+
+
+@pytest.mark.parametrize("rows", [7, 11, 12, 15])  # 4, 8, 9 and 12 counted: below, on and past a chunk's end
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("small_chunks")
+def test_values_and_gradients(rows, dtype, close):
+    hidden, weight, labels = make_case(rows, 24, 50, dtype)
+    loss = linear_cross_entropy(hidden, weight, labels)
+    expected, leaves = oracle(hidden, weight, labels)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    close("linear_cross_entropy", loss, expected, dtype)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    for grad, wanted in zip(grads, torch.autograd.grad(expected, leaves), strict=True):
+        assert grad.dtype == dtype
+        close("linear_cross_entropy", grad, wanted)
+    assert torch.all(grads[0][labels == -100] == 0)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_gradcheck():
+    hidden, weight, labels = make_case(9, 5, 50, torch.float64)
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels), (hidden, weight))
+
+
+def test_a_given_count_divides(close):
+    hidden, weight, labels = make_case(8, 16, 30, torch.float32)
+    for count in (20, torch.tensor(20.0)):
+        loss = linear_cross_entropy(hidden, weight, labels, count=count)
+        expected, leaves = oracle(hidden, weight, labels, 20)
+        close("linear_cross_entropy", loss, expected)
+        (grad,) = torch.autograd.grad(loss * 3, hidden)
+        close("linear_cross_entropy", grad, 3 * torch.autograd.grad(expected, leaves[0])[0])
+
+
+def test_micro_batches_with_one_count_add_up_to_the_whole_batch(close):
+    hidden, weight, labels = make_case(12, 16, 30, torch.float64, ignored=5)
+    count = (labels != -100).sum()
+    whole = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), weight)[0]
+    parts = [
+        torch.autograd.grad(linear_cross_entropy(hidden[s], weight, labels[s], count=count), weight)[0]
+        for s in (slice(0, 3), slice(3, 12))
+    ]
+    close("linear_cross_entropy", sum(parts), whole)
+
+
+@pytest.mark.parametrize("rows", [4, 0])
+def test_no_label_that_counts_is_nan_as_in_torch(rows):
+    hidden, weight, labels = make_case(rows, 8, 10, torch.float32, ignored=rows)
+    assert torch.isnan(linear_cross_entropy(hidden, weight, labels))
+    assert torch.isnan(F.cross_entropy(hidden @ weight.T, labels))
+    loss = linear_cross_entropy(hidden, weight, labels, count=4)
+    assert loss == 0
+    assert torch.all(torch.autograd.grad(loss, hidden)[0] == 0)
+
+
+def test_another_ignore_index():
+    hidden, weight, labels = make_case(6, 8, 10, torch.float32, ignored=0)
+    labels[2] = 7
+    ours = linear_cross_entropy(hidden, weight, labels, ignore_index=7)
+    torch.testing.assert_close(ours, F.cross_entropy(hidden @ weight.T, labels, ignore_index=7))
+
+
+def test_large_logits_stay_finite():
+    hidden = torch.full((2, 4), 300.0)
+    weight = torch.tensor([[1.0] * 4, [-1.0] * 4])
+    assert linear_cross_entropy(hidden, weight, torch.tensor([0, 0])) == 0
+    assert linear_cross_entropy(hidden, weight, torch.tensor([1, 1])) == 2400
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+def test_gradients_only_where_asked_for(needs):
+    hidden, weight, labels = make_case(6, 8, 10, torch.float32)
+    full = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), (hidden, weight))
+    tensors = [t.detach().requires_grad_(need) for t, need in zip((hidden, weight), needs, strict=True)]
+    loss = linear_cross_entropy(*tensors, labels)
+    assert loss.requires_grad == any(needs)
+    for tensor, need, wanted in zip(tensors, needs, full, strict=True):
+        if need:
+            assert torch.equal(torch.autograd.grad(loss, tensor)[0], wanted)
+
+
+def test_no_gradient_is_made_under_no_grad(monkeypatch):
+    asked = []
+
+    def spy(*args):
+        asked.append(args[-2:])
+        return module.forward_reference(*args)
+
+    monkeypatch.setattr(module.dispatch, "implementation", lambda *_, **__: spy)
+    hidden, weight, labels = make_case(6, 8, 10, torch.float32)
+    with torch.no_grad():
+        linear_cross_entropy(hidden, weight, labels)
+    assert asked == [(False, False)]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements that any operator's output has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_the_logits_are_never_whole():
+    hidden, weight, labels = make_case(40, 8, 50, torch.float32, ignored=0)
+    with LargestTensor() as whole:
+        F.cross_entropy(hidden @ weight.T, labels)
+    assert whole.elements == 40 * 50
+    with LargestTensor() as chunked:
+        module.forward_reference(hidden.detach(), weight.detach(), labels, -100, True, True)
+    assert chunked.elements == max(chunk_rows(50) * 50, weight.numel())
+
+
+def test_workspace_bounds_a_chunk():
+    v = 49152
+    assert chunk_rows(v) * v <= 1 << 24
+    assert module.workspace_bytes(10**9, v, torch.bfloat16) <= 8 << 24
+    assert module.workspace_bytes(2, v, torch.bfloat16) == 2 * v * 8
+    assert chunk_rows(1 << 30) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    hidden, weight, labels = make_case(6, 8, 10, dtype)
+    op = torch.ops.jindo.linear_cross_entropy
+    opcheck(op, (hidden, weight, labels, -100, True, True))
+    opcheck(op, (hidden, weight.detach(), labels, -100, True, False))
+    opcheck(op, (hidden.detach(), weight.detach(), labels, -100, False, False))
+
+
+def test_compiles_into_one_graph_and_trains():
+    hidden, weight, labels = make_case(9, 16, 20, torch.float32)
+
+    def loss(hidden, weight):
+        return linear_cross_entropy(torch.tanh(hidden), weight, labels) * 2
+
+    expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for grad, wanted in zip(torch.autograd.grad(compiled(hidden, weight), (hidden, weight)), expected, strict=True):
+        torch.testing.assert_close(grad, wanted)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight", "labels", "message"),
+    [
+        ((4, 8), (10, 9), (4,), r"hidden \(4, 8\) and weight \(10, 9\)"),
+        ((2, 4, 8), (10, 8), (4,), r"expected \[M, H\]"),
+        ((4, 8), (10, 8), (3,), r"labels \(3,\), expected \[4\]"),
+    ],
+)
+def test_refuses(hidden, weight, labels, message):
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(torch.zeros(hidden), torch.zeros(weight), torch.zeros(labels, dtype=torch.long))
