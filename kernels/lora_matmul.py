@@ -81,10 +81,10 @@ def workspace_bytes(rows: int, in_features: int, out_features: int, dtype: torch
 
 
 # --- dropout --------------------------------------------------------------------------------------------
-# A counter-based mask: element i (row-major, modulo 2^32) is kept when mix(i * GOLDEN + seed) >> 8, a 24-bit
-# number, is at least p * 2^24. mix is MurmurHash3's 32-bit finalizer (Appleby 2011). Any backend computes it
-# in registers, and every backend the same. Torch has no uint32 arithmetic: int32 wraps, and a mask after the
-# shift makes it logical.
+# A counter-based mask: element i (row-major, modulo 2^32) is kept when mix(i * GOLDEN + seed), read as a signed
+# 32-bit number, is at least p * 2^32 - 2^31. mix is MurmurHash3's 32-bit finalizer (Appleby 2011) without its last
+# shift, which only stirs low bits that the comparison hardly sees. Any backend computes it in registers, and every
+# backend the same. Torch has no uint32 arithmetic: int32 wraps, and a mask after the shift makes it logical.
 
 GOLDEN = 0x9E3779B1
 MIX_1 = 0x85EBCA6B
@@ -96,25 +96,33 @@ def _signed(constant: int) -> int:
 
 
 def drop_threshold(dropout: float) -> int:
-    """The 24-bit number below which an element is dropped."""
-    return int(dropout * (1 << 24))
+    """The signed 32-bit number below which an element is dropped."""
+    return int(dropout * (1 << 32)) - (1 << 31)
 
 
 def keep_mask(shape: torch.Size, dropout: float, seed: Tensor) -> Tensor:
     """bool tensor of `shape`: True where an element survives dropout of probability `dropout`."""
-    h = torch.arange(shape.numel(), dtype=torch.int64, device=seed.device).to(torch.int32)
+    count = shape.numel()
+    if count < 1 << 31:
+        h = torch.arange(count, dtype=torch.int32, device=seed.device)
+    else:
+        h = torch.arange(count, dtype=torch.int64, device=seed.device).to(torch.int32)
     h.mul_(_signed(GOLDEN)).add_(seed)
     h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF)).mul_(_signed(MIX_1))
     h.bitwise_xor_((h >> 13).bitwise_and_(0x7FFFF)).mul_(_signed(MIX_2))
-    h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF))
-    return ((h >> 8).bitwise_and_(0xFFFFFF) >= drop_threshold(dropout)).view(shape)
+    return (h >= drop_threshold(dropout)).view(shape)
+
+
+def growth(dropout: float) -> float:
+    """1/(1-p), which keeps the mean of D(x) that of x."""
+    return 1.0 / (1.0 - dropout)
 
 
 def drop(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """D(x): x where kept, times 1/(1-p); x itself when p = 0."""
     if dropout == 0.0 or seed is None:
         return x
-    return x * keep_mask(x.shape, dropout, seed) * (1.0 / (1.0 - dropout))
+    return x * keep_mask(x.shape, dropout, seed) * growth(dropout)
 
 
 # --- reference ------------------------------------------------------------------------------------------
@@ -141,7 +149,12 @@ def forward_reference(
     y = flat @ weight.t()
     if lora_A is None or lora_B is None:
         return y.view(*x.shape[:-1], out_features), x.new_empty(flat.shape[0], 0)
-    down = drop(flat, dropout, seed) @ lora_A.to(x.dtype).t()
+    if dropout > 0 and seed is not None:
+        # The growth goes onto the r columns of the product, not onto the K of x.
+        kept = flat.masked_fill(~keep_mask(flat.shape, dropout, seed), 0)
+        down = (kept @ lora_A.to(x.dtype).t()).mul_(growth(dropout))
+    else:
+        down = flat @ lora_A.to(x.dtype).t()
     y.addmm_(down, lora_B.to(x.dtype).t(), alpha=scale)
     return y.view(*x.shape[:-1], out_features), down
 
@@ -166,12 +179,19 @@ def backward_reference(
     """Returns dX, dA, dB; an empty tensor stands for what was not asked for."""
     flat = dy.reshape(-1, dy.shape[-1])
     dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
+    masked = lora_A is not None and dropout > 0 and seed is not None
+    dropped = None  # True where an element of x was dropped
+    if masked:
+        assert seed is not None
+        dropped = ~keep_mask(torch.Size((flat.shape[0], in_features)), dropout, seed)
+    grown = scale * growth(dropout) if masked else scale
     through_b = None
     if lora_A is not None and lora_B is not None:
         through_b = flat @ lora_B.to(dy.dtype)
         if x is not None and down is not None:
-            dropped = drop(x.reshape(-1, in_features), dropout, seed)
-            dA = (through_b.t() @ dropped).to(lora_A.dtype).mul_(scale)
+            seen = x.reshape(-1, in_features)
+            seen = seen if dropped is None else seen.masked_fill(dropped, 0)
+            dA = (through_b.t() @ seen).to(lora_A.dtype).mul_(grown)
             dB = (flat.t() @ down).to(lora_B.dtype).mul_(scale)
     if need_dx:
         shape = (dy.shape[-1], in_features)
@@ -179,8 +199,8 @@ def backward_reference(
             packed, absmax, nested_absmax, offset, shape, dtype=dy.dtype, block_size=block_size
         )
         if through_b is not None and lora_A is not None:
-            if dropout > 0 and seed is not None:
-                dx.add_(drop(through_b @ lora_A.to(dy.dtype), dropout, seed), alpha=scale)
+            if dropped is not None:
+                dx.add_((through_b @ lora_A.to(dy.dtype)).masked_fill_(dropped, 0), alpha=grown)
             else:
                 dx.addmm_(through_b, lora_A.to(dy.dtype), alpha=scale)
         dx = dx.view(*dy.shape[:-1], in_features)

@@ -64,7 +64,7 @@ def keep(m, k, K, seed_ptr, threshold, GOLDEN: tl.constexpr, MIX_1: tl.constexpr
     h = h * tl.full((1, 1), GOLDEN, tl.uint32) + tl.load(seed_ptr).to(tl.uint32)
     h = (h ^ (h >> 16)) * tl.full((1, 1), MIX_1, tl.uint32)
     h = (h ^ (h >> 13)) * tl.full((1, 1), MIX_2, tl.uint32)
-    return ((h ^ (h >> 16)) >> 8).to(tl.int32) >= threshold
+    return h.to(tl.int32, bitcast=True) >= threshold
 
 
 @triton.jit

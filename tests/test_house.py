@@ -19,8 +19,8 @@ ENGINE_ROWS = [
     {"nf4"},
     {"lora"},
     {"model"},
-    {"embedded", "hub", "checkpoint", "loader", "tokenizer", "adapters", "data", "optim", "memory", "generation"},
-    {"run_record", "evaluate", "progress"},
+    {"embedded", "hub", "checkpoint", "loader", "tokenizer", "adapters", "data", "optim", "memory", "generation", "run_record"},
+    {"evaluate", "progress"},
     {"train"},
 ]
 NEVER_THE_MODEL = {"data", "optim", "tokenizer", "config", "errors"}
