@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from jindo_core.errors import InputError
-from jindo_core.lora import LoraLinear, adapted_layers, attach_lora
 from jindo_core.loader import load_model
+from jindo_core.lora import LoraLinear, adapted_layers, attach_lora
 from jindo_core.nf4 import NF4Linear
 
 

@@ -1,0 +1,231 @@
+"""The training loop on real weights: gradients as transformers + peft, a falling loss, and what must stop it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from jindo_core import train as training
+from jindo_core.config import resolve_train_config
+from jindo_core.data.examples import Example
+from jindo_core.errors import InputError, TrainingError
+from jindo_core.loader import load_model
+from jindo_core.lora import adapted_layers, attach_lora
+from jindo_core.nf4 import NF4Linear
+from jindo_core.run_record import read_run
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """60 alpaca rows whose answers can be learnt."""
+    animals = ("cat", "dog", "bird", "fish")
+    data = [
+        {"instruction": f"Name the animal {i}.", "input": "", "output": f"It is a little {animals[i % 4]} named Lily."}
+        for i in range(60)
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def settings(model, rows, out, **changes):
+    given = {
+        "base_model": str(model), "data_path": str(rows), "output_dir": str(out), "batch_size": 8,
+        "micro_batch_size": 4, "num_epochs": 2, "learning_rate": 1e-2, "cutoff_len": 96, "val_set_size": 8,
+        "train_on_inputs": False, "prompt_template_name": "alpaca_short", "device": "cpu", "dtype": "fp32",
+    }  # fmt: skip
+    return resolve_train_config(given | changes)
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_gradients_equal_transformers_and_peft(stories15m):
+    """Loss and the gradients of every A and B, on the dequantized weights."""
+    torch.manual_seed(0)
+    ours = attach_lora(load_model(stories15m, dtype="fp32", device="cpu"), r=4, alpha=8, target_modules="all-linear")
+    theirs = AutoModelForCausalLM.from_pretrained(stories15m, dtype=torch.float32)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets)).train()
+    for path, layer in adapted_layers(ours):
+        nn.init.normal_(layer.lora_B, std=0.05)
+        their = theirs.base_model.model.get_submodule(path)
+        assert isinstance(layer.base, NF4Linear)
+        with torch.no_grad():
+            their.base_layer.weight.copy_(layer.base.nf4.dequantize(torch.float32))
+            their.lora_A["default"].weight.copy_(layer.lora_A)
+            their.lora_B["default"].weight.copy_(layer.lora_B)
+    ids = torch.randint(0, 32000, (2, 40))
+    labels = ids.clone()
+    labels[:, :15] = -100
+    got, expected = ours.train()(ids, labels=labels).loss, theirs(ids, labels=labels).loss
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    got.backward()
+    expected.backward()
+    for path, layer in adapted_layers(ours):
+        their = theirs.base_model.model.get_submodule(path)
+        for mine, peer in ((layer.lora_A, their.lora_A), (layer.lora_B, their.lora_B)):
+            torch.testing.assert_close(
+                mine.grad, peer["default"].weight.grad, rtol=1e-3, atol=1e-5, msg=lambda m, p=path: f"{p}: {m}"
+            )
+
+
+def test_a_run_learns_saves_and_says_so(stories15m, rows, tmp_path, capsys):
+    out = tmp_path / "out"
+    result = training.train(*settings(stories15m, rows, out, group_by_length=True))
+    assert result.loss_after < result.loss_before - 1.0
+    assert result.steps == 14  # 52 rows in micro-batches of 4, two a step: 7 steps an epoch
+    files = {path.name for path in out.iterdir()}
+    assert files == {
+        "adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "loss.png", "jindo_run.json"
+    }  # fmt: skip
+    log = metrics(out)
+    steps = [row for row in log if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 15))
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert log[0]["eval_loss"] == result.loss_before
+    assert log[-1]["eval_loss"] == result.loss_after
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert read_run(out).prompt_template_name == "alpaca_short"
+    said = capsys.readouterr().out
+    for expected in ("Memory plan", "expected peak", "8 held-out rows", "before", "after", "Saved and read back", "Next: "):
+        assert expected in said
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stories15m), out)
+    assert theirs is not None
+
+
+def test_a_run_repeats_itself(stories260k, rows, tmp_path):
+    losses = []
+    for name in ("a", "b"):
+        training.train(*settings(stories260k, rows, tmp_path / name, num_epochs=1, lora_dropout=0.1))
+        losses.append([row["loss"] for row in metrics(tmp_path / name) if "loss" in row])
+    assert losses[0] == losses[1]
+
+
+def test_checkpointing_and_accumulation_change_nothing(stories260k, rows, tmp_path):
+    runs = {}
+    for name, changes in {
+        "plain": {"micro_batch_size": 8},
+        "checkpointed": {"micro_batch_size": 8, "gradient_checkpointing": True},
+    }.items():
+        training.train(*settings(stories260k, rows, tmp_path / name, num_epochs=1, lora_dropout=0.0, **changes))
+        runs[name] = [row["loss"] for row in metrics(tmp_path / name) if "loss" in row]
+    assert runs["plain"] == runs["checkpointed"]
+
+
+def test_every_token_weighs_the_same_however_it_is_batched(stories260k):
+    model = attach_lora(load_model(stories260k, dtype="fp32", device="cpu"), r=4)
+    for _, layer in adapted_layers(model):
+        nn.init.normal_(layer.lora_B, std=0.1)
+    generator = torch.Generator().manual_seed(0)
+    lengths = (5, 30, 12, 9)
+    examples = []
+    for n in lengths:
+        ids = torch.randint(0, 512, (n,), generator=generator).tolist()
+        examples.append(Example(ids, [-100] * (n // 2) + ids[n // 2 :]))
+
+    class Pad:
+        pad_id = 0
+
+    job = training._Job(model, Pad(), None, examples, [], None)  # type: ignore[arg-type]
+    gradients, losses = [], []
+    for batches in ([[0, 1, 2, 3]], [[0], [1], [2], [3]], [[1, 3], [0, 2]]):
+        model.zero_grad()
+        losses.append(training._accumulate(job, batches, 1))
+        gradients.append([layer.lora_B.grad.clone() for _, layer in adapted_layers(model)])
+    for other in (1, 2):
+        assert losses[other] == pytest.approx(losses[0], rel=1e-5)
+        for mine, theirs in zip(gradients[0], gradients[other], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_output_dir_of_another_run_is_refused_unless_told(stories260k, rows, tmp_path):
+    out = tmp_path / "out"
+    training.train(*settings(stories260k, rows, out, max_steps=2))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(InputError, match="holds another run: give another folder, or --overwrite_output_dir"):
+        training.train(*settings(stories260k, rows, out, max_steps=2))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    training.train(*settings(stories260k, rows, out, max_steps=3, overwrite_output_dir=True))
+    assert len([row for row in metrics(out) if "loss" in row]) == 3
+    config, _ = settings(stories260k, rows, out)
+    assert training.choose_output_dir(config, named=False) == tmp_path / "out-2"
+    (tmp_path / "file").touch()
+    config, _ = settings(stories260k, rows, tmp_path / "file")
+    with pytest.raises(InputError, match="is a file, expected a folder"):
+        training.choose_output_dir(config, named=True)
+
+
+def test_bad_input_leaves_nothing_behind(stories260k, rows, tmp_path):
+    out = tmp_path / "out"
+    empty = tmp_path / "empty.json"
+    empty.write_text("[]")
+    lacking = tmp_path / "lacking.json"
+    lacking.write_text('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]')
+    for changes, message in (
+        ({"data_path": str(empty)}, "empty|no rows"),
+        ({"data_path": str(lacking)}, "row 2"),
+        ({"data_path": str(tmp_path / "none.json")}, "does not exist"),
+        ({"base_model": str(tmp_path / "none")}, "does not exist"),
+        ({"lora_target_modules": "[Wqkv]"}, "match no linear layer"),
+        ({"cutoff_len": 16}, "no training row has a supervised token"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            training.train(*settings(stories260k, rows, out, **changes))
+        assert "\n" not in str(caught.value)
+        assert not out.exists()
+
+
+def test_notices(stories260k, rows, tmp_path, capsys):
+    """The seed's held-out size on a small file, and a cutoff beyond the model's context."""
+    training.train(*settings(
+        stories260k, rows, tmp_path / "out", max_steps=1, val_set_size=2000, cutoff_len=4096,
+        lora_target_modules="[q_proj,Wqkv]",
+    ))  # fmt: skip
+    said = capsys.readouterr().out
+    assert "cutoff_len 4096 is beyond the model's context: 512 is used" in said
+    assert "[Wqkv] match nothing" in said
+    assert "54 training rows, 6 held out" in said
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(stories260k, rows, tmp_path, monkeypatch):
+    original = training.load_model
+
+    def poisoned(*args, **options):
+        model = original(*args, **options)
+        model.model.norm.weight.data[0] = math.nan
+        return model
+
+    monkeypatch.setattr(training, "load_model", poisoned)
+    with pytest.raises(TrainingError, match="the loss at step 1 is nan: no adapter was saved"):
+        training.train(*settings(stories260k, rows, tmp_path / "out", val_set_size=0))
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_bundled_data_serves_where_none_is_named(stories260k, tmp_path, capsys):
+    config, explicit = resolve_train_config(
+        {
+            "base_model": str(stories260k), "output_dir": str(tmp_path / "out"), "max_steps": 1, "device": "cpu",
+            "batch_size": 2, "cutoff_len": 512, "lora_target_modules": "[q_proj,k_proj,v_proj,o_proj]",
+        }
+    )  # fmt: skip
+    training.train(config, explicit)
+    assert "the bundled Korean instructions are used" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_smollm2_learns_the_real_korean_set(assets, smollm2_gguf, tmp_path):
+    """987 rows of ShareGPT in Korean: real text, real dirt; the held-out loss falls."""
+    data = assets / "data" / "ko" / "ko_sharegpt_deepl_translate_cleaned_v2.json"
+    result = training.train(*settings(
+        smollm2_gguf, data, tmp_path / "out", max_steps=40, micro_batch_size=4, batch_size=4, cutoff_len=256,
+        learning_rate=2e-3, val_set_size=32, lora_target_modules="all-linear", group_by_length=True, dtype="auto",
+    ))  # fmt: skip
+    assert result.loss_after < result.loss_before - 0.2
