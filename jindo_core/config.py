@@ -40,8 +40,8 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
     "embedded": {
         "output_dir": "./lora-korean",
-        "batch_size": 8,
-        "micro_batch_size": 8,
+        "batch_size": 4,
+        "micro_batch_size": 4,
         "num_epochs": 1.0,
         "learning_rate": 2e-3,
         "lr_scheduler_type": "cosine",

@@ -94,7 +94,8 @@ class TrainingView:
 
 def _plain(text: str) -> str:
     # Square brackets are markup to rich, and a model may say them.
-    return (text.strip() or "(nothing)").replace("[", r"\[")
+    # A syllable that the token limit cut in half is left out.
+    return (text.strip().rstrip("\N{REPLACEMENT CHARACTER}") or "(nothing)").replace("[", r"\[")
 
 
 def _clock(seconds: float) -> str:

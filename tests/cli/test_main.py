@@ -68,7 +68,7 @@ def test_train_help_is_short_and_shows_both_profiles(argv, columns, monkeypatch,
     monkeypatch.setenv("COLUMNS", columns)
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert "rows to one optimizer step [128 / 8]" in out
+    assert "rows to one optimizer step [128 / 4]" in out
     assert "[q_proj,v_proj / all-linear]" in " ".join(out.split())
     assert "rank [8]" in out
     assert len(out.splitlines()) < 75

@@ -138,7 +138,7 @@ def test_a_disk_that_lies_is_found(stories260k, tmp_path, monkeypatch):
 
 def test_an_adapter_of_another_architecture_is_refused(assets, stories260k):
     model = load_model(stories260k, dtype="fp32", device="cpu")
-    with pytest.raises(InputError, match=r"base_model\.model\.\S+ fits no linear layer: the adapter is for another model"):
+    with pytest.raises(InputError, match=r"\S+ fits no linear layer: the adapter is for another model"):
         load_adapter(model, assets / "adapters" / "gpt2-r8-fan_in_fan_out")
     with pytest.raises(InputError, match=r"expected \[r, 64\]|fits no linear layer"):
         load_adapter(model, assets / "adapters" / "smollm-135m-medical-r16-qv")

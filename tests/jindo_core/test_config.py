@@ -52,7 +52,7 @@ def test_without_a_model_the_embedded_job_is_meant():
     assert config.base_model is None
     assert (config.prompt_template_name, config.lora_target_modules) == ("korean_short", ("all-linear",))
     assert (config.train_on_inputs, config.group_by_length) == (False, True)
-    assert (config.batch_size, config.micro_batch_size, config.num_epochs) == (8, 8, 1.0)
+    assert (config.batch_size, config.micro_batch_size, config.num_epochs) == (4, 4, 1.0)
     assert (config.val_set_size, config.lr_scheduler_type, config.logging_steps) == (32, "cosine", 1)
 
 

@@ -95,7 +95,7 @@ def test_a_run_learns_saves_and_says_so(stories15m, rows, tmp_path, capsys):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert read_run(out).prompt_template_name == "alpaca_short"
     said = capsys.readouterr().out
-    for expected in ("Memory plan", "expected peak", "8 held-out rows", "before", "after", "Saved and read back", "Next: "):
+    for expected in ("Memory plan", "expected peak", "8 held-out rows", "before", "after", "read back", "Next: "):
         assert expected in said
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stories15m), out)
     assert theirs is not None
