@@ -362,5 +362,6 @@ def _farewell(view: TrainingView, config: TrainConfig, result: TrainResult, prob
     view.say(f"Saved and read back: {result.output_dir}/{WEIGHTS}, {CONFIG}, {METRICS}, loss.png")
     base = [] if config.base_model is None else ["--base_model", config.base_model]
     instruction = ["--instruction", probe.instruction if len(probe.instruction) < 80 else "…"]
-    command = ["jindo-core", "generate", *base, "--lora_weights", str(result.output_dir), *instruction]
+    given = ["--input", probe.input if len(probe.input) < 80 else "…"] if probe.input else []
+    command = ["jindo-core", "generate", *base, "--lora_weights", str(result.output_dir), *instruction, *given]
     view.say("Next: " + shlex.join(command))
