@@ -39,6 +39,8 @@ def run(argv: list[str]) -> int:
 
 def _read_instruction() -> str:
     """The instruction from standard input: UTF-8, without the last line's end, not blank."""
+    if sys.stdin is None:
+        raise InputError("standard input is closed: pass --instruction TEXT or pipe one in")
     if sys.stdin.isatty():
         print("Type the instruction, then Ctrl-D:", file=sys.stderr, flush=True)
     try:

@@ -157,6 +157,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         raise InputError("the model has an adapter already: load it afresh before attaching another")
     pairs = _pair_up(read_adapter_weights(folder), model, folder)
     _check_config(config, folder)
+    _check_numbers(config, folder)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for path, (a, b) in pairs.items():
@@ -187,11 +188,18 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
         raise InputError(f"{folder / CONFIG} has bias = {config['bias']!r}, which is not supported: expected 'none'")
 
 
+def _check_numbers(config: Mapping[str, Any], folder: Path) -> None:
+    for name, default in (("lora_alpha", 8), ("lora_dropout", 0.0)):
+        if not isinstance(config.get(name, default), int | float):
+            raise InputError(f"{folder / CONFIG} has {name} = {config[name]!r}, expected a number")
+
+
 def _pair_up(
     weights: Mapping[str, Tensor], model: nn.Module, folder: Path
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """{path of a layer: (A, B)}; every tensor must fit a linear layer of the model."""
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears.pop("lm_head", None)  # it is part of the fused loss and takes no adapter
     halves: dict[str, dict[str, Tensor]] = {}
     for key, value in weights.items():
         path, _, half = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")

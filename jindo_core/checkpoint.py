@@ -43,9 +43,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that must hold an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
+        raise InputError(f"{path} is missing: copy it there from where the folder came from") from None
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}): expected a JSON file") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -60,6 +62,8 @@ class SafetensorsCheckpoint:
     """A folder in Hugging Face's layout: config.json and one model.safetensors, or an index and its shards."""
 
     def __init__(self, folder: Path) -> None:
+        if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+            raise InputError(f"{folder} is a LoRA adapter: give it as --lora_weights, and its base as --base_model")
         self.config = LlamaConfig.from_dict(read_json(folder / "config.json"))
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Any] = {}
@@ -92,7 +96,7 @@ class SafetensorsCheckpoint:
             return safe_open(file, framework="pt")
         except FileNotFoundError:
             raise InputError(f"{file} is missing: download the checkpoint again") from None
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is truncated or corrupt ({error}): download it again") from None
 
 
@@ -101,7 +105,7 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
     if (folder / SINGLE).exists():
         return {folder / SINGLE: None}
     if not (folder / INDEX).exists():
-        raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}: expected a checkpoint in safetensors")
+        raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}: expected safetensors (.bin can't be read)")
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{folder / INDEX} has no weight_map: download it again")

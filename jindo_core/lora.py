@@ -36,7 +36,7 @@ class LoraLinear(nn.Module):
             raise InputError(f"lora_r is {r}, expected 1 or more")
         if not 0.0 <= dropout < 1.0:
             raise InputError(f"lora_dropout is {dropout}, expected 0 <= p < 1")
-        self.base = base
+        self.base = base.requires_grad_(False)
         self.scale = alpha / (math.sqrt(r) if use_rslora else r)
         self.dropout = dropout
         device = base.weight.device
@@ -50,7 +50,7 @@ class LoraLinear(nn.Module):
         seed = torch.randint(2**31 - 1, (1,), dtype=torch.int32, device=x.device) if p > 0 else None
         if isinstance(self.base, NF4Linear):
             y = self.base.matmul(x, self.lora_A, self.lora_B, scale=self.scale, dropout=p, seed=seed)
-            return y if self.base.bias is None else y + self.base.bias
+            return y if self.base.bias is None else y + self.base.bias.to(y.dtype)
         down = F.linear(drop(x, p, seed), self.lora_A.to(x.dtype))
         return self.base(x) + F.linear(down, self.lora_B.to(x.dtype)) * self.scale
 
@@ -93,9 +93,11 @@ def match_targets(model: nn.Module, target_modules: Sequence[str] | str) -> list
     if next(adapted_layers(model), None) is not None:
         raise InputError("the model has an adapter already: load it afresh before attaching another")
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    # The head is part of the fused loss, which takes its weight as it is.
+    linears = [path for path in linears if path.rpartition(".")[2] != "lm_head"]
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if names == ["all-linear"]:
-        return [path for path in linears if path.rpartition(".")[2] != "lm_head"]
+        return linears
     found = {name: [path for path in linears if f".{path}".endswith(f".{name}")] for name in names}
     unmatched = [name for name, paths in found.items() if not paths]
     if len(unmatched) == len(names):

@@ -21,6 +21,12 @@ from jindo_core.kernels.linear_cross_entropy import linear_cross_entropy
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
+ROPE_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -63,17 +69,30 @@ class LlamaConfig:
         if not isinstance(groups, int) or groups < 1 or heads % groups:
             raise InputError(f"config.json has {heads} heads and {groups} key/value heads: they don't divide")
         given.setdefault("head_dim", given["hidden_size"] // heads)
+        kinds = {"head_dim": int, "max_position_embeddings": int, "rms_norm_eps": float, "rope_theta": float}
+        for name, kind in kinds.items():
+            value = given.get(name, 1)
+            if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
+                raise InputError(f"config.json has {name} = {value!r}, expected a positive number")
         # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(scaling, Mapping):
+            raise InputError(f"config.json has RoPE parameters {scaling!r}, expected an object")
+        rope = dict(scaling)
         rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
         if rope["rope_type"] not in ROPE_TYPES:
             raise InputError(f"config.json has rope_type {rope['rope_type']!r}, expected one of {ROPE_TYPES}")
+        for name in ROPE_NEEDS.get(rope["rope_type"], ()):
+            if not isinstance(rope.get(name), int | float):
+                raise InputError(f"config.json has RoPE {name} = {rope.get(name)!r}, expected a number")
         if (theta := rope.pop("rope_theta", None)) is not None:
             given["rope_theta"] = theta
         if raw.get("original_max_position_embeddings") is not None:
             rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
         given["rope"] = None if rope["rope_type"] == "default" else rope
         eos = raw.get("eos_token_id")
+        if any(not isinstance(i, int) for i in (eos if isinstance(eos, list) else [eos or 0])):
+            raise InputError(f"config.json has eos_token_id = {eos!r}, expected a token id or a list of them")
         given["eos_token_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
         return cls(**given)
 

@@ -38,7 +38,7 @@ class TrainingView:
         for what, size in plan.rows:
             table.add_row(what, f"{size / 2**20:,.1f}")
         table.add_section()
-        table.add_row("expected peak", f"{plan.total / 2**20:,.1f}")
+        table.add_row("planned", f"{plan.total / 2**20:,.1f}")
         self.console.print(table)
 
     def start(self, total: int) -> None:

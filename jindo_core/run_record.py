@@ -39,4 +39,7 @@ def read_run(folder: str | Path | None) -> RunRecord | None:
     names = {field.name for field in fields(RunRecord)}
     if not names <= raw.keys():
         raise InputError(f"{path} lacks {sorted(names - raw.keys())[0]}: it is no record of a run")
+    base, template = raw["base_model"], raw["prompt_template_name"]
+    if not isinstance(base, str | None) or not isinstance(template, str):
+        raise InputError(f"{path} has base_model {base!r} and template {template!r}, expected names: it was damaged")
     return RunRecord(**{name: raw[name] for name in names})

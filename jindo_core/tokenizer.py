@@ -136,6 +136,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _load_json(path)
     if (path / "tokenizer.model").is_file():
         return _load_sentencepiece(path)
+    if (path / "adapter_config.json").is_file():
+        raise InputError(f"{path} is a LoRA adapter: give it as --lora_weights, and its base as --base_model")
     raise InputError(
         f"{path} holds no tokenizer: expected tokenizer.json or tokenizer.model; copy it there from the model's source"
     )
@@ -265,7 +267,11 @@ def _load_json(folder: Path) -> Tokenizer:
     # rules, while the file says exactly what to do.
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        fault = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more is said'}"
+        raise InputError(f"{folder / 'tokenizer.json'} can't be read ({fault}): copy it again") from error
     return _Fast(tokenizer, _model_token(folder, "bos_token_id"), _model_token(folder, "eos_token_id"))
 
 

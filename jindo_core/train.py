@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shlex
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -36,6 +37,8 @@ from jindo_core.run_record import RunRecord, write_run
 from jindo_core.tokenizer import Tokenizer, load_tokenizer
 
 METRICS = "metrics.jsonl"
+_NOT_FINITE = "no adapter was saved; lower --learning_rate, use --dtype fp32, or look at the data"
+
 ANSWER_TOKENS = 64
 """Tokens of the sample answers, before and after training."""
 
@@ -61,7 +64,7 @@ class _Job:
     template: Template
     examples: list[Example]
     held_out: list[Example]
-    probe: Record
+    probe: Record | None
 
 
 def train(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> TrainResult:
@@ -71,7 +74,8 @@ def train(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> TrainR
         explicit: names of the settings that the user gave; an output_dir among them is never renamed.
     Raises:
         InputError: a path, file, row or setting that can't be used; nothing was written.
-        TrainingError: the loss stopped being finite; no adapter was written.
+        TrainingError: the loss or a gradient stopped being finite; no adapter was written, and one that the
+            folder held is as it was. metrics.jsonl.part shows how far the run came.
     """
     view = TrainingView()
     output_dir = choose_output_dir(config, "output_dir" in explicit)
@@ -85,22 +89,31 @@ def train(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> TrainR
             gradient_checkpointing=config.gradient_checkpointing,
         )
     )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with open(output_dir / METRICS, "w", encoding="utf-8") as log:
+    part = output_dir / f"{METRICS}.part"
+    with _open_log(part) as log:
         history = _History(log)
         before = _measure(job, config, history, step=0)
         first_answer = _answer(job)
         speed, steps = _loop(job, config, view, history)
         after = _measure(job, config, history, step=steps)
-    second_answer = _answer(job)
-    view.results(before, after, len(job.held_out), [(_one_line(job.probe), first_answer, second_answer)])
-    base = config.base_model or embedded.HUB_ID
-    save_adapter(job.model, output_dir, base_model=base)
-    draw_loss(history.rows, output_dir / "loss.png")
+    answers = [] if job.probe is None else [(_one_line(job.probe), first_answer, _answer(job))]
+    view.results(before, after, len(job.held_out), answers)
+    # Until here a run that was in the folder before is whole, and one that fails leaves no more than its log.
+    save_adapter(job.model, output_dir, base_model=_lasting(config.base_model) or embedded.HUB_ID)
+    os.replace(part, output_dir / METRICS)
     result = TrainResult(output_dir, steps, before, after, speed, peak_bytes(job.model.device))
     _record(config, result)
+    draw_loss(history.rows, output_dir / "loss.png")
     _farewell(view, config, result, job.probe)
     return result
+
+
+def _open_log(path: Path) -> TextIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"output_dir {path.parent} can't be written ({error.strerror}): give another folder") from None
 
 
 def choose_output_dir(config: TrainConfig, named: bool) -> Path:
@@ -108,6 +121,9 @@ def choose_output_dir(config: TrainConfig, named: bool) -> Path:
     folder = Path(config.output_dir).expanduser()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file, expected a folder")
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"output_dir {folder} can't be made: {nearest} is no folder that can be written to")
     if config.overwrite_output_dir or not _holds_run(folder):
         return folder
     if named:
@@ -121,7 +137,7 @@ def choose_output_dir(config: TrainConfig, named: bool) -> Path:
 
 
 def _holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (WEIGHTS, CONFIG, METRICS, RUN_FILE))
+    return any((folder / name).exists() for name in (WEIGHTS, CONFIG, RUN_FILE))
 
 
 # --- before the first step ------------------------------------------------------------------------------
@@ -172,9 +188,19 @@ def _prepare(config: TrainConfig, view: TrainingView) -> _Job:
         f"{len(examples)} training rows, {len(held_out)} held out; {trainable:,} trainable parameters; "
         f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
     )
-    probe = (held_out or training)[0]
     held_out_examples = _encode(held_out, tokenizer, template, config, cutoff, view)
+    probe = _choose_probe(held_out or training, tokenizer, template, context)
     return _Job(model, tokenizer, template, examples, held_out_examples, probe)
+
+
+def _choose_probe(
+    records: Sequence[Record], tokenizer: Tokenizer, template: Template, context: int
+) -> Record | None:
+    """The first row whose prompt leaves room for an answer within the model's context; None if there is none."""
+    for record in records[:100]:
+        if len(tokenizer.encode(template.prompt(record.instruction, record.input))) + ANSWER_TOKENS <= context:
+            return record
+    return None
 
 
 def _encode(
@@ -199,7 +225,7 @@ def _encode(
 class _History:
     """The rows of metrics.jsonl, written as they come."""
 
-    def __init__(self, log: Any) -> None:
+    def __init__(self, log: TextIO) -> None:
         self.rows: list[dict[str, Any]] = []
         self._log = log
 
@@ -232,6 +258,8 @@ def _loop(job: _Job, config: TrainConfig, view: TrainingView, history: _History)
                 group["lr"] = rate
             loss = _accumulate(job, batches, step)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+            if not math.isfinite(norm):
+                raise TrainingError(f"the gradient at step {step} is {float(norm)}: {_NOT_FINITE}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             tokens += sum(len(job.examples[i].input_ids) for batch in batches for i in batch)
@@ -266,13 +294,8 @@ def count_steps(examples: int, config: TrainConfig) -> int:
     if config.max_steps > 0:
         return config.max_steps
     batches = -(-examples // config.micro_batch_size)
-    per_epoch = -(-batches // accumulation(config))
+    per_epoch = -(-batches // config.accumulation_steps)
     return max(math.ceil(per_epoch * config.num_epochs), 1)
-
-
-def accumulation(config: TrainConfig) -> int:
-    """Micro-batches in a step: batch_size // micro_batch_size, as alpaca-lora counts them."""
-    return max(config.batch_size // config.micro_batch_size, 1)
 
 
 def _step_batches(examples: Sequence[Example], config: TrainConfig) -> Iterator[list[list[int]]]:
@@ -287,7 +310,7 @@ def _step_batches(examples: Sequence[Example], config: TrainConfig) -> Iterator[
             seed=config.seed,
             epoch=epoch,
         )
-        size = accumulation(config)
+        size = config.accumulation_steps
         for start in range(0, len(batches), size):
             yield batches[start : start + size]
         epoch += 1
@@ -307,10 +330,7 @@ def _accumulate(job: _Job, batches: list[list[int]], step: int) -> float:
         assert part is not None
         loss += part.item()
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss at step {step} is {loss}: no adapter was saved; lower --learning_rate, use --dtype fp32, "
-                "or look at the data"
-            )
+            raise TrainingError(f"the loss at step {step} is {loss}: {_NOT_FINITE}")
         part.backward()
     return loss
 
@@ -330,6 +350,9 @@ def _measure(job: _Job, config: TrainConfig, history: _History, step: int) -> fl
 
 
 def _answer(job: _Job) -> str:
+    """A greedy answer to the probe; empty where no row serves as one."""
+    if job.probe is None:
+        return ""
     prompt = job.template.prompt(job.probe.instruction, job.probe.input)
     return generate(job.model, job.tokenizer, prompt, max_new_tokens=ANSWER_TOKENS)
 
@@ -349,19 +372,23 @@ def _record(config: TrainConfig, result: TrainResult) -> None:
         "peak_bytes": result.peak_bytes,
     }
     settings = dataclasses.asdict(config)
-    write_run(
-        result.output_dir, RunRecord(config.base_model, config.prompt_template_name, settings, results)
-    )
+    template = _lasting(config.prompt_template_name) or config.prompt_template_name
+    write_run(result.output_dir, RunRecord(_lasting(config.base_model), template, settings, results))
 
 
-def _farewell(view: TrainingView, config: TrainConfig, result: TrainResult, probe: Record) -> None:
+def _lasting(name: str | None) -> str | None:
+    """A local path made absolute, so that the run can be used from any folder; other names as they are."""
+    return str(Path(name).absolute()) if name is not None and Path(name).exists() else name
+
+
+def _farewell(view: TrainingView, config: TrainConfig, result: TrainResult, probe: Record | None) -> None:
     view.say(
         f"{result.steps} steps at {result.tokens_per_second:,.0f} tokens/s; peak memory "
         f"{result.peak_bytes / 2**20:,.0f} MiB"
     )
     view.say(f"Saved and read back: {result.output_dir}/{WEIGHTS}, {CONFIG}, {METRICS}, loss.png")
     base = [] if config.base_model is None else ["--base_model", config.base_model]
-    instruction = ["--instruction", probe.instruction if len(probe.instruction) < 80 else "…"]
-    given = ["--input", probe.input if len(probe.input) < 80 else "…"] if probe.input else []
-    command = ["jindo-core", "generate", *base, "--lora_weights", str(result.output_dir), *instruction, *given]
+    asked = [("--instruction", probe.instruction), ("--input", probe.input)] if probe else [("--instruction", "…")]
+    given = [part for flag, text in asked if text for part in (flag, text if len(text) < 80 else "…")]
+    command = ["jindo-core", "generate", *base, "--lora_weights", str(result.output_dir), *given]
     view.say("Next: " + shlex.join(command))

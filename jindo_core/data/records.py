@@ -123,6 +123,8 @@ def _loads(path: Path, text: str, first_line: int) -> Any:
             f"{path}, line {line}, column {error.colno}: broken JSON ({error.msg}); expected a list of objects, "
             "or one whole object on each line"
         ) from error
+    except ValueError as error:
+        raise InputError(f"{path}, line {first_line}: {str(error).split(';')[0]}, expected rows {_FORM}") from error
     except RecursionError as error:
         raise InputError(f"{path}, line {first_line}: JSON nested too deep, expected rows {_FORM}") from error
 

@@ -175,6 +175,9 @@ def test_broken_adapters_are_refused(stories260k, tmp_path):
     for change in ({"fan_in_fan_out": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}):
         refused("is not supported", None, config | change)
     refused("bias = 'all'", None, config | {"bias": "all"})
+    refused("lora_alpha = 'x', expected a number", None, config | {"lora_alpha": "x"})
+    head = {f"base_model.model.lm_head.lora_{h}.weight": torch.ones(s) for h, s in (("A", (4, 64)), ("B", (512, 4)))}
+    refused("fits no linear layer", state | head)
     refused("peft_type 'IA3'", None, config | {"peft_type": "IA3"})
     (good / "adapter_model.safetensors").write_bytes((good / "adapter_model.safetensors").read_bytes()[:-7])
     refused("truncated or corrupt")

@@ -125,6 +125,21 @@ def test_targets_that_match_nothing_or_in_part(model):
         attach_lora(model)
 
 
+def test_the_base_is_frozen_and_a_bias_keeps_the_dtype():
+    base = nn.Linear(8, 8)
+    LoraLinear(base, 2, 4)
+    assert not base.weight.requires_grad
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    quantized = NF4Linear.from_linear(base)
+    assert quantized(x).dtype == torch.bfloat16
+    assert LoraLinear(quantized, 2, 4)(x).dtype == torch.bfloat16
+
+
+def test_the_head_takes_no_adapter(model):
+    with pytest.raises(InputError, match=r"\[lm_head\] match no linear layer"):
+        attach_lora(model, target_modules=["lm_head"])
+
+
 def test_impossible_numbers_are_refused():
     base = nn.Linear(4, 4)
     with pytest.raises(InputError, match="lora_r is 0"):

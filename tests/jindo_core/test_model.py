@@ -155,6 +155,11 @@ def test_torch_compile_takes_a_quantized_layer(stories260k):
     ({"rope_scaling": {"type": "longrope"}}, "rope_type 'longrope', expected one of"),
     ({"num_attention_heads": 7}, "7 heads and 2 key/value heads"),
     ({"hidden_size": None}, "hidden_size = None, expected a positive whole number"),
+    ({"head_dim": "8"}, "head_dim = '8', expected a positive number"),
+    ({"rope_theta": 0}, "rope_theta = 0, expected a positive number"),
+    ({"rope_scaling": {"type": "linear"}}, "RoPE factor = None, expected a number"),
+    ({"rope_scaling": [1]}, r"RoPE parameters \[1\], expected an object"),
+    ({"eos_token_id": "x"}, "eos_token_id = 'x', expected a token id"),
 ])  # fmt: skip
 def test_a_config_that_can_not_be_is_refused(changes, message):
     with pytest.raises(InputError, match=message):

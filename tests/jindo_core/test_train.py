@@ -95,7 +95,7 @@ def test_a_run_learns_saves_and_says_so(stories15m, rows, tmp_path, capsys):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert read_run(out).prompt_template_name == "alpaca_short"
     said = capsys.readouterr().out
-    for expected in ("Memory plan", "expected peak", "8 held-out rows", "before", "after", "read back", "Next: "):
+    for expected in ("Memory plan", "planned", "8 held-out rows", "before", "after", "read back", "Next: "):
         assert expected in said
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stories15m), out)
     assert theirs is not None
@@ -181,6 +181,70 @@ def test_bad_input_leaves_nothing_behind(stories260k, rows, tmp_path):
             training.train(*settings(stories260k, rows, out, **changes))
         assert "\n" not in str(caught.value)
         assert not out.exists()
+
+
+def test_a_held_out_row_beyond_the_context_does_not_stop_a_run(stories260k, tmp_path):
+    long = "word " * 2000
+    data = [{"instruction": long, "input": "", "output": "x"}] * 10
+    data += [{"instruction": f"Name {i}", "input": "", "output": "It is Lily."} for i in range(30)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(data))
+    for seed in (1, 2, 3):
+        out = tmp_path / f"out{seed}"
+        training.train(*settings(stories260k, path, out, max_steps=1, seed=seed, batch_size=4, learning_rate=1e-3))
+        assert (out / "adapter_model.safetensors").exists()
+
+
+def test_a_folder_that_can_not_be_written_is_refused_before_the_model_loads(stories260k, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="can't be made"):
+        training.train(*settings(stories260k, rows, tmp_path / "file" / "out"))
+
+
+def test_a_failed_run_blocks_no_retry_and_spares_the_run_it_would_replace(stories260k, rows, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def fail(*_):
+        raise TrainingError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_accumulate", fail)
+        with pytest.raises(TrainingError):
+            training.train(*settings(stories260k, rows, out))
+    training.train(*settings(stories260k, rows, out, max_steps=2))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_accumulate", fail)
+        with pytest.raises(TrainingError):
+            training.train(*settings(stories260k, rows, out, overwrite_output_dir=True))
+    after = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".part"}
+    assert after == before
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(stories260k, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    with pytest.raises(TrainingError, match="the gradient at step 1 is inf"):
+        training.train(*settings(stories260k, rows, tmp_path / "out"))
+
+
+def test_generate_finds_base_and_template_in_the_run(stories260k, rows, tmp_path, capsys, monkeypatch):
+    from jindo_core.config import resolve_generate_config
+    from jindo_core.generation import run_generate
+
+    monkeypatch.chdir(tmp_path)
+    training.train(*settings(stories260k, rows, "out", max_steps=3))
+    capsys.readouterr()
+    given = {"lora_weights": "out", "instruction": "Name the animal 1.", "max_new_tokens": 8, "device": "cpu"}
+    answer = run_generate(resolve_generate_config(given))
+    assert capsys.readouterr().out == answer + "\n"
+    (tmp_path / "out" / "jindo_run.json").unlink()
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    given["prompt_template_name"] = "alpaca_short"
+    assert run_generate(resolve_generate_config(given)) == answer  # peft's own key names the base
+    (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(InputError, match="names no base model"):
+        run_generate(resolve_generate_config(given))
 
 
 def test_notices(stories260k, rows, tmp_path, capsys):
