@@ -69,10 +69,10 @@ class LlamaConfig:
         if not isinstance(groups, int) or groups < 1 or heads % groups:
             raise InputError(f"config.json has {heads} heads and {groups} key/value heads: they don't divide")
         given.setdefault("head_dim", given["hidden_size"] // heads)
-        kinds = {"head_dim": int, "max_position_embeddings": int, "rms_norm_eps": float, "rope_theta": float}
-        for name, kind in kinds.items():
+        for name in ("head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta"):
             value = given.get(name, 1)
-            if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
+            whole = name in ("head_dim", "max_position_embeddings")
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value <= 0:
                 raise InputError(f"config.json has {name} = {value!r}, expected a positive number")
         # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
         scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
