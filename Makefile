@@ -1,8 +1,7 @@
 # Two commands set up everything: `make train` and `make test`.
 PYTHON ?= python3
 VENV   ?= .venv
-# The one place where the venv's torch is pinned. Choose a build with e.g.
-#   make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# The one place where the venv's torch is pinned. PIP_FLAGS chooses a CPU or CUDA build of it (README, Install).
 TORCH     ?= torch==2.13.0
 PIP_FLAGS ?=
 BIN := $(VENV)/bin
