@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GgufConfig
 
+from jindo_core import loader
 from jindo_core.errors import InputError
 from jindo_core.loader import load_model
 from jindo_core.nf4 import NF4Linear, quantize_nf4
@@ -102,43 +104,29 @@ def test_leftovers_of_old_checkpoints_are_let_pass(copy):
     load_model(folder, dtype="fp32", device="cpu")
 
 
-def test_peak_is_the_quantized_model_and_one_tensor(smollm2_gguf):
-    """Storages alive while loading, counted: never more than the result and a few copies of one tensor."""
-    import gc
+def alive():
+    """Bytes of all tensors' storages that exist now."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu"]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
-    from jindo_core import loader
 
-    largest = 0
-    original = loader.quantize_nf4
+def test_peak_is_the_quantized_model_and_one_tensor(smollm2_gguf, monkeypatch):
+    """Storages alive while loading: never more than the result and two copies of the largest linear."""
+    original, seen, before = loader.quantize_nf4, [], alive()
 
     def watch(value, **options):
-        nonlocal largest
         weight = original(value, **options)
-        gc.collect()
-        alive = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for t in gc.get_objects()
-            if type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu"
-        }
-        floats = sum(alive.values())
-        largest = max(largest, floats)
+        # Every 20th and the last of 210: walking all objects takes a while.
+        seen.append(alive() if len(seen) % 20 == 0 or len(seen) == 209 else 0)
         return weight
 
-    baseline = sum(
-        {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for t in gc.get_objects()
-            if type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu"
-        }.values()
-    )
-    loader.quantize_nf4 = watch
-    try:
-        model = load_model(smollm2_gguf, dtype="bf16", device="cpu")
-    finally:
-        loader.quantize_nf4 = original
+    monkeypatch.setattr(loader, "quantize_nf4", watch)
+    model = load_model(smollm2_gguf, dtype="bf16", device="cpu")
     held = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
-    biggest_linear = 1536 * 576 * 4
-    assert largest - baseline <= held + 2 * biggest_linear
+    assert len(seen) == 210
+    assert seen[-1] - before > 0.9 * held
+    assert max(seen) - before <= held + 2 * 1536 * 576 * 4
 
 
 def test_missing_extra_misshapen_and_wrongly_typed_tensors_are_named(copy):
