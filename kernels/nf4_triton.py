@@ -177,12 +177,15 @@ def quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     packed = torch.empty(((count + 1) // 2, 1), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(block_count, dtype=torch.float32, device=weight.device)
     width = triton.next_power_of_2(block_size)
-    blocks = QUANTIZE_ELEMENTS // width
+    partial = count % block_size != 0
+    # A count that is no multiple of 16 is masked element by element. With the division of a partial last block, a
+    # subroutine for each, a full-size program spills; its accesses are narrow anyway: a smaller one loses nothing.
+    blocks = max(QUANTIZE_ELEMENTS // (2 if count % 16 else 1) // width, 1)
     with torch.cuda.device_of(weight):
         quantize_kernel[(triton.cdiv(block_count, blocks),)](
             packed, absmax, flat, nf4.thresholds(weight.device), count, packed.numel(), block_count,
             BLOCK_SIZE=block_size, BLOCK_WIDTH=width, BLOCKS=blocks,
-            PARTIAL=count % block_size != 0, SMALLEST=nf4.SMALLEST_ABSMAX,
+            PARTIAL=partial, SMALLEST=nf4.SMALLEST_ABSMAX,
             ZERO_CODE=nf4.ZERO_CODE, num_warps=QUANTIZE_WARPS, **EXACT,
         )  # fmt: skip
     return packed, absmax
