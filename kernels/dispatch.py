@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jindo_core.kernels import native
+
 # operator -> implementation -> "module:function". The reference always exists.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "nf4_quantize": {
@@ -42,6 +44,21 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     },
     "linear_cross_entropy": {
         "reference": "linear_cross_entropy:forward_reference",
+    },
+    "rms_norm": {
+        "reference": "rms_norm:forward_reference",
+    },
+    "rms_norm_backward": {
+        "reference": "rms_norm:backward_reference",
+    },
+    "swiglu": {
+        "reference": "swiglu:forward_reference",
+    },
+    "swiglu_backward": {
+        "reference": "swiglu:backward_reference",
+    },
+    "rope": {
+        "reference": "rope:rope_reference",
     },
 }
 
@@ -74,6 +91,10 @@ def choose(operator: str, tensor: Tensor, *, rows: int | None = None) -> str:
     forced = _override.get()
     if forced is not None and forced in available:
         return forced
+    if tensor.device.type == "cpu":
+        # fp64 is the oracle's dtype: only the reference takes it.
+        usable = "cpu" in available and tensor.dtype != torch.float64 and native.library() is not None
+        return "cpu" if usable else "reference"
     if tensor.device.type != "cuda" or "triton" not in available or not _triton_found():
         return "reference"
     if rows is None:
