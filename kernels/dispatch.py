@@ -25,13 +25,16 @@ from jindo_core.kernels import native
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "nf4_quantize": {
         "reference": "nf4:quantize_reference",
+        "cpu": "nf4_cpu:quantize",
         "triton": "nf4_triton:quantize",
     },
     "nf4_quantize_absmax": {
         "reference": "nf4:quantize_absmax_reference",
+        "cpu": "nf4_cpu:quantize_absmax",
     },
     "nf4_dequantize": {
         "reference": "nf4:dequantize_reference",
+        "cpu": "nf4_cpu:dequantize",
         "triton": "nf4_triton:dequantize",
     },
     "lora_matmul": {

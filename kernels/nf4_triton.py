@@ -192,16 +192,14 @@ def quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(
+    out: Tensor,
     packed: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
     offset: Tensor | None,
-    shape: list[int],
     block_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`nf4_dequantize` in one kernel, double quantization included; any block size, count and dtype."""
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
+) -> None:
+    """`nf4_dequantize` into `out` in one kernel, double quantization included; any block size, count and dtype."""
     count = out.numel()
     row = row_elements(block_size)
     pointers, nested = weight_arguments(packed, absmax, nested_absmax, offset)
@@ -210,4 +208,3 @@ def dequantize(
             out, *pointers, count, (count + 1) // 2, absmax.numel(), ROW=row, ROWS_PER_BLOCK=block_size // row,
             ROWS=DEQUANTIZE_ROWS, NESTED=nested, num_warps=DEQUANTIZE_WARPS, **EXACT,
         )  # fmt: skip
-    return out

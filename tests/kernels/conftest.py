@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from jindo_core.kernels import dispatch, native
+
 # Largest error allowed against an fp64 oracle on the same inputs, relative to the oracle's largest magnitude.
 # The one table for every operator, implementation and machine. 0: bit-exact. Measured errors are 2 to 5 times
 # (fp64: more) smaller: an fp16 or bf16 product is rounded once or twice (2^-11, 2^-8) after an fp32 accumulation.
@@ -16,6 +18,17 @@ TOLERANCES = {
         torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2,
     },
 }  # fmt: skip
+
+
+@pytest.fixture(params=["reference", *native.LEVELS])
+def each_cpu_implementation(request):
+    """Runs a test with the PyTorch reference, and with the C kernels at every instruction set there is."""
+    if request.param == "reference":
+        with dispatch.override("reference"):
+            yield request.param
+        return
+    with dispatch.override("cpu"), native.level(request.param):  # on an older processor, the best that it has
+        yield request.param
 
 
 @pytest.fixture(scope="session")

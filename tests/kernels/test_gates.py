@@ -154,7 +154,7 @@ def quantized(n, k, double_quant=True, block_size=64):
 @pytest.mark.parametrize("cc", SHARED_LIMIT)
 def test_dequantize(cc, dtype, double_quant, record, tmp_path):
     parts = quantized(64, 256, double_quant)
-    launch = record(lambda: nf4_triton.dequantize(*parts, [64, 256], 64, dtype))["dequantize_kernel"]
+    launch = record(lambda: nf4_triton.dequantize(torch.empty(64, 256, dtype=dtype), *parts, 64))["dequantize_kernel"]
     compiled = compile_for(launch, cc, tmp_path)
     check_resources(compiled, cc)
     check_roundings(compiled)
@@ -186,7 +186,7 @@ def test_odd_counts_compile_and_keep_their_roundings(count, record, tmp_path):
     weight = torch.ones(count)
     packed, absmax = nf4.nf4_quantize(weight)
     launches = record(lambda: nf4_triton.quantize(weight, 64))
-    launches |= record(lambda: nf4_triton.dequantize(packed, absmax, None, None, [count], 64, torch.float32))
+    launches |= record(lambda: nf4_triton.dequantize(torch.empty(count), packed, absmax, None, None, 64))
     for launch in launches.values():
         compiled = compile_for(launch, 80, tmp_path)
         check_roundings(compiled)

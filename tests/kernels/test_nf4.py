@@ -12,6 +12,8 @@ from torch.library import opcheck
 
 from jindo_core.kernels import nf4
 
+pytestmark = pytest.mark.usefixtures("each_cpu_implementation")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BOUNDARY = 256 * 64
 # Flat and not, odd and even, one block and less, and both sides of the 256-block boundary.
@@ -159,6 +161,33 @@ def test_chunks_leave_no_seam(count, make_weight, monkeypatch):
     assert torch.equal(whole[0], pieces[0])
     assert torch.equal(whole[1], pieces[1])
     assert torch.equal(values, nf4.nf4_dequantize(*pieces, None, None, (count,), dtype=torch.bfloat16))
+
+
+def test_nan_and_infinity_are_treated_as_in_the_reference(make_weight):
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        weight = make_weight((300,))
+        weight[[5, 70, 299]] = bad
+        packed, absmax = nf4.nf4_quantize(weight)
+        wanted = nf4.quantize_reference(weight, 64)
+        assert torch.equal(packed, wanted[0])
+        assert torch.equal(absmax.nan_to_num(-1, -2), wanted[1].nan_to_num(-1, -2))
+        for dtype in DTYPES:
+            values = nf4.nf4_dequantize(packed, absmax, None, None, (300,), dtype=dtype)
+            expected = torch.empty(300, dtype=dtype)
+            nf4.dequantize_reference(expected, packed, absmax, None, None, 64)
+            assert torch.equal(values.nan_to_num(-1, -2), expected.nan_to_num(-1, -2))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_dequantizes_into_a_buffer(dtype, make_weight):
+    packed, absmax = nf4.nf4_quantize(make_weight((33, 66)))
+    expected = nf4.nf4_dequantize(packed, absmax, None, None, (33, 66), dtype=dtype)
+    buffer = torch.full((33, 66), float("nan"), dtype=dtype)
+    assert nf4.nf4_dequantize(packed, absmax, None, None, (33, 66), dtype=dtype, out=buffer) is buffer
+    assert torch.equal(buffer, expected)
+    opcheck(torch.ops.jindo.nf4_dequantize_, (buffer, packed, absmax, None, None, 64))
+    with pytest.raises(ValueError, match=r"got out .* expected .* \(33, 66\), contiguous"):
+        nf4.nf4_dequantize(packed, absmax, None, None, (33, 66), dtype=dtype, out=buffer.t())
 
 
 @pytest.mark.parametrize("blocks", [1, 255, 256, 257, 513])

@@ -17,6 +17,13 @@ BOUNDARY = 256 * 64
 COUNTS = [1, 2, 63, 64, 65, 8191, 8192, 8193, BOUNDARY - 1, BOUNDARY, BOUNDARY + 1, BOUNDARY + 64]
 
 
+def filled(dequantize, shape, dtype, *parts):
+    """What `dequantize` puts into a fresh tensor."""
+    out = torch.empty(shape, dtype=dtype)
+    dequantize(out, *parts)
+    return out
+
+
 @pytest.fixture(autouse=True)
 def _nan_in_fresh_memory(nan_in_fresh_memory):
     """Nothing may be left unwritten."""
@@ -37,8 +44,8 @@ def test_quantize(count, dtype, make_weight):
 def test_dequantize(count, dtype, make_weight):
     packed, absmax = nf4.nf4_quantize(make_weight((count,)))
     for parts in ((absmax, None, None), nf4.nf4_quantize_absmax(absmax)):
-        ours = nf4_triton.dequantize(packed, *parts, [count], 64, dtype)
-        assert torch.equal(ours, nf4.dequantize_reference(packed, *parts, [count], 64, dtype))
+        ours = filled(nf4_triton.dequantize, [count], dtype, packed, *parts, 64)
+        assert torch.equal(ours, filled(nf4.dequantize_reference, [count], dtype, packed, *parts, 64))
 
 
 @pytest.mark.parametrize("block_size", [2, 6, 32, 48, 96, 128, 4096, 16384])
@@ -49,8 +56,8 @@ def test_other_block_sizes(block_size, make_weight):
     assert torch.equal(packed, expected[0])
     assert torch.equal(absmax, expected[1])
     parts = nf4.nf4_quantize_absmax(absmax)
-    values = nf4_triton.dequantize(packed, *parts, [3, 2777], block_size, torch.float32)
-    reference = nf4.dequantize_reference(packed, *parts, [3, 2777], block_size, torch.float32)
+    values = filled(nf4_triton.dequantize, [3, 2777], torch.float32, packed, *parts, block_size)
+    reference = filled(nf4.dequantize_reference, [3, 2777], torch.float32, packed, *parts, block_size)
     assert torch.equal(values, reference)
 
 
@@ -62,8 +69,8 @@ def test_maxima_too_small_for_a_reciprocal():
     expected = nf4.quantize_reference(weight, 64)
     assert torch.equal(packed, expected[0])
     assert torch.equal(absmax, expected[1])
-    values = nf4_triton.dequantize(packed, absmax, None, None, [200], 64, torch.float32)
-    assert torch.equal(values, nf4.dequantize_reference(packed, absmax, None, None, [200], 64, torch.float32))
+    values = filled(nf4_triton.dequantize, [200], torch.float32, packed, absmax, None, None, 64)
+    assert torch.equal(values, filled(nf4.dequantize_reference, [200], torch.float32, packed, absmax, None, None, 64))
 
 
 def test_a_tie_takes_the_lower_code():
@@ -83,16 +90,16 @@ def test_nothing_beyond_the_inputs_is_used(count, make_weight, walled):
     quantized, nested, offset = nf4.nf4_quantize_absmax(absmax)
     for parts in ((absmax, None, None), (quantized, nested, offset)):
         walls = [t if t is None or t.dim() == 0 else walled(t) for t in parts]
-        ours = nf4_triton.dequantize(walled(packed), *walls, [count], 64, torch.float32)
-        assert torch.equal(ours, nf4.dequantize_reference(packed, *parts, [count], 64, torch.float32))
+        ours = filled(nf4_triton.dequantize, [count], torch.float32, walled(packed), *walls, 64)
+        assert torch.equal(ours, filled(nf4.dequantize_reference, [count], torch.float32, packed, *parts, 64))
 
 
 def test_bf16_where_nothing_is_rounded():
     """Codes 0 and +-1 times powers of two are bf16 already."""
     packed = torch.tensor([0x0F, 0xF7, 0x70], dtype=torch.uint8).repeat(64)
     absmax = torch.tensor([2.0, 0.5, 4.0, 1.0, 0.125, 8.0])
-    values = nf4_triton.dequantize(packed, absmax, None, None, [384], 64, torch.bfloat16)
-    assert torch.equal(values, nf4.dequantize_reference(packed, absmax, None, None, [384], 64, torch.bfloat16))
+    values = filled(nf4_triton.dequantize, [384], torch.bfloat16, packed, absmax, None, None, 64)
+    assert torch.equal(values, filled(nf4.dequantize_reference, [384], torch.bfloat16, packed, absmax, None, None, 64))
 
 
 def test_non_contiguous_input(make_weight):
