@@ -1,8 +1,9 @@
 """Linear layer and cross entropy in one, a chunk of rows at a time: the logits are never held whole.
 
-    loss = sum_m [ logsumexp(h_m W^T) - (h_m W^T)_{y_m} ]          over rows m whose label is not ignored
-    dH_m = (softmax(h_m W^T) - onehot(y_m)) W
+    loss = sum_m [ logsumexp(z_m) - (1 - e) z_m[y_m] - e mean(z_m) ],    z_m = h_m W^T,   over rows m not ignored
+    dH_m = (softmax(z_m) - (1 - e) onehot(y_m) - e / V) W
 
+with e the label smoothing (Szegedy et al. 2016, arXiv:1512.00567, section 7), 0 unless asked for.
 The gradient is made in the forward pass, while a chunk's logits exist, and scaled in the backward pass
 (Hsu et al. 2024, Liger Kernel, arXiv:2410.10989, section 3.2). Ignored rows (prompt and padding) cost nothing:
 they are left out before the product.
@@ -19,14 +20,24 @@ _CHUNK_LOGITS = 1 << 24
 """Logits a chunk holds at most: 64 MiB in fp32."""
 
 
-def chunk_rows(vocab_size: int) -> int:
-    """Rows of one chunk for a vocabulary of that size."""
-    return max(_CHUNK_LOGITS // vocab_size, 1)
+def chunk_rows(vocab_size: int, *, in_place: bool = False) -> int:
+    """Rows of one chunk for a vocabulary of that size.
+
+    Args:
+        in_place: of the GPU kernel, which overwrites the logits with their gradient and so has room for twice as
+            many; a multiple of 128 where there are that many, as the tiles of a matrix product like it.
+    """
+    rows = max(_CHUNK_LOGITS * (2 if in_place else 1) // vocab_size, 1)
+    return rows // 128 * 128 if in_place and rows >= 128 else rows
 
 
-def workspace_bytes(rows: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """Bytes of temporaries inside one call: a chunk's logits in `dtype` and fp32, and their gradient."""
-    return min(rows, chunk_rows(vocab_size)) * vocab_size * (4 + 2 * dtype.itemsize)
+def workspace_bytes(rows: int, vocab_size: int, dtype: torch.dtype, *, in_place: bool = False) -> int:
+    """Bytes of temporaries inside one call: a chunk's logits in `dtype` and fp32, and their gradient.
+
+    With `in_place`, of the GPU kernel: the logits in `dtype` and nothing else, rows padded to 16.
+    """
+    rows = min(rows, chunk_rows(vocab_size, in_place=in_place))
+    return rows * (-(-vocab_size // 16) * 16 * dtype.itemsize if in_place else vocab_size * (4 + 2 * dtype.itemsize))
 
 
 def linear_cross_entropy(
@@ -35,18 +46,20 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
     count: Tensor | float | None = None,
 ) -> Tensor:
     """Mean cross entropy of `hidden @ weight.T` against `labels`; differentiable in hidden and weight.
 
     Args:
         hidden: [M, H], floating. weight: [V, H], same dtype. labels: int64 [M], in [0, V) or ignore_index.
+        label_smoothing: e in [0, 1]; as torch's cross_entropy, (1 - e) nll + e * the mean over classes of -log p.
         count: divisor; the number of labels that are not ignored by default. A step of several micro-batches
             passes the number in all of them, so that every token weighs the same.
     Returns:
         fp32 scalar (fp64 for fp64 input); NaN when no label counts, as torch's cross_entropy.
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or a label smoothing outside [0, 1].
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -55,15 +68,24 @@ def linear_cross_entropy(
         )
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"linear_cross_entropy got labels {tuple(labels.shape)}, expected [{hidden.shape[0]}]")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"linear_cross_entropy got label_smoothing {label_smoothing}, expected 0 <= e <= 1")
     grad = torch.is_grad_enabled()
     total, _, _ = torch.ops.jindo.linear_cross_entropy(
-        hidden, weight, labels, ignore_index, grad and hidden.requires_grad, grad and weight.requires_grad
-    )
+        hidden, weight, labels, ignore_index, label_smoothing,
+        grad and hidden.requires_grad, grad and weight.requires_grad,
+    )  # fmt: skip
     return total / ((labels != ignore_index).sum() if count is None else count)
 
 
 def forward_reference(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, need_dhidden: bool, need_dweight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    need_dhidden: bool,
+    need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the summed loss, dH and dW of that sum; an empty tensor stands for what was not asked for."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -75,10 +97,15 @@ def forward_reference(
         h, y = hidden[rows], labels[rows, None]
         logits = (h @ weight.t()).to(wide)
         log_sum = logits.logsumexp(dim=1, keepdim=True)
-        total += (log_sum - logits.gather(1, y)).sum()
+        loss = log_sum - logits.gather(1, y) * (1 - label_smoothing)
+        if label_smoothing:
+            loss -= logits.mean(dim=1, keepdim=True) * label_smoothing
+        total += loss.sum()
         if need_dhidden or need_dweight:
             dlogits = logits.sub_(log_sum).exp_()
-            dlogits.scatter_add_(1, y, dlogits.new_full((1, 1), -1.0).expand(y.shape))
+            dlogits.scatter_add_(1, y, dlogits.new_full((1, 1), label_smoothing - 1).expand(y.shape))
+            if label_smoothing:
+                dlogits -= label_smoothing / weight.shape[0]
             narrow = dlogits.to(hidden.dtype)
             if need_dhidden:
                 dhidden[rows] = narrow @ weight
@@ -89,15 +116,27 @@ def forward_reference(
 
 @torch.library.custom_op("jindo::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, need_dhidden: bool, need_dweight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    need_dhidden: bool,
+    need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = dispatch.implementation("linear_cross_entropy", hidden)
-    return run(hidden, weight, labels, ignore_index, need_dhidden, need_dweight)
+    return run(hidden, weight, labels, ignore_index, label_smoothing, need_dhidden, need_dweight)
 
 
 @_linear_cross_entropy.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, need_dhidden: bool, need_dweight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    need_dhidden: bool,
+    need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return (
@@ -111,7 +150,7 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
     _, dhidden, dweight = output
     ctx.save_for_backward(dhidden, dweight)
     ctx.mark_non_differentiable(dhidden, dweight)
-    ctx.given = inputs[4:6]
+    ctx.given = inputs[5:7]
 
 
 def _backward(ctx, dtotal: Tensor, _dh: Tensor, _dw: Tensor):  # type: ignore[no-untyped-def]
@@ -121,7 +160,7 @@ def _backward(ctx, dtotal: Tensor, _dh: Tensor, _dw: Tensor):  # type: ignore[no
     return (
         dhidden * scale if gave_hidden else None,
         dweight * scale if gave_weight else None,
-        None, None, None, None,
+        None, None, None, None, None,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         ValueError: shapes or dtypes differ.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"swiglu got {gate.dtype} {tuple(gate.shape)} and {up.dtype} {tuple(up.shape)}: expected equals")
+        raise ValueError(f"swiglu got {gate.dtype} {tuple(gate.shape)} and {up.dtype} {tuple(up.shape)}: they differ")
     return torch.ops.jindo.swiglu(gate, up)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from jindo_core.kernels import dispatch
 from jindo_core.kernels import linear_cross_entropy as module
 from jindo_core.kernels.linear_cross_entropy import chunk_rows, linear_cross_entropy
 
@@ -23,9 +24,10 @@ def make_case(m, h, v, dtype, ignored=3):
     return hidden, weight, labels
 
 
-def oracle(hidden, weight, labels, count=None):
+def oracle(hidden, weight, labels, count=None, smoothing=0.0):
     leaves = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    loss = F.cross_entropy(leaves[0] @ leaves[1].T, labels, reduction="mean" if count is None else "sum")
+    reduction = "mean" if count is None else "sum"
+    loss = F.cross_entropy(leaves[0] @ leaves[1].T, labels, reduction=reduction, label_smoothing=smoothing)
     return (loss if count is None else loss / count), leaves
 
 
@@ -35,13 +37,22 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK_LOGITS", 200)
 
 
+@pytest.fixture(params=[name for name in dispatch.IMPLEMENTATIONS["linear_cross_entropy"] if name != "triton"])
+def implementation(request):
+    with dispatch.override(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("rows", [7, 11, 12, 15])  # 4, 8, 9 and 12 counted: below, on and past a chunk's end
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("small_chunks")
-def test_values_and_gradients(rows, dtype, close):
+def test_values_and_gradients(rows, smoothing, dtype, implementation, close):
+    if dtype == torch.float64 and implementation != "reference":
+        return  # fp64 goes to the reference alone
     hidden, weight, labels = make_case(rows, 24, 50, dtype)
-    loss = linear_cross_entropy(hidden, weight, labels)
-    expected, leaves = oracle(hidden, weight, labels)
+    loss = linear_cross_entropy(hidden, weight, labels, label_smoothing=smoothing)
+    expected, leaves = oracle(hidden, weight, labels, smoothing=smoothing)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     close("linear_cross_entropy", loss, expected, dtype)
     grads = torch.autograd.grad(loss, (hidden, weight))
@@ -51,10 +62,15 @@ def test_values_and_gradients(rows, dtype, close):
     assert torch.all(grads[0][labels == -100] == 0)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
 @pytest.mark.usefixtures("small_chunks")
-def test_gradcheck():
+def test_gradcheck(smoothing):
     hidden, weight, labels = make_case(9, 5, 50, torch.float64)
-    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels), (hidden, weight))
+
+    def loss(hidden, weight):
+        return linear_cross_entropy(hidden, weight, labels, label_smoothing=smoothing)
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight))
 
 
 def test_a_given_count_divides(close):
@@ -148,7 +164,7 @@ def test_the_logits_are_never_whole():
         F.cross_entropy(hidden @ weight.T, labels)
     assert whole.elements == 40 * 50
     with LargestTensor() as chunked:
-        module.forward_reference(hidden.detach(), weight.detach(), labels, -100, True, True)
+        module.forward_reference(hidden.detach(), weight.detach(), labels, -100, 0.1, True, True)
     assert chunked.elements == max(chunk_rows(50) * 50, weight.numel())
 
 
@@ -158,15 +174,20 @@ def test_workspace_bounds_a_chunk():
     assert module.workspace_bytes(10**9, v, torch.bfloat16) <= 8 << 24
     assert module.workspace_bytes(2, v, torch.bfloat16) == 2 * v * 8
     assert chunk_rows(1 << 30) == 1
+    # In place: one copy of the logits in their own dtype, of twice the rows, in whole tiles of 128.
+    assert chunk_rows(v, in_place=True) == 640
+    assert module.workspace_bytes(10**9, v, torch.bfloat16, in_place=True) == 640 * v * 2
+    assert module.workspace_bytes(2, 50, torch.float32, in_place=True) == 2 * 64 * 4
+    assert chunk_rows(1 << 30, in_place=True) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     hidden, weight, labels = make_case(6, 8, 10, dtype)
     op = torch.ops.jindo.linear_cross_entropy
-    opcheck(op, (hidden, weight, labels, -100, True, True))
-    opcheck(op, (hidden, weight.detach(), labels, -100, True, False))
-    opcheck(op, (hidden.detach(), weight.detach(), labels, -100, False, False))
+    opcheck(op, (hidden, weight, labels, -100, 0.0, True, True))
+    opcheck(op, (hidden, weight.detach(), labels, -100, 0.1, True, False))
+    opcheck(op, (hidden.detach(), weight.detach(), labels, -100, 0.0, False, False))
 
 
 def test_compiles_into_one_graph_and_trains():
@@ -192,3 +213,9 @@ def test_compiles_into_one_graph_and_trains():
 def test_refuses(hidden, weight, labels, message):
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(torch.zeros(hidden), torch.zeros(weight), torch.zeros(labels, dtype=torch.long))
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.5])
+def test_refuses_a_label_smoothing_outside_0_to_1(smoothing):
+    with pytest.raises(ValueError, match="expected 0 <= e <= 1"):
+        linear_cross_entropy(*make_case(4, 8, 10, torch.float32), label_smoothing=smoothing)
