@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jindo_core.errors import InputError
-from jindo_core.kernels.lora_matmul import drop
+from jindo_core.kernels.lora_matmul import drop, lora_matmul_group
 from jindo_core.nf4 import NF4Linear
 
 
@@ -46,8 +46,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.dropout if self.training else 0.0
-        # Drawn from torch's generator, so that checkpointing, which replays the generator, redraws it.
-        seed = torch.randint(2**31 - 1, (1,), dtype=torch.int32, device=x.device) if p > 0 else None
+        seed = _draw_seed(x) if p > 0 else None
         if isinstance(self.base, NF4Linear):
             y = self.base.matmul(x, self.lora_A, self.lora_B, scale=self.scale, dropout=p, seed=seed)
             return y if self.base.bias is None else y + self.base.bias.to(y.dtype)
@@ -56,6 +55,43 @@ class LoraLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.lora_A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def _draw_seed(x: Tensor) -> Tensor:
+    """A dropout seed from torch's generator, so that checkpointing, which replays the generator, redraws it."""
+    return torch.randint(2**31 - 1, (1,), dtype=torch.int32, device=x.device)
+
+
+def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """The outputs of layers that read the same x (q, k and v; gate and up).
+
+    NF4 layers, adapted or not, run as one operator and then share their dropout mask. Any other kind, and layers
+    with hooks, run one by one.
+    """
+    bases = [layer.base if isinstance(layer, LoraLinear) else layer for layer in layers]
+    rates = {layer.dropout if layer.training else 0.0 for layer in layers if isinstance(layer, LoraLinear)}
+    alike = len(rates) < 2 and not any(module._forward_hooks or module._forward_pre_hooks for module in layers)
+    if not alike or not all(isinstance(base, NF4Linear) for base in bases):
+        return tuple(layer(x) for layer in layers)
+    held = [base for base in bases if isinstance(base, NF4Linear)]
+    if len({(base.block_size, base.absmax.dtype) for base in held}) > 1:
+        return tuple(layer(x) for layer in layers)
+    dropout = next(iter(rates), 0.0)
+    parts = [
+        base.projection(layer.lora_A, layer.lora_B, scale=layer.scale)
+        if isinstance(layer, LoraLinear)
+        else base.projection()
+        for layer, base in zip(layers, held, strict=True)
+    ]
+    seed = _draw_seed(x) if dropout > 0 else None
+    y = lora_matmul_group(
+        x, parts, dropout=dropout, seed=seed, block_size=held[0].block_size, keep_weight=held[0].keep_weight
+    )  # fmt: skip
+    outputs = y.split([base.out_features for base in held], dim=-1)
+    return tuple(
+        output if base.bias is None else output + base.bias.to(output.dtype)
+        for output, base in zip(outputs, held, strict=True)
+    )
 
 
 def attach_lora(

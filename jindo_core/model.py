@@ -18,6 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from jindo_core.errors import InputError
 from jindo_core.kernels.linear_cross_entropy import linear_cross_entropy
+from jindo_core.kernels.rms_norm import rms_norm
+from jindo_core.kernels.rope import rope
+from jindo_core.kernels.swiglu import swiglu
+from jindo_core.lora import project
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
@@ -163,13 +167,6 @@ def _yarn_frequencies(
     return inverse, attention
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + D/2) of x [B, H, T, D] by the angles of cos and sin [B or 1, 1, T, D]."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
-
-
 # --- key/value cache ------------------------------------------------------------------------------------
 
 
@@ -212,8 +209,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -232,11 +228,9 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None
     ) -> Tensor:
-        split = (*x.shape[:-1], -1, self.head_dim)
-        q = self.q_proj(x).view(split).transpose(1, 2)  # [B, H, T, D]
-        k = self.k_proj(x).view(split).transpose(1, 2)  # [B, G, T, D]
-        v = self.v_proj(x).view(split).transpose(1, 2)
-        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k = rope(q, k, cos, sin)  # [B, T, H, D] and [B, T, G, D]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
@@ -253,7 +247,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
 
 
 class DecoderLayer(nn.Module):
@@ -297,7 +291,7 @@ class LlamaModel(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(past, past + new, device=input_ids.device)[None]
         x = self.embed_tokens(input_ids)
-        cos, sin = self._angles(position_ids, past + new, x.dtype)
+        cos, sin = self._angles(position_ids, past + new)
         mask = _attention_mask(attention_mask, past, new, x.device)
         causal = mask is None and new > 1
         for layer in self.layers:
@@ -309,12 +303,11 @@ class LlamaModel(nn.Module):
             cache.length += new
         return self.norm(x)
 
-    def _angles(self, position_ids: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [B or 1, 1, T, D], computed in fp32."""
+    def _angles(self, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, fp32 [B or 1, T, D/2]."""
         inverse, factor = rope_frequencies(self.config, length)
-        angle = position_ids[:, None, :, None].float() * inverse.to(position_ids.device)
-        angle = torch.cat((angle, angle), dim=-1)
-        return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+        angle = position_ids[:, :, None].float() * inverse.to(position_ids.device)
+        return angle.cos() * factor, angle.sin() * factor
 
 
 def _attention_mask(attention_mask: Tensor | None, past: int, new: int, device: torch.device) -> Tensor | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jindo_core.kernels.lora_matmul import lora_matmul
+from jindo_core.kernels.lora_matmul import Projection, lora_matmul_group
 from jindo_core.kernels.nf4 import (
     NESTED_BLOCK,
     check_layout,
@@ -154,7 +154,8 @@ def quantize_nf4(weight: Tensor, *, block_size: int = 64, double_quant: bool = T
 class NF4Linear(nn.Linear):
     """A frozen linear layer y = x W^T + b with W [N, K] in NF4; differentiable in x and b.
 
-    W is rebuilt at every use, in x's dtype, and never kept. State dict keys are bitsandbytes'.
+    W is rebuilt at every use, in x's dtype, and not kept unless `keep_weight` is set (see `lora_matmul_group`).
+    State dict keys are bitsandbytes'.
 
     Args:
         weight: W, shape [N, K]. bias: [N], or None.
@@ -163,6 +164,7 @@ class NF4Linear(nn.Linear):
     absmax: Tensor
     nested_absmax: Tensor | None
     offset: Tensor | None
+    keep_weight: bool = False
 
     def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate a full weight
@@ -196,6 +198,14 @@ class NF4Linear(nn.Linear):
         y = self.matmul(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def projection(
+        self, lora_A: Tensor | None = None, lora_B: Tensor | None = None, *, scale: float = 1.0
+    ) -> Projection:
+        """W, and an adapter where one is given, as `lora_matmul_group` takes them."""
+        return Projection(
+            self.weight, self.absmax, self.nested_absmax, self.offset, self.out_features, lora_A, lora_B, scale
+        )  # fmt: skip
+
     def matmul(
         self,
         x: Tensor,
@@ -207,9 +217,9 @@ class NF4Linear(nn.Linear):
         seed: Tensor | None = None,
     ) -> Tensor:
         """x W^T, plus scale * (D(x) A^T) B^T when an adapter is given; no bias. See `lora_matmul`."""
-        return lora_matmul(
-            x, self.weight, self.absmax, self.nested_absmax, self.offset, self.out_features,
-            lora_A, lora_B, scale=scale, dropout=dropout, seed=seed, block_size=self.block_size,
+        return lora_matmul_group(
+            x, [self.projection(lora_A, lora_B, scale=scale)], dropout=dropout, seed=seed,
+            block_size=self.block_size, keep_weight=self.keep_weight,
         )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:

@@ -39,29 +39,40 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     },
     "lora_matmul": {
         "reference": "lora_matmul:forward_reference",
+        "cpu": "lora_matmul_cpu:forward",
         "triton": "lora_matmul_triton:forward",
     },
     "lora_matmul_backward": {
         "reference": "lora_matmul:backward_reference",
         "triton": "lora_matmul_triton:backward",
     },
+    "dropout_mask": {
+        "reference": "lora_matmul:mask_reference",
+        "cpu": "lora_matmul_cpu:mask",
+        "triton": "lora_matmul_triton:mask",
+    },
     "linear_cross_entropy": {
         "reference": "linear_cross_entropy:forward_reference",
     },
     "rms_norm": {
         "reference": "rms_norm:forward_reference",
+        "cpu": "elementwise_cpu:rms_norm_forward",
     },
     "rms_norm_backward": {
         "reference": "rms_norm:backward_reference",
+        "cpu": "elementwise_cpu:rms_norm_backward",
     },
     "swiglu": {
         "reference": "swiglu:forward_reference",
+        "cpu": "elementwise_cpu:swiglu_forward",
     },
     "swiglu_backward": {
         "reference": "swiglu:backward_reference",
+        "cpu": "elementwise_cpu:swiglu_backward",
     },
     "rope": {
         "reference": "rope:rope_reference",
+        "cpu": "elementwise_cpu:rope",
     },
 }
 

@@ -10,6 +10,7 @@ Reading W, a tile of it is [ROWS, COLUMNS] of out x in features. Where 64 divide
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -101,11 +102,11 @@ def weight_tile(
 
 @triton.jit
 def down_kernel(
-    down_ptr,  # [M, R]
+    down_ptr,  # [M, R], some columns of a group's
     x_ptr,  # [M, K]
     a_ptr,  # [R, K]
     seed_ptr,  # int32 [1] when DROPOUT
-    M, K, R, threshold, growth,
+    M, K, R, down_stride, threshold, growth,
     GOLDEN: tl.constexpr, MIX_1: tl.constexpr, MIX_2: tl.constexpr,
     TILE_M: tl.constexpr, TILE_R: tl.constexpr, TILE_K: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -122,22 +123,22 @@ def down_kernel(
             x = tl.where(kept, x.to(tl.float32) * growth, 0.0).to(x_ptr.dtype.element_ty)
         a = tl.load(a_ptr + r[None, :] * K + k[:, None], mask=(r < R)[None, :] & (k < K)[:, None], other=0.0)
         total = tl.dot(x, a.to(x_ptr.dtype.element_ty), total, input_precision="ieee")
-    out = down_ptr + m[:, None] * R + r[None, :]
+    out = down_ptr + m[:, None] * down_stride + r[None, :]
     tl.store(out, total.to(down_ptr.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
 
 
 @triton.jit
 def forward_kernel(
-    y_ptr,  # [M, N]
+    y_ptr,  # [M, N], some columns of a group's
     x_ptr,  # [M, K]
     packed_ptr, absmax_ptr, nested_ptr, offset_ptr, pairs_ptr, map_ptr,
     down_ptr,  # [M, R] when LORA
     b_ptr,  # [N, R] when LORA
-    M, N, K, R, scale,
+    M, N, K, R, y_stride, down_stride, scale,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, TILE_R: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, PAIRED: tl.constexpr, LORA: tl.constexpr,
 ):  # fmt: skip
-    """y^T = W x^T + scale * B down^T"""
+    """y^T = W x^T + scale * B down^T; rows of y and of down lie a stride apart"""
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     m = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
     total = tl.zeros((TILE_N, TILE_M), tl.float32)
@@ -146,7 +147,7 @@ def forward_kernel(
             r = r0 + tl.arange(0, TILE_R)
             b = tl.load(b_ptr + n[:, None] * R + r[None, :], mask=(n < N)[:, None] & (r < R)[None, :], other=0.0)
             inside_down = (m < M)[None, :] & (r < R)[:, None]
-            down = tl.load(down_ptr + m[None, :] * R + r[:, None], mask=inside_down, other=0.0)
+            down = tl.load(down_ptr + m[None, :] * down_stride + r[:, None], mask=inside_down, other=0.0)
             total = tl.dot(b.to(down_ptr.dtype.element_ty), down, total, input_precision="ieee")
         total *= scale
     for k0 in range(0, K, TILE_K):
@@ -157,7 +158,7 @@ def forward_kernel(
             n, k0, N, K, TILE_N, TILE_K, BLOCK_SIZE, NESTED, PAIRED,
         )  # fmt: skip
         total = tl.dot(w.to(x_ptr.dtype.element_ty), x, total, input_precision="ieee")
-    out = y_ptr + m[None, :] * N + n[:, None]
+    out = y_ptr + m[None, :] * y_stride + n[:, None]
     tl.store(out, total.to(y_ptr.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
 
@@ -205,14 +206,14 @@ def dx_kernel(
 
 @triton.jit
 def drop_kernel(
-    out_ptr, x_ptr, seed_ptr, count, threshold, growth,
+    out_ptr, x_ptr, seed_ptr, count, threshold, factor,
     GOLDEN: tl.constexpr, MIX_1: tl.constexpr, MIX_2: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """D(x), element by element."""
+    """x * factor where kept, else 0."""
     index = tl.program_id(0) * TILE + tl.arange(0, TILE)[None, :]
     x = tl.load(x_ptr + index, mask=index < count, other=0.0)
     kept = keep(tl.zeros((1, 1), tl.int32), index, 0, seed_ptr, threshold, GOLDEN, MIX_1, MIX_2)
-    dropped = tl.where(kept, x.to(tl.float32) * growth, 0.0)
+    dropped = tl.where(kept, x.to(tl.float32) * factor, 0.0)
     tl.store(out_ptr + index, dropped.to(out_ptr.dtype.element_ty), mask=index < count)
 
 
@@ -221,7 +222,7 @@ def drop_kernel(
 
 def mask_arguments(dropout: float) -> tuple[int, float]:
     """The mask's threshold and the factor of what is kept."""
-    return contract.drop_threshold(dropout), 1.0 / (1.0 - dropout)
+    return contract.drop_threshold(dropout), contract.growth(dropout)
 
 
 HASH = {"GOLDEN": contract.GOLDEN, "MIX_1": contract.MIX_1, "MIX_2": contract.MIX_2}
@@ -232,109 +233,115 @@ def rank_tile(rank: int) -> int:
     return min(max(triton.next_power_of_2(rank), 16), 64)
 
 
-def drop(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """D(x) in one pass; x itself when there is no dropout. x is contiguous."""
-    if dropout == 0.0 or seed is None:
-        return x
+def drop(x: Tensor, dropout: float, factor: float, seed: Tensor) -> Tensor:
+    """x * factor where kept, else 0, in one pass. x is contiguous."""
     out = torch.empty_like(x)
     grid = (triton.cdiv(x.numel(), DROP_ELEMENTS),)
-    drop_kernel[grid](out, x, seed, x.numel(), *mask_arguments(dropout), TILE=DROP_ELEMENTS, **HASH, **EXACT)
+    threshold = contract.drop_threshold(dropout)
+    drop_kernel[grid](out, x, seed, x.numel(), threshold, factor, TILE=DROP_ELEMENTS, **HASH, **EXACT)
     return out
 
 
-def down_product(x: Tensor, lora_A: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """D(x) A^T [M, r] in x's dtype."""
+def mask(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
+    """`mask` of the contract: x where kept, else 0."""
+    with torch.cuda.device_of(x):
+        return drop(x.contiguous(), dropout, 1.0, seed)
+
+
+def down_product(x: Tensor, lora_A: Tensor, dropout: float, seed: Tensor | None, down: Tensor) -> None:
+    """D(x) A^T [M, r] into `down`, in x's dtype."""
     (rows, in_features), rank = x.shape, lora_A.shape[0]
-    down = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
     masked = dropout > 0.0 and seed is not None
     tile = DOWN_TILES
     down_kernel[(triton.cdiv(rows, tile.m), triton.cdiv(rank, tile.n))](
-        down, x, lora_A.contiguous(), seed if masked else x, rows, in_features, rank, *mask_arguments(dropout),
+        down, x, lora_A.contiguous(), seed if masked else x, rows, in_features, rank, down.stride(0),
+        *mask_arguments(dropout),
         TILE_M=tile.m, TILE_R=tile.n, TILE_K=tile.k, DROPOUT=masked,
         num_warps=tile.warps, num_stages=tile.stages, **HASH, **EXACT,
     )  # fmt: skip
-    return down
 
 
 def forward(
     x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    out_features: int,
+    layers: Sequence[contract.Projection],
     block_size: int,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scale: float,
     dropout: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`lora_matmul`: returns y and D(x)A^T [M, r]. Tensor cores multiply no fp64, which the reference takes."""
-    if x.dtype == torch.float64 or x.numel() == 0:
-        return contract.forward_reference(
-            x, packed, absmax, nested_absmax, offset, out_features, block_size, lora_A, lora_B, scale, dropout, seed
-        )
+    keep_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`lora_matmul`: returns y, D(x)A^T [M, sum of r] and no W. Tensor cores multiply no fp64, and a W that is to be
+    kept has to be made: both are left to the reference."""
+    if x.dtype == torch.float64 or x.numel() == 0 or keep_weight:
+        return contract.forward_reference(x, layers, block_size, dropout, seed, keep_weight)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     rows, in_features = flat.shape
-    y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
-    weight, nested = weight_arguments(packed, absmax, nested_absmax, offset)
+    y = x.new_empty(rows, sum(layer.out_features for layer in layers))
+    down = x.new_empty(rows, sum(layer.rank for layer in layers))
     paired = is_paired(in_features, block_size)
     tile = tiles_for(FORWARD_TILES, rows, x.dtype, paired)
+    first, r = 0, 0
     with torch.cuda.device_of(x):
-        if lora_A is None or lora_B is None:
-            rank, b = 0, flat
-            down = torch.empty(rows, 0, dtype=x.dtype, device=x.device)
-        else:
-            rank, b = lora_A.shape[0], lora_B.contiguous()
-            down = down_product(flat, lora_A, dropout, seed)
-        forward_kernel[(triton.cdiv(out_features, tile.n), triton.cdiv(rows, tile.m))](
-            y, flat, *weight, down if rank else flat, b, rows, out_features, in_features, rank, scale,
-            TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, TILE_R=rank_tile(rank), LORA=rank > 0,
-            BLOCK_SIZE=block_size, NESTED=nested, PAIRED=paired,
-            num_warps=tile.warps, num_stages=tile.stages, **EXACT,
-        )  # fmt: skip
-    return y, down
+        for layer in layers:
+            rank, out_features = layer.rank, layer.out_features
+            b = flat if layer.lora_B is None else layer.lora_B.contiguous()
+            mine = down[:, r : r + rank]
+            if layer.lora_A is not None:
+                down_product(flat, layer.lora_A, dropout, seed, mine)
+            weight, nested = weight_arguments(layer.packed, layer.absmax, layer.nested_absmax, layer.offset)
+            forward_kernel[(triton.cdiv(out_features, tile.n), triton.cdiv(rows, tile.m))](
+                y[:, first:], flat, *weight, mine if rank else flat, b, rows, out_features, in_features, rank,
+                y.stride(0), down.stride(0), layer.scale,
+                TILE_M=tile.m, TILE_N=tile.n, TILE_K=tile.k, TILE_R=rank_tile(rank), LORA=rank > 0,
+                BLOCK_SIZE=block_size, NESTED=nested, PAIRED=paired,
+                num_warps=tile.warps, num_stages=tile.stages, **EXACT,
+            )  # fmt: skip
+            first, r = first + out_features, r + rank
+    return y.view(*x.shape[:-1], first), down, x.new_empty(0, in_features)
 
 
 def backward(
     dy: Tensor,
     x: Tensor | None,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
+    layers: Sequence[contract.Projection],
     in_features: int,
     block_size: int,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
     down: Tensor | None,
-    scale: float,
+    kept: Tensor | None,
     dropout: float,
     seed: Tensor | None,
     need_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`lora_matmul_backward`: dX in one kernel; dA and dB, small products, by cuBLAS."""
-    if dy.dtype == torch.float64 or dy.numel() == 0:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """`lora_matmul_backward`: dX in one kernel a layer; dA and dB, small products, by cuBLAS."""
+    if dy.dtype == torch.float64 or dy.numel() == 0 or kept is not None:
         return contract.backward_reference(
-            dy, x, packed, absmax, nested_absmax, offset, in_features, block_size,
-            lora_A, lora_B, down, scale, dropout, seed, need_dx,
+            dy, x, layers, in_features, block_size, down, kept, dropout, seed, need_dx
         )  # fmt: skip
     flat = dy.reshape(-1, dy.shape[-1]).contiguous()
-    dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
+    dx, grads_a, grads_b = dy.new_empty(0), [], []
+    first, r = 0, 0
     with torch.cuda.device_of(dy):
-        through_b = None
-        if lora_A is not None and lora_B is not None:
-            through_b = flat @ lora_B.to(dy.dtype)
-            if x is not None and down is not None:
-                dropped = drop(x.reshape(-1, in_features).contiguous(), dropout, seed)
-                dA = (through_b.t() @ dropped).to(lora_A.dtype).mul_(scale)
-                dB = (flat.t() @ down).to(lora_B.dtype).mul_(scale)
-        if need_dx:
-            weight = weight_arguments(packed, absmax, nested_absmax, offset)
-            dx = dx_product(flat, weight, in_features, block_size, through_b, lora_A, scale, dropout, seed)
-            dx = dx.view(*dy.shape[:-1], in_features)
-    return dx, dA, dB
+        seen = None
+        if x is not None:
+            seen = x.reshape(-1, in_features).contiguous()
+            if dropout > 0.0 and seed is not None:
+                seen = drop(seen, dropout, contract.growth(dropout), seed)
+        for layer in layers:
+            part = flat[:, first : first + layer.out_features].contiguous()
+            through_b = None
+            if layer.lora_A is not None and layer.lora_B is not None:
+                through_b = part @ layer.lora_B.to(dy.dtype)
+                if seen is not None and down is not None:
+                    mine = down[:, r : r + layer.rank]
+                    grads_a.append((through_b.t() @ seen).to(layer.lora_A.dtype).mul_(layer.scale))
+                    grads_b.append((part.t() @ mine).to(layer.lora_B.dtype).mul_(layer.scale))
+            if need_dx:
+                weight = weight_arguments(layer.packed, layer.absmax, layer.nested_absmax, layer.offset)
+                one = dx_product(
+                    part, weight, in_features, block_size, through_b, layer.lora_A, layer.scale, dropout, seed
+                )  # fmt: skip
+                dx = dx.add_(one) if dx.numel() else one
+            first, r = first + layer.out_features, r + layer.rank
+    return dx.view(*dy.shape[:-1], in_features) if need_dx else dx, grads_a, grads_b
 
 
 def dx_product(

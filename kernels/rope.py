@@ -36,10 +36,11 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """`rope` in PyTorch; `inverse` turns the other way."""
+    wide = torch.promote_types(q.dtype, cos.dtype)
     cos, sin = cos[:, :, None], (-sin if inverse else sin)[:, :, None]
 
     def turn(x: Tensor) -> Tensor:
-        a, b = x.to(cos.dtype).chunk(2, dim=-1)
+        a, b = x.to(wide).chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
     return turn(q), turn(k)

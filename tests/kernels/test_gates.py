@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from jindo_core.kernels import lora_matmul_triton, nf4, nf4_triton
+from jindo_core.kernels import lora_matmul, lora_matmul_triton, nf4, nf4_triton
 
 KERNELS = {
     nf4_triton: ["quantize_kernel", "dequantize_kernel"],
@@ -203,8 +203,9 @@ def launches_of(record, m, dtype, *, n=256, k=512, r=8, dropout=0.1, double_quan
     a, b, seed = torch.zeros(r, k), torch.zeros(n, r), torch.zeros(1, dtype=torch.int32)
 
     def run():
-        _, down = lora_matmul_triton.forward(x, *parts, n, 64, a, b, 2.0, dropout, seed)
-        lora_matmul_triton.backward(dy, x, *parts, k, 64, a, b, down, 2.0, dropout, seed, True)
+        layers = [lora_matmul.Projection(*parts, n, a, b, 2.0)]
+        _, down, _ = lora_matmul_triton.forward(x, layers, 64, dropout, seed, False)
+        lora_matmul_triton.backward(dy, x, layers, k, 64, down, None, dropout, seed, True)
 
     return record(run)
 
@@ -259,6 +260,6 @@ def test_fused_linear_in_fp32(cc, record, tmp_path):
 def test_dropout_mask_compiles_for_sm_75(record, tmp_path):
     """The only kernel of the fused linear that is no matrix product."""
     x, seed = torch.zeros(64, 64, dtype=torch.float16), torch.zeros(1, dtype=torch.int32)
-    compiled = compile_for(record(lambda: lora_matmul_triton.drop(x, 0.1, seed))["drop_kernel"], 75, tmp_path)
+    compiled = compile_for(record(lambda: lora_matmul_triton.mask(x, 0.1, seed))["drop_kernel"], 75, tmp_path)
     check_resources(compiled, 75)
     check_roundings(compiled)

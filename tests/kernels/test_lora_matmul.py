@@ -149,19 +149,99 @@ def test_drop_scales_what_it_keeps():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adapter", [True, False])
-def test_opcheck(dtype, adapter):
+@pytest.mark.parametrize("keep", [True, False])
+def test_opcheck(dtype, adapter, keep):
     x, parts, a, b = make_case((2, 3), 70, 9, 4, dtype, adapter=adapter)
-    seed = SEED if adapter else None
-    opcheck(torch.ops.jindo.lora_matmul, (x, *parts, 9, 64, a, b, 2.0, 0.1, seed))
-    frozen = [None if t is None else t.detach() for t in (x, a, b)]
-    down = None
-    if adapter:
-        down = torch.ops.jindo.lora_matmul(frozen[0], *parts, 9, 64, *frozen[1:], 2.0, 0.1, seed)[1]
+    weight = ([parts[0]], [parts[1]], [parts[2]], [parts[3]], [9])
+    lists = ([a], [b]) if adapter else ([], [])
+    dropout, seed = (0.1, SEED) if adapter else (0.0, None)
+    opcheck(torch.ops.jindo.lora_matmul, (x, *weight, 64, *lists, [2.0], dropout, seed, keep))
+    x = x.detach()
+    lists = tuple([t.detach() for t in group] for group in lists)
+    _, down, kept = torch.ops.jindo.lora_matmul(x, *weight, 64, *lists, [2.0], dropout, seed, keep)
     dy = torch.randn(2, 3, 9).to(dtype)
-    saved_x = frozen[0] if adapter else None
+    saved = (x, down) if adapter else (None, None)
     for need_dx in (True, False):
-        args = (dy, saved_x, *parts, 70, 64, *frozen[1:], down, 2.0, 0.1, seed, need_dx)
-        opcheck(torch.ops.jindo.lora_matmul_backward, args)
+        opcheck(
+            torch.ops.jindo.lora_matmul_backward,
+            (dy, saved[0], *weight, 70, 64, *lists, [2.0], saved[1], kept if keep else None, dropout, seed, need_dx),
+        )
+
+
+def make_group(k, shapes, dtype=torch.float32):
+    """Layers of (N, r); r = 0: without an adapter."""
+    layers = []
+    for n, r in shapes:
+        _, parts, a, b = make_case((1,), k, n, max(r, 1), dtype)
+        layers.append(module.Projection(*parts, n, a if r else None, b if r else None, 1.5 + r))
+    return layers
+
+
+@pytest.mark.parametrize("keep_weight", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("shapes", [[(24, 4), (9, 0), (40, 2)], [(16, 0), (16, 0)], [(33, 1)]], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+def test_a_group_is_its_layers_side_by_side(rows, shapes, dropout, keep_weight, each_cpu_implementation, close):
+    layers = make_group(192, shapes)
+    x = torch.randn(2, rows, 192, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    leaves = [x] + [t for layer in layers for t in (layer.lora_A, layer.lora_B) if t is not None]
+    y = module.lora_matmul_group(x, layers, dropout=dropout, seed=SEED, keep_weight=keep_weight)
+    wide = x.detach().double().requires_grad_()
+    apart = [
+        lora_matmul(wide, *layer[:4], layer.out_features, layer.lora_A, layer.lora_B, scale=layer.scale,
+                    dropout=dropout, seed=SEED)
+        for layer in layers
+    ]  # fmt: skip
+    expected = torch.cat(apart, dim=-1)
+    close("lora_matmul", y, expected)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    wanted = torch.autograd.grad(expected, [wide, *leaves[1:]], dy.double())
+    for grad, want in zip(torch.autograd.grad(y, leaves, dy), wanted, strict=True):
+        close("lora_matmul", grad, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(("rows", "k", "n", "r"), [(1, 64, 5, 2), (2, 576, 192, 8), (4, 320, 37, 0), (7, 128, 64, 3)])
+def test_gemv_of_few_rows(rows, k, n, r, double_quant, dtype, each_cpu_implementation, close):
+    """No rounding of W to x's dtype is needed, so the oracle's W is the exact one."""
+    x, parts, a, b = make_case((rows,), k, n, max(r, 1), dtype, double_quant=double_quant)
+    a, b = (a, b) if r else (None, None)
+    y = lora_matmul(x, *parts, n, a, b, scale=0.7)
+    weight = nf4.nf4_dequantize(*parts, (n, k), dtype=torch.float64)
+    expected = x.double() @ weight.T
+    if r:
+        expected = expected + 0.7 * (x.double() @ a.double().T) @ b.double().T
+    close("lora_matmul", y, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (17,), (3, 333), (2, 20000)])
+def test_mask_of_every_implementation_is_the_same(shape, dtype, each_cpu_implementation):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(module.mask(x, 0.3, SEED), module.mask_reference(x, 0.3, SEED))
+
+
+def test_keeping_the_weight_saves_it_and_spares_the_second_dequantize(monkeypatch):
+    (layer,) = make_group(128, [(96, 4)])
+    x = torch.randn(16, 128, requires_grad=True)
+    calls = []
+    dequantize = module.Projection.dequantize_into
+    monkeypatch.setattr(module.Projection, "dequantize_into", lambda *args: calls.append(1) or dequantize(*args))
+    plain = torch.autograd.grad(module.lora_matmul_group(x, [layer]).sum(), x)
+    assert len(calls) == 2
+    kept = torch.autograd.grad(module.lora_matmul_group(x, [layer], keep_weight=True).sum(), x)
+    assert len(calls) == 3
+    assert torch.equal(plain[0], kept[0])
+    with torch.no_grad():
+        assert module.lora_matmul_group(x, [layer], keep_weight=True).shape == (16, 96)
+
+
+def test_a_group_of_mixed_quantization_is_refused():
+    double = make_group(64, [(8, 0)])[0]
+    packed, absmax = nf4.nf4_quantize(torch.ones(8, 64))
+    with pytest.raises(ValueError, match="with and without double quantization"):
+        module.lora_matmul_group(torch.zeros(2, 64), [double, module.Projection(packed, absmax, None, None, 8)])
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

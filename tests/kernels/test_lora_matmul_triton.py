@@ -50,6 +50,21 @@ def widen(parts, n, k, block_size, dtype):
     return nf4.nf4_dequantize(*parts, (n, k), dtype=dtype, block_size=block_size).double()
 
 
+def forward(x, *rest, run=lora_matmul_triton.forward):
+    """One layer through the implementation: y and D(x)A^T."""
+    *parts, n, block_size, a, b, scale, dropout, seed = rest
+    layer = contract.Projection(*parts, n, a, b, scale)
+    return run(x, [layer], block_size, dropout, seed, False)[:2]
+
+
+def backward(dy, x, *rest, run=lora_matmul_triton.backward):
+    """One layer's dX, dA and dB; an empty tensor for what there is none of."""
+    *parts, k, block_size, a, b, down, scale, dropout, seed, need_dx = rest
+    layer = contract.Projection(*parts, dy.shape[-1], a, b, scale)
+    dx, da, db = run(dy, x, [layer], k, block_size, down, None, dropout, seed, need_dx)
+    return dx, *(da or [dy.new_empty(0)]), *(db or [dy.new_empty(0)])
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("case", CASES)
@@ -62,13 +77,13 @@ def test_values_and_gradients(case, dtype, dropout, close):
     if dropout:
         mask = contract.keep_mask(x.shape, dropout, SEED) / (1 - dropout)
 
-    y, down = lora_matmul_triton.forward(x, *parts, n, block_size, a, b, 1.7, dropout, SEED)
+    y, down = forward(x, *parts, n, block_size, a, b, 1.7, dropout, SEED)
     down64 = (x64 * mask) @ a64.T
     assert y.dtype == down.dtype == dtype
     close("lora_matmul", down, down64)
     close("lora_matmul", y, x64 @ w.T + 1.7 * down64 @ b64.T)
 
-    grads = lora_matmul_triton.backward(
+    grads = backward(
         dy, x, *parts, k, block_size, a, b, down, 1.7, dropout, SEED, True
     )  # fmt: skip
     through_b = dy64 @ b64
@@ -87,14 +102,14 @@ def test_single_quantization_and_no_adapter(case, close):
     m, k, n, r, block_size = case
     x, parts, a, b, dy = make_case(m, k, n, r, block_size, torch.float32, double_quant=False)
     w = widen(parts, n, k, block_size, torch.float32)
-    y, down = lora_matmul_triton.forward(x, *parts, n, block_size, None, None, 1.0, 0.0, None)
+    y, down = forward(x, *parts, n, block_size, None, None, 1.0, 0.0, None)
     assert down.shape == (m, 0)
     close("lora_matmul", y, x.double() @ w.T)
-    dx, da, db = lora_matmul_triton.backward(dy, None, *parts, k, block_size, None, None, None, 1.0, 0.0, None, True)
+    dx, da, db = backward(dy, None, *parts, k, block_size, None, None, None, 1.0, 0.0, None, True)
     assert da.numel() == db.numel() == 0
     close("lora_matmul", dx, dy.double() @ w)
     # A frozen adapter: x was not saved, dX still goes through it.
-    dx, da, db = lora_matmul_triton.backward(dy, None, *parts, k, block_size, a, b, None, 0.5, 0.0, None, True)
+    dx, da, db = backward(dy, None, *parts, k, block_size, a, b, None, 0.5, 0.0, None, True)
     assert da.numel() == db.numel() == 0
     close("lora_matmul", dx, dy.double() @ w + 0.5 * (dy.double() @ b.double()) @ a.double())
 
@@ -108,8 +123,8 @@ def test_nothing_beyond_the_inputs_is_used(case, double_quant, walled):
     for wall in (lambda t: t, walled):
         args = [t if t is None or t.dim() == 0 else wall(t) for t in parts]
         x_, a_, b_, dy_ = wall(x), wall(a), wall(b), wall(dy)
-        y, down = lora_matmul_triton.forward(x_, *args, n, block_size, a_, b_, 1.0, 0.1, SEED)
-        grads = lora_matmul_triton.backward(dy_, x_, *args, k, block_size, a_, b_, wall(down), 1.0, 0.1, SEED, True)
+        y, down = forward(x_, *args, n, block_size, a_, b_, 1.0, 0.1, SEED)
+        grads = backward(dy_, x_, *args, k, block_size, a_, b_, wall(down), 1.0, 0.1, SEED, True)
         results.append((y, down, grads[0]))
     for plain, between_walls in zip(*results, strict=True):
         assert torch.equal(plain, between_walls)
@@ -120,9 +135,9 @@ def test_nothing_beyond_the_inputs_is_used(case, double_quant, walled):
 def test_mask_is_bit_identical(shape, dtype):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     for dropout in (0.05, 0.5):
-        ours = lora_matmul_triton.drop(x, dropout, SEED)
+        ours = lora_matmul_triton.drop(x, dropout, contract.growth(dropout), SEED)
         assert torch.equal(ours, contract.drop(x, dropout, SEED))
-    assert lora_matmul_triton.drop(x, 0.0, SEED) is x
+        assert torch.equal(lora_matmul_triton.mask(x, dropout, SEED), contract.mask_reference(x, dropout, SEED))
 
 
 def test_mask_of_the_matrix_kernels_is_that_of_the_contract():
@@ -132,9 +147,9 @@ def test_mask_of_the_matrix_kernels_is_that_of_the_contract():
     parts = (packed, absmax, None, None)
     kept = contract.keep_mask(torch.Size((m, k)), 0.3, SEED)
     ones, eye = torch.ones(m, k), torch.eye(k)
-    _, down = lora_matmul_triton.forward(ones, *parts, 1, 64, eye, torch.ones(1, k), 1.0, 0.3, SEED)
+    _, down = forward(ones, *parts, 1, 64, eye, torch.ones(1, k), 1.0, 0.3, SEED)
     assert torch.equal(down != 0, kept)
-    dx, _, _ = lora_matmul_triton.backward(
+    dx, _, _ = backward(
         torch.ones(m, 1), ones, *parts, k, 64, eye, torch.ones(1, k), down, 1.0, 0.3, SEED, True
     )
     assert torch.equal(dx != 0, kept)
@@ -157,13 +172,36 @@ def test_autograd_runs_through_the_kernels(close):
         close("lora_matmul", ours, reference, torch.float16)
 
 
+def test_a_group_equals_its_layers(close):
+    """Results side by side, dX summed, a layer without an adapter between two with one."""
+    m, k, block_size = 5, 128, 64
+    x, _, _, _, _ = make_case(m, k, 8, 2, block_size, torch.float32)
+    layers = []
+    for n, r in ((48, 4), (33, 0), (70, 3)):
+        _, parts, a, b, _ = make_case(m, k, n, r, block_size, torch.float32)
+        layers.append(contract.Projection(*parts, n, a if r else None, b if r else None, 1.5))
+    dy = torch.randn(m, 151, generator=torch.Generator().manual_seed(3))
+    for dropout in (0.0, 0.3):
+        y, down, _ = lora_matmul_triton.forward(x, layers, block_size, dropout, SEED, False)
+        wanted = contract.forward_reference(x.double(), layers, block_size, dropout, SEED, False)
+        close("lora_matmul", y, wanted[0])
+        close("lora_matmul", down, wanted[1])
+        grads = lora_matmul_triton.backward(dy, x, layers, k, block_size, down, None, dropout, SEED, True)
+        wanted = contract.backward_reference(
+            dy.double(), x.double(), layers, k, block_size, wanted[1], None, dropout, SEED, True
+        )
+        close("lora_matmul", grads[0], wanted[0])
+        for grad, want in zip((*grads[1], *grads[2]), (*wanted[1], *wanted[2]), strict=True):
+            close("lora_matmul", grad, want)
+
+
 def test_fp64_and_no_rows_are_left_to_the_reference():
     x, parts, a, b, dy = make_case(3, 64, 8, 2, 64, torch.float64)
-    y, down = lora_matmul_triton.forward(x, *parts, 8, 64, a, b, 1.0, 0.0, None)
-    assert torch.equal(y, contract.forward_reference(x, *parts, 8, 64, a, b, 1.0, 0.0, None)[0])
-    args = (parts, (64, 64, a, b, down, 1.0, 0.0, None, True))
-    grads = lora_matmul_triton.backward(dy, x, *args[0], *args[1])
-    for grad, wanted in zip(grads, contract.backward_reference(dy, x, *args[0], *args[1]), strict=True):
+    y, down = forward(x, *parts, 8, 64, a, b, 1.0, 0.0, None)
+    assert torch.equal(y, forward(x, *parts, 8, 64, a, b, 1.0, 0.0, None, run=contract.forward_reference)[0])
+    args = (*parts, 64, 64, a, b, down, 1.0, 0.0, None, True)
+    grads = backward(dy, x, *args)
+    for grad, wanted in zip(grads, backward(dy, x, *args, run=contract.backward_reference), strict=True):
         assert torch.equal(grad, wanted)
-    empty, _ = lora_matmul_triton.forward(x[:0].float(), *parts, 8, 64, a, b, 1.0, 0.0, None)
+    empty, _ = forward(x[:0].float(), *parts, 8, 64, a, b, 1.0, 0.0, None)
     assert empty.shape == (0, 8)
