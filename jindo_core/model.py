@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from jindo_core.errors import InputError
+from jindo_core.kernels.attention import causal_attention
 from jindo_core.kernels.linear_cross_entropy import linear_cross_entropy
 from jindo_core.kernels.rms_norm import rms_norm
 from jindo_core.kernels.rope import rope
@@ -230,6 +231,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         q, k = rope(q, k, cos, sin)  # [B, T, H, D] and [B, T, G, D]
+        if causal and cache is None:
+            return self.o_proj(causal_attention(q, k, v).flatten(2))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)

@@ -53,26 +53,41 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     },
     "linear_cross_entropy": {
         "reference": "linear_cross_entropy:forward_reference",
+        "cpu": "linear_cross_entropy_cpu:forward",
+        "triton": "linear_cross_entropy_triton:forward",
+    },
+    "attention": {
+        "reference": "attention:forward_reference",
+        "cpu": "attention_cpu:forward",
+    },
+    "attention_backward": {
+        "reference": "attention:backward_reference",
+        "cpu": "attention_cpu:backward",
     },
     "rms_norm": {
         "reference": "rms_norm:forward_reference",
         "cpu": "elementwise_cpu:rms_norm_forward",
+        "triton": "rms_norm_triton:forward",
     },
     "rms_norm_backward": {
         "reference": "rms_norm:backward_reference",
         "cpu": "elementwise_cpu:rms_norm_backward",
+        "triton": "rms_norm_triton:backward",
     },
     "swiglu": {
         "reference": "swiglu:forward_reference",
         "cpu": "elementwise_cpu:swiglu_forward",
+        "triton": "swiglu_triton:forward",
     },
     "swiglu_backward": {
         "reference": "swiglu:backward_reference",
         "cpu": "elementwise_cpu:swiglu_backward",
+        "triton": "swiglu_triton:backward",
     },
     "rope": {
         "reference": "rope:rope_reference",
         "cpu": "elementwise_cpu:rope",
+        "triton": "rope_triton:rope",
     },
 }
 

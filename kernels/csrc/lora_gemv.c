@@ -31,13 +31,14 @@ typedef struct {
 /* Element e of a word's eight: in byte e / 2, the even ones in the high nibble. */
 static inline int shift_of(int e) { return 8 * (e / 2) + (e % 2 ? 0 : 4); }
 
-/* The maxima of row n's groups of 64. */
+/* The maxima of row n's groups of 64. One block a group, the usual case, needs no division. */
 static inline void row_maxima(const job_t *j, int64_t n, float *maxima)
 {
-    int64_t groups = j->in / 64, first = n * groups;
+    const int64_t groups = j->in / 64, first = n * groups, share = j->groups_a_block;
+    const uint8_t *quantized = j->absmax;
     for (int64_t g = 0; g < groups; g++) {
-        int64_t block = (first + g) / j->groups_a_block;
-        maxima[g] = j->nested ? j->map[((const uint8_t *)j->absmax)[block]] * j->nested[block >> 8] + *j->offset
+        int64_t block = share == 1 ? first + g : (first + g) / share;
+        maxima[g] = j->nested ? j->map[quantized[block]] * j->nested[block >> 8] + *j->offset
                               : ((const float *)j->absmax)[block];
     }
     maxima[groups] = 0; /* an odd number of groups: the second half of the last register */
@@ -114,38 +115,66 @@ AVX2 static void rows_avx2(const job_t *j, int64_t first, int64_t last)
     }
 }
 
-/* R rows of W against M of x at once: the loads of x serve R rows, and R * M sums keep the multipliers busy. */
+/* row_maxima, sixteen at once. */
+AVX512 static void row_maxima_avx512(const job_t *j, int64_t n, float *maxima)
+{
+    const int64_t groups = j->in / 64, first = n * groups;
+    if (!j->nested || j->groups_a_block != 1) { row_maxima(j, n, maxima); return; }
+    const uint8_t *quantized = (const uint8_t *)j->absmax + first;
+    const __m512 offset = _mm512_set1_ps(*j->offset);
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (int64_t g = 0; g < groups; g += 16) {
+        __mmask16 inside = groups - g >= 16 ? 0xffff : (__mmask16)((1 << (groups - g)) - 1);
+        __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(inside, quantized + g));
+        __m512 value = _mm512_i32gather_ps(code, j->map, 4), nested;
+        if ((first + g) >> 8 == (first + g + 15) >> 8) nested = _mm512_set1_ps(j->nested[(first + g) >> 8]);
+        else {
+            __m512i index = _mm512_srli_epi32(_mm512_add_epi32(_mm512_set1_epi32((int)((first + g) & 255)), lane), 8);
+            nested = _mm512_mask_i32gather_ps(offset, inside, index, j->nested + ((first + g) >> 8), 4);
+        }
+        _mm512_storeu_ps(maxima + g, _mm512_maskz_add_ps(inside, _mm512_mul_ps(value, nested), offset));
+    }
+    if (groups % 16 == 0) maxima[groups] = 0;
+}
+
+/* R rows of W against M of x at once: a load of x serves R rows, and R * M sums keep the multipliers busy. Up to
+ * four rows of x, the products of a block are summed before its maximum joins; beyond, registers are too few for
+ * two sums each, and the maximum joins the code. */
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 AVX512 ALWAYS_INLINE void tile_avx512(const job_t *j, int64_t n, const int R, const int M)
 {
-    float maxima[4][MOST_BLOCKS + 2];
+    float maxima[4][MOST_BLOCKS + 16];
     const __m512 table = _mm512_loadu_ps(CODES);
     const __m512i halves = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
     const int64_t groups = (j->in + 127) / 128;
-    __m512 total[8];
-    for (int r = 0; r < R; r++) row_maxima(j, n + r, maxima[r]);
+    __m512 total[16];
+    for (int r = 0; r < R; r++) row_maxima_avx512(j, n + r, maxima[r]);
     for (int i = 0; i < R * M; i++) total[i] = _mm512_setzero_ps();
     for (int64_t g = 0; g < groups; g++) {
         __mmask16 inside = g * 128 + 128 <= j->in ? 0xffff : 0x00ff;
         __m512i words[4];
-        __m512 sum[8];
-        for (int r = 0; r < R; r++)
+        __m512 maximum[4], sum[8];
+        for (int r = 0; r < R; r++) {
+            double pair;
+            memcpy(&pair, &maxima[r][2 * g], 8);
+            maximum[r] = _mm512_permutexvar_ps(halves, _mm512_castpd_ps(_mm512_set1_pd(pair)));
             words[r] = _mm512_maskz_loadu_epi32(inside, j->codes + (n + r) * (j->in / 2) + g * 64);
-        for (int i = 0; i < R * M; i++) sum[i] = _mm512_setzero_ps();
+        }
+        if (M <= 4)
+            for (int i = 0; i < R * M; i++) sum[i] = _mm512_setzero_ps();
 #pragma GCC unroll 8
         for (int e = 0; e < 8; e++)
             for (int r = 0; r < R; r++) {
                 __m512 code = _mm512_permutexvar_ps(_mm512_srli_epi32(words[r], shift_of(e)), table);
-                for (int m = 0; m < M; m++)
-                    sum[r * M + m] = _mm512_fmadd_ps(
-                        code, _mm512_loadu_ps(j->x + m * j->padded + g * 128 + e * 16), sum[r * M + m]);
+                if (M > 4) code = _mm512_mul_ps(code, maximum[r]);
+                for (int m = 0; m < M; m++) {
+                    __m512 x = _mm512_loadu_ps(j->x + m * j->padded + g * 128 + e * 16);
+                    if (M > 4) total[r * M + m] = _mm512_fmadd_ps(code, x, total[r * M + m]);
+                    else sum[r * M + m] = _mm512_fmadd_ps(code, x, sum[r * M + m]);
+                }
             }
-        for (int r = 0; r < R; r++) {
-            double pair;
-            memcpy(&pair, &maxima[r][2 * g], 8);
-            __m512 maximum = _mm512_permutexvar_ps(halves, _mm512_castpd_ps(_mm512_set1_pd(pair)));
-            for (int m = 0; m < M; m++) total[r * M + m] = _mm512_fmadd_ps(sum[r * M + m], maximum, total[r * M + m]);
-        }
+        if (M <= 4)
+            for (int i = 0; i < R * M; i++) total[i] = _mm512_fmadd_ps(sum[i], maximum[i / M], total[i]);
     }
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) finish(j, m, n + r, _mm512_reduce_add_ps(total[r * M + m]));
@@ -157,7 +186,7 @@ AVX512 ALWAYS_INLINE void tile_avx512(const job_t *j, int64_t n, const int R, co
         for (; first + R <= last; first += R) tile_avx512(j, first, R, M); \
         for (; first < last; first++) tile_avx512(j, first, 1, M); \
     }
-TILES(1, 4) TILES(2, 4) TILES(3, 2) TILES(4, 2) TILES(5, 1) TILES(6, 1) TILES(7, 1) TILES(8, 1)
+TILES(1, 4) TILES(2, 4) TILES(3, 2) TILES(4, 2) TILES(5, 2) TILES(6, 2) TILES(7, 2) TILES(8, 2)
 #endif
 
 typedef void rows_t(const job_t *, int64_t, int64_t);

@@ -54,7 +54,9 @@ def test_a_real_adapter_gives_pefts_logits(assets, smollm2_gguf):
         plain = model(ids).logits
         load_adapter(model, folder)
         got = model(ids).logits
-        torch.testing.assert_close(got, theirs(ids).logits, atol=1e-4, rtol=0)
+        expected = theirs(ids).logits
+        # fp32 sums in another order, through 30 layers.
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (got - plain).abs().max() > 0.1
     assert len(list(adapted_layers(model))) == 60
 
