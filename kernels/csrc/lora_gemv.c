@@ -5,7 +5,7 @@
  * x is laid out as the codes lie: [group][8 nibbles][LANES], a group being 8 * LANES weights of a row. */
 #include "common.h"
 
-enum { MOST_ROWS = 8, MOST_BLOCKS = 1024 };
+enum { MOST_ROWS = 8, MOST_BLOCKS = 1024, PREFETCH_BYTES = 16384 };
 
 static const float CODES[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
@@ -150,6 +150,10 @@ AVX512 ALWAYS_INLINE void tile_avx512(const job_t *j, int64_t n, const int R, co
     __m512 total[16];
     for (int r = 0; r < R; r++) row_maxima_avx512(j, n + r, maxima[r]);
     for (int i = 0; i < R * M; i++) total[i] = _mm512_setzero_ps();
+    /* Rows are too short for the processor to see a stream: ask for those some kilobytes ahead. */
+    const char *ahead = (const char *)j->codes + n * (j->in / 2) + PREFETCH_BYTES;
+    for (int64_t at = 0; at < R * (j->in / 2); at += 64) _mm_prefetch(ahead + at, _MM_HINT_T0);
+    _mm_prefetch((const char *)j->absmax + (n * (j->in / 64) + PREFETCH_BYTES / 32) * (j->nested ? 1 : 4), _MM_HINT_T0);
     for (int64_t g = 0; g < groups; g++) {
         __mmask16 inside = g * 128 + 128 <= j->in ? 0xffff : 0x00ff;
         __m512i words[4];

@@ -17,7 +17,51 @@ TOLERANCES = {
     "linear_cross_entropy": {
         torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2,
     },
+    # One rounding, or two (xhat's), after fp32 arithmetic: half an ulp is 2^-11 or 2^-8 of a number's own size.
+    "rms_norm": {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3},
+    "swiglu": {torch.float64: 1e-14, torch.float32: 5e-7, torch.float16: 6e-4, torch.bfloat16: 4.5e-3},
+    "rope": {torch.float64: 1e-14, torch.float32: 5e-7, torch.float16: 6e-4, torch.bfloat16: 4.5e-3},
+    # W keeps its fp32 product, unlike in lora_matmul: the one rounding is y's.
+    "lora_gemv": {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4.5e-3},
 }  # fmt: skip
+
+
+class Oracles:
+    """Values and gradients in fp64, from torch's own operators or from complex numbers."""
+
+    @staticmethod
+    def _with_gradients(outputs, leaves, *upstream):
+        return (*outputs, *torch.autograd.grad(outputs, leaves, [g.double() for g in upstream]))
+
+    @classmethod
+    def rms_norm(cls, x, weight, eps, dy):
+        """y, dX, dW."""
+        x, weight = (t.detach().double().requires_grad_() for t in (x, weight))
+        y = torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+        return cls._with_gradients([y], (x, weight), dy)
+
+    @classmethod
+    def swiglu(cls, gate, up, dh):
+        """h, dG, dU."""
+        gate, up = (t.detach().double().requires_grad_() for t in (gate, up))
+        return cls._with_gradients([torch.nn.functional.silu(gate) * up], (gate, up), dh)
+
+    @classmethod
+    def rope(cls, q, k, cos, sin, dq, dk):
+        """q', k', dQ, dK; a pair is a complex number, turned by cos + i sin."""
+        q, k = (t.detach().double().requires_grad_() for t in (q, k))
+        angle = torch.complex(cos.double(), sin.double())[:, :, None]
+
+        def turn(x):
+            turned = torch.complex(*x.chunk(2, dim=-1)) * angle
+            return torch.cat((turned.real, turned.imag), dim=-1)
+
+        return cls._with_gradients([turn(q), turn(k)], (q, k), dq, dk)
+
+
+@pytest.fixture(scope="session")
+def oracles():
+    return Oracles
 
 
 @pytest.fixture(params=["reference", *native.LEVELS])

@@ -39,7 +39,8 @@ def test_gpu_runs_the_elementwise_kernels_of_triton(capability, gpu):
     assert dispatch.choose("nf4_quantize", CUDA) == "triton"
     assert dispatch.choose("nf4_dequantize", CUDA) == "triton"
     assert dispatch.choose("nf4_quantize_absmax", CUDA) == "reference"
-    assert dispatch.choose("linear_cross_entropy", CUDA) == "reference"
+    for operator in ("linear_cross_entropy", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rope"):
+        assert dispatch.choose(operator, CUDA) == "triton"
 
 
 @pytest.mark.parametrize("operator", FUSED)

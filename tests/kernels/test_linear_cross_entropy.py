@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jindo_core.kernels import dispatch
 from jindo_core.kernels import linear_cross_entropy as module
 from jindo_core.kernels.linear_cross_entropy import chunk_rows, linear_cross_entropy
 
@@ -37,19 +36,11 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK_LOGITS", 200)
 
 
-@pytest.fixture(params=[name for name in dispatch.IMPLEMENTATIONS["linear_cross_entropy"] if name != "triton"])
-def implementation(request):
-    with dispatch.override(request.param):
-        yield request.param
-
-
 @pytest.mark.parametrize("rows", [7, 11, 12, 15])  # 4, 8, 9 and 12 counted: below, on and past a chunk's end
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.usefixtures("small_chunks")
-def test_values_and_gradients(rows, smoothing, dtype, implementation, close):
-    if dtype == torch.float64 and implementation != "reference":
-        return  # fp64 goes to the reference alone
+@pytest.mark.usefixtures("small_chunks", "each_cpu_implementation")
+def test_values_and_gradients(rows, smoothing, dtype, close):
     hidden, weight, labels = make_case(rows, 24, 50, dtype)
     loss = linear_cross_entropy(hidden, weight, labels, label_smoothing=smoothing)
     expected, leaves = oracle(hidden, weight, labels, smoothing=smoothing)
