@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from jindo_core.decoding import Decoder
 from jindo_core.errors import InputError
 from jindo_core.model import KVCache, LlamaForCausalLM
 
@@ -100,15 +101,15 @@ def generate_ids(
     try:
         generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
         cache = KVCache(model.config, 1, len(ids) + room, model.dtype, model.device)
-        step = torch.tensor([list(ids)], device=model.device)
-        for _ in range(room):
-            hidden = model.model(step, cache=cache)
-            logits = model.lm_head(hidden[:, -1]).float()
+        prompt = torch.tensor([list(ids)], device=model.device)
+        logits = model.lm_head(model.model(prompt, cache=cache)[:, -1]).float()
+        decoder = Decoder(model, cache)
+        for made in range(1, room + 1):
             token = _pick(logits[0], temperature, top_p, top_k, generator)
             yield token
-            if token in stop_ids:
+            if token in stop_ids or made == room:
                 return
-            step = torch.tensor([[token]], device=model.device)
+            logits = decoder(torch.tensor([token], device=model.device))
     finally:
         model.train(was_training)
 

@@ -294,7 +294,7 @@ class LlamaModel(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(past, past + new, device=input_ids.device)[None]
         x = self.embed_tokens(input_ids)
-        cos, sin = self._angles(position_ids, past + new)
+        cos, sin = self.angles(position_ids, past + new)
         mask = _attention_mask(attention_mask, past, new, x.device)
         causal = mask is None and new > 1
         for layer in self.layers:
@@ -306,7 +306,7 @@ class LlamaModel(nn.Module):
             cache.length += new
         return self.norm(x)
 
-    def _angles(self, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def angles(self, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin, fp32 [B or 1, T, D/2]."""
         inverse, factor = rope_frequencies(self.config, length)
         angle = position_ids[:, :, None].float() * inverse.to(position_ids.device)
