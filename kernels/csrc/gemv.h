@@ -12,7 +12,7 @@
 
 #include "common.h"
 
-enum { MOST_ROWS = 8, MOST_BLOCKS = 1024, PREFETCH_BYTES = 16384 };
+enum { MOST_ROWS = 8, MOST_BLOCKS = 1024, PREFETCH_BYTES = 8192 };
 
 static const float CODES[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
@@ -123,6 +123,21 @@ AVX2 static void rows_avx2(const job_t *j, int64_t first, int64_t last)
     }
 }
 
+/* map[code] of sixteen codes: eight looked up in 32 entries each, and a tree of choices. A gather takes longer. */
+AVX512 static inline __m512 look_up_256(const float *map, __m512i code)
+{
+    __m512 v[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        v[i] = _mm512_permutex2var_ps(_mm512_loadu_ps(map + 32 * i), code, _mm512_loadu_ps(map + 32 * i + 16));
+#pragma GCC unroll 3
+    for (int bit = 5, n = 4; bit < 8; bit++, n /= 2) {
+        __mmask16 set = _mm512_test_epi32_mask(code, _mm512_set1_epi32(1 << bit));
+        for (int i = 0; i < n; i++) v[i] = _mm512_mask_blend_ps(set, v[2 * i], v[2 * i + 1]);
+    }
+    return v[0];
+}
+
 /* row_maxima, sixteen at once. */
 AVX512 static void row_maxima_avx512(const job_t *j, int64_t n, float *maxima)
 {
@@ -134,7 +149,7 @@ AVX512 static void row_maxima_avx512(const job_t *j, int64_t n, float *maxima)
     for (int64_t g = 0; g < groups; g += 16) {
         __mmask16 inside = groups - g >= 16 ? 0xffff : (__mmask16)((1 << (groups - g)) - 1);
         __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(inside, quantized + g));
-        __m512 value = _mm512_i32gather_ps(code, j->map, 4), nested;
+        __m512 value = look_up_256(j->map, code), nested;
         if ((first + g) >> 8 == (first + g + 15) >> 8) nested = _mm512_set1_ps(j->nested[(first + g) >> 8]);
         else {
             __m512i index = _mm512_srli_epi32(_mm512_add_epi32(_mm512_set1_epi32((int)((first + g) & 255)), lane), 8);
@@ -239,7 +254,9 @@ PAIRS ALWAYS_INLINE void tile_pairs(const job_t *j, int64_t n, const int R, cons
     } \
     PAIRS static void rows_pairs_##M(const job_t *j, int64_t first, int64_t last) \
     { \
-        for (; first + R <= last; first += R) tile_pairs(j, first, R, M); \
+        /* One token: long rows one at a time, for memory likes one stream; short ones would be all overhead. */ \
+        if (M > 1 || j->in < 1024) \
+            for (; first + R <= last; first += R) tile_pairs(j, first, R, M); \
         for (; first < last; first++) tile_pairs(j, first, 1, M); \
     }
 TILES(1, 4) TILES(2, 4) TILES(3, 2) TILES(4, 2) TILES(5, 2) TILES(6, 2) TILES(7, 2) TILES(8, 2)
