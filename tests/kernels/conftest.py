@@ -13,6 +13,7 @@ from jindo_core.kernels import dispatch, native
 TOLERANCES = {
     "nf4_quantize": {torch.float64: 0, torch.float32: 0, torch.float16: 0, torch.bfloat16: 0},
     "nf4_dequantize": {torch.float64: 0, torch.float32: 0, torch.float16: 0, torch.bfloat16: 0},
+    "attention": {torch.float64: 1e-14, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2},
     "lora_matmul": {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2},
     "linear_cross_entropy": {
         torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2,

@@ -1,0 +1,141 @@
+"""The prepared decoding step: the model's own logits, token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from jindo_core.decoding import Decoder
+from jindo_core.kernels import native
+from jindo_core.lora import attach_lora
+from jindo_core.model import KVCache, LlamaConfig, LlamaForCausalLM
+from jindo_core.nf4 import NF4Linear
+
+CONFIG = LlamaConfig(
+    vocab_size=97, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=32, max_position_embeddings=64,
+)  # fmt: skip
+
+
+def make_model(dtype, *, rank=0, double_quant=True, tied=False, config=CONFIG):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(dtype)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and name != "lm_head":
+                setattr(module, name, NF4Linear.from_linear(child, double_quant=double_quant))
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            nn.init.normal_(parameter, 1.0, 0.2)
+    if rank:
+        attach_lora(model, r=rank, alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def logits_both_ways(model, batch, prompt=5, new=6):
+    """(prepared, module by module) logits of `new` tokens after a prompt, and the two caches."""
+    dtype = model.dtype
+    generator = torch.Generator().manual_seed(1)
+    vocab = model.config.vocab_size
+    ids = torch.randint(vocab, (batch, prompt), generator=generator)
+    caches = [KVCache(model.config, batch, prompt + new, dtype, torch.device("cpu")) for _ in range(2)]
+    results = []
+    with torch.no_grad():
+        for cache in caches:
+            model.model(ids, cache=cache)
+        decoder = Decoder(model, caches[0])
+        assert decoder._step is not None
+        for _ in range(new):
+            token = torch.randint(vocab, (batch,), generator=generator)
+            prepared = decoder(token).clone()
+            plain = model.lm_head(model.model(token[:, None], cache=caches[1])[:, -1]).float()
+            results.append((prepared, plain))
+    return results, caches
+
+
+@pytest.mark.parametrize("level", native.LEVELS)
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_logits_and_cache_in_fp32(batch, rank, double_quant, level):
+    with native.level(level):
+        results, caches = logits_both_ways(make_model(torch.float32, rank=rank, double_quant=double_quant), batch)
+    for prepared, plain in results:
+        assert (prepared - plain).abs().max() <= 5e-6 * plain.abs().max()
+    assert caches[0].length == caches[1].length
+    torch.testing.assert_close(caches[0].keys, caches[1].keys, atol=2e-6, rtol=0)
+    torch.testing.assert_close(caches[0].values, caches[1].values, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_in_half_precision(dtype):
+    """As near to the fp32 model as the module-by-module path is."""
+    model = make_model(dtype, rank=4)
+    results, _ = logits_both_ways(model, 2)
+    wide, _ = logits_both_ways(make_model(dtype, rank=4).float(), 2)
+    ours = max((prepared - exact).abs().max() for (prepared, _), (_, exact) in zip(results, wide, strict=True))
+    theirs = max((plain - exact).abs().max() for (_, plain), (_, exact) in zip(results, wide, strict=True))
+    assert ours <= 1.5 * theirs
+
+
+def test_head_size_and_widths_that_are_no_multiples_of_a_register():
+    config = LlamaConfig(
+        vocab_size=33, hidden_size=64, intermediate_size=320, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=16, max_position_embeddings=64,
+    )  # fmt: skip
+    for dtype, allowed in ((torch.float32, 5e-6), (torch.bfloat16, 3e-2)):
+        results, _ = logits_both_ways(make_model(dtype, config=config, rank=2), 2)
+        for prepared, plain in results:
+            assert (prepared - plain).abs().max() <= allowed * plain.abs().max()
+
+
+def test_a_full_cache_is_an_error():
+    model = make_model(torch.float32)
+    cache = KVCache(CONFIG, 1, 3, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        model.model(torch.tensor([[1, 2]]), cache=cache)
+        decoder = Decoder(model, cache)
+        decoder(torch.tensor([3]))
+        with pytest.raises(RuntimeError, match="holds 3 tokens, 4 are needed"):
+            decoder(torch.tensor([4]))
+
+
+def test_another_number_of_threads_is_an_error():
+    model = make_model(torch.float32)
+    cache = KVCache(CONFIG, 1, 8, torch.float32, torch.device("cpu"))
+    threads = torch.get_num_threads()
+    with torch.no_grad():
+        model.model(torch.tensor([[1, 2]]), cache=cache)
+        decoder = Decoder(model, cache)
+        try:
+            torch.set_num_threads(threads + 1)
+            with pytest.raises(RuntimeError, match=f"prepared for {threads} threads"):
+                decoder(torch.tensor([3]))
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("why", ["hook", "dense", "bias"])
+def test_other_models_run_module_by_module(why):
+    model = make_model(torch.float32)
+    layer = model.model.layers[1].mlp
+    calls = []
+    if why == "hook":
+        layer.up_proj.register_forward_hook(lambda *_: calls.append(1))
+    elif why == "dense":
+        layer.up_proj = nn.Linear(128, 192, bias=False)
+    else:
+        layer.up_proj = NF4Linear.from_linear(nn.Linear(128, 192))
+    cache, other = (KVCache(CONFIG, 1, 8, torch.float32, torch.device("cpu")) for _ in range(2))
+    with torch.no_grad():
+        model.model(torch.tensor([[1, 2]]), cache=cache)
+        model.model(torch.tensor([[1, 2]]), cache=other)
+        decoder = Decoder(model, cache)
+        assert decoder._step is None
+        logits = decoder(torch.tensor([3]))
+        assert torch.equal(logits, model.lm_head(model.model(torch.tensor([[3]]), cache=other)[:, -1]))
+    assert len(calls) == (4 if why == "hook" else 0)
