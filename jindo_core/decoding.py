@@ -40,22 +40,26 @@ class Decoder:
 def _prepare(model: LlamaForCausalLM, cache: KVCache) -> DecodeStep | None:
     """The prepared step, or None where the model is not all NF4 on a CPU, or is watched by hooks."""
     stack = model.model
-    if stack.norm.weight.device.type != "cpu" or type(model.lm_head) is not nn.Linear:
+    kinds = {(p.dtype, p.device.type) for p in (stack.norm.weight, model.lm_head.weight, cache.keys)}
+    if len(kinds) != 1 or stack.norm.weight.device.type != "cpu" or type(model.lm_head) is not nn.Linear:
         return None
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return None
-    layers, block_sizes = [], set()
+    layers: list[Layer] = []
+    block_sizes: set[int] = set()
     for index, layer in enumerate(stack.layers):
         assert isinstance(layer, DecoderLayer)
         own = layer.self_attn, layer.mlp
         linears = (*(getattr(own[0], f"{n}_proj") for n in "qkvo"), own[1].gate_proj, own[1].up_proj, own[1].down_proj)
-        projections = []
+        projections: list[Projection] = []
         for linear in linears:
-            projection = _projection(linear)
-            if projection is None:
+            base = linear.base if isinstance(linear, LoraLinear) else linear
+            if not isinstance(base, NF4Linear) or base.bias is not None:
                 return None
-            projections.append(projection)
-            block_sizes.add((linear.base if isinstance(linear, LoraLinear) else linear).block_size)
+            adapter = (linear.lora_A, linear.lora_B) if isinstance(linear, LoraLinear) else (None, None)
+            scale = linear.scale if isinstance(linear, LoraLinear) else 1.0
+            projections.append(base.projection(*adapter, scale=scale))
+            block_sizes.add(base.block_size)
         norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         layers.append(Layer(projections, *norms, cache.keys[index], cache.values[index]))
     if len(block_sizes) != 1 or not fits(layers, stack.norm.weight, block_size := block_sizes.pop()):
@@ -66,11 +70,3 @@ def _prepare(model: LlamaForCausalLM, cache: KVCache) -> DecodeStep | None:
         block_size=block_size,
     )  # fmt: skip
 
-
-def _projection(linear: nn.Module) -> Projection | None:
-    base = linear.base if isinstance(linear, LoraLinear) else linear
-    if not isinstance(base, NF4Linear) or base.bias is not None:
-        return None
-    if isinstance(linear, LoraLinear):
-        return base.projection(linear.lora_A, linear.lora_B, scale=linear.scale)
-    return base.projection()

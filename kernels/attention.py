@@ -157,7 +157,7 @@ def _exact_in_bf16(x: Tensor) -> Iterator[None]:
     """Let fp32 products of tensors that were bf16 run on the processor's bf16 instructions: twice as fast, and as
     exact, for the operands lose nothing and the sums stay fp32. torch has no bf16 product with an fp32 result here.
     """
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
         setting.fp32_precision = "bf16"

@@ -34,18 +34,20 @@ class Layer(NamedTuple):
     values: Tensor
 
 
+def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names]
+
+
 class _Matrix(ctypes.Structure):
     _fields_ = (
-        [(name, POINTER) for name in ("codes", "absmax", "nested", "offset", "a", "b")]
-        + [(name, LONG) for name in ("inputs", "outputs", "rank")]
-        + [("scale", FLOAT)]
+        *_fields(POINTER, "codes", "absmax", "nested", "offset", "a", "b"),
+        *_fields(LONG, "inputs", "outputs", "rank"),
+        ("scale", FLOAT),
     )
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [("m", _Matrix * 7)] + [
-        (name, POINTER) for name in ("attention_norm", "mlp_norm", "keys", "values")
-    ]
+    _fields_ = (("m", _Matrix * 7), *_fields(POINTER, "attention_norm", "mlp_norm", "keys", "values"))
 
 
 _SIZES = (
@@ -55,10 +57,12 @@ _SIZES = (
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        [(name, LONG) for name in _SIZES]
-        + [("layer", ctypes.POINTER(_Layer)), ("map", POINTER), ("norm", POINTER), ("lm_head", POINTER)]
-        + [("cos", POINTER), ("sin", POINTER), ("eps", FLOAT), ("type", INT), ("threads", INT)]
-        + [("x", POINTER), ("logits", POINTER), ("work", POINTER)]
+        *_fields(LONG, *_SIZES),
+        ("layer", ctypes.POINTER(_Layer)),
+        *_fields(POINTER, "map", "norm", "lm_head", "cos", "sin"),
+        ("eps", FLOAT),
+        *_fields(INT, "type", "threads"),
+        *_fields(POINTER, "x", "logits", "work"),
     )
 
 

@@ -227,7 +227,8 @@ def backward_reference(
         grown = growth(dropout) if masked else 1.0
         r = 0
         for layer, part in adapted:
-            assert layer.lora_A is not None and layer.lora_B is not None
+            assert layer.lora_A is not None
+            assert layer.lora_B is not None
             columns = slice(r, r + layer.rank)
             grads_a.append(grad_a[columns].to(layer.lora_A.dtype, copy=True).mul_(grown))
             # (d^T dY)^T, not dY^T d: the long side stays contiguous.

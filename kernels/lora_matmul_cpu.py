@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jindo_core.kernels import native
 from jindo_core.kernels import lora_matmul as contract
+from jindo_core.kernels import native
 from jindo_core.kernels.native import FLOAT, INT, LONG, POINTER, TYPES, address
 from jindo_core.kernels.nf4 import dynamic_map
 
