@@ -20,7 +20,7 @@ ENGINE_ROWS = [
     {"lora"},
     {"model"},
     {"embedded", "hub", "checkpoint", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
-    | {"run_record", "generation"},
+    | {"run_record", "decoding", "generation"},
     {"evaluate", "progress"},
     {"train"},
 ]
