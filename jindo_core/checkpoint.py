@@ -66,7 +66,7 @@ class SafetensorsCheckpoint:
             raise InputError(f"{folder} is a LoRA adapter: give it as --lora_weights, and its base as --base_model")
         self.config = LlamaConfig.from_dict(read_json(folder / "config.json"))
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
         for file, names in _shards(folder).items():
             opened = self._open(file)
             held = set(opened.keys())
@@ -82,11 +82,13 @@ class SafetensorsCheckpoint:
                     raise InputError(
                         f"the tensor {name} in {file} is of type {piece.get_dtype()}, expected {', '.join(FLOATS)}"
                     )
-                self._files[name] = opened
+                self._files[name] = file
                 self.shapes[name] = tuple(piece.get_shape())
 
     def read(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        # Opened for each tensor: the file's pages that were read stay in memory as long as its mapping does.
+        with self._open(self._files[name]) as opened:
+            return opened.get_tensor(name)
 
     @staticmethod
     def _open(file: Path) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from jindo_core.checkpoint import Checkpoint, missing_and_extra, open_checkpoint
 from jindo_core.errors import InputError
 from jindo_core.hub import resolve_model
+from jindo_core.memory import give_back_freed
 from jindo_core.model import LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear, quantize_nf4
 
@@ -50,6 +51,7 @@ def load_model(
         model = LlamaForCausalLM(checkpoint.config)
     _check_tensors(model, checkpoint, resolved)
     _fill(model, checkpoint, quantize == "nf4", double_quant, dtype, device)
+    give_back_freed()
     return model.requires_grad_(False).eval()
 
 
@@ -123,6 +125,8 @@ def _fill(
             parent, _, attribute = path.rpartition(".")
             setattr(model.get_submodule(parent), attribute, new)
         else:
-            setattr(model.get_submodule(path), leaf, nn.Parameter(value.to(dtype), requires_grad=False))
+            # A copy even where nothing changes: `value` may lie in the checkpoint's mapped file.
+            copied = value.to(dtype, copy=True)
+            setattr(model.get_submodule(path), leaf, nn.Parameter(copied, requires_grad=False))
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
