@@ -36,7 +36,7 @@ test-slow: $(VENV)/.installed-dev ## the long tests: real training runs against 
 	$(BIN)/python -m pytest -q -m slow
 
 bench: $(VENV)/.installed-dev ## kernel throughput beside the peers that are installed
-	$(BIN)/python -m pytest -q bench
+	$(BIN)/python -m pytest -q -s bench
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/mypy
