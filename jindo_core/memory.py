@@ -88,6 +88,11 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory this process has held: the allocator's peak and the context on CUDA, else the RSS."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) + CUDA_CONTEXT
+    status = Path("/proc/self/status")
+    if status.exists():  # not ru_maxrss: a child inherits its parent's
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if line is not None:
+            return int(line.split()[1]) << 10
     import resource
 
     scale = 1 if sys.platform == "darwin" else 1024

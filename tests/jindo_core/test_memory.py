@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from jindo_core.loader import load_model
 from jindo_core.lora import attach_lora
-from jindo_core.memory import activation_bytes, plan_training
+from jindo_core.memory import activation_bytes, peak_bytes, plan_training
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -42,3 +45,13 @@ def test_the_plan_counts_every_weight_once(stories260k):
     assert plan.total == sum(rows.values())
     smaller = plan_training(model, rows=2, length=32, gradient_checkpointing=True)
     assert smaller.total < plan.total
+
+
+def test_the_peak_is_this_process_s_own():
+    """A process started by a large one does not report the large one's peak."""
+    ballast = torch.ones(100 << 20)  # 400 MiB
+    code = "import torch; from jindo_core.memory import peak_bytes; print(peak_bytes(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    own = peak_bytes(torch.device("cpu"))
+    assert own >= ballast.nbytes
+    assert int(done.stdout) <= own - ballast.nbytes // 2
