@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 
 from jindo_core import __version__
-from jindo_core.errors import InputError, TrainingError, nearest
+from jindo_core.errors import CrossoverError, InputError, TrainingError, nearest
 
 HELP = """\
 jindo-core: fine-tune a LLaMA in 4 bits on a small GPU, or on none, and use the result.
@@ -22,6 +22,8 @@ jindo-core: fine-tune a LLaMA in 4 bits on a small GPU, or on none, and use the 
 commands:
   train       fine-tune on instructions; without flags: SmolLM2-135M on bundled Korean rows
   generate    answer an instruction with a model and its adapter
+  doctor      what is there, and whether this machine can train
+  tune        measure on this machine where one kernel beats another
 
   jindo-core <command> --help   the flags of a command
   jindo-core --version          the version
@@ -42,7 +44,21 @@ def _generate(argv: list[str]) -> int:
     return generate.run(argv)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "generate": _generate}
+def _doctor(argv: list[str]) -> int:
+    from jindo_core.cli import doctor
+
+    return doctor.run(argv)
+
+
+def _tune(argv: list[str]) -> int:
+    from jindo_core.cli import tune
+
+    return tune.run(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train, "generate": _generate, "doctor": _doctor, "tune": _tune,
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         code = _dispatch(sys.argv[1:] if argv is None else list(argv))
         sys.stdout.flush()
         return code
-    except InputError as error:
+    except (InputError, CrossoverError) as error:
         return _fail(error, 2)
     except TrainingError as error:
         return _fail(error, 1)

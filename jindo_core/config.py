@@ -350,7 +350,8 @@ class GenerateConfig:
                 raise InputError(f"--{name}: got bytes that are no UTF-8, expected text in UTF-8")
 
 
-Config = TrainConfig | GenerateConfig
+class Config(typing.Protocol):  # any dataclass whose fields are settings
+    __dataclass_fields__: typing.ClassVar[dict[str, Any]]
 
 
 def _read_fields(config: Config) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from jindo_core.kernels.crossovers import CrossoverError as CrossoverError  # the kernels', for the command line
+
 
 class InputError(ValueError):
     """Bad input from a person: a path, a file, a flag or a setting.

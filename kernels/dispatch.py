@@ -1,7 +1,7 @@
 """The only place that chooses which implementation of an operator runs.
 
-The choice depends on the device, its compute capability and the number of rows; `override` forces one for
-tests and benchmarks. Triton is imported only when a kernel of it was chosen, so that everything imports and
+The choice depends on the device, its compute capability and the number of rows (crossovers.py); `override` forces
+one for tests and benchmarks. Triton is imported only when a kernel of it was chosen, so that everything imports and
 runs without Triton and without a GPU.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jindo_core.kernels import native
+from jindo_core.kernels import crossovers, native
 
 # operator -> implementation -> "module:function". The reference always exists.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
@@ -91,17 +91,17 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     },
 }
 
-# Largest number of rows at which dequantizing inside the matrix product beats a scratch copy and cuBLAS, by
-# compute capability. Estimates from instruction counts and bandwidth, not yet measured on a GPU.
-FUSED_MAX_ROWS: dict[tuple[int, int], int] = {(8, 0): 32, (8, 6): 64, (8, 9): 64, (9, 0): 16}
-
-_override: ContextVar[str | None] = ContextVar("jindo_override", default=None)
+_override: ContextVar[tuple[str | None, str | None]] = ContextVar("jindo_override", default=(None, None))
 
 
 @contextlib.contextmanager
-def override(name: str | None) -> Iterator[None]:
-    """Run every operator that has an implementation called `name` with it, whatever the device."""
-    token = _override.set(name)
+def override(name: str | None, *, only: str | None = None) -> Iterator[None]:
+    """Run every operator that has an implementation called `name` with it, whatever the device.
+
+    Args:
+        only: the one operator that is meant; those that it calls are chosen as ever.
+    """
+    token = _override.set((name, only))
     try:
         yield
     finally:
@@ -117,10 +117,12 @@ def choose(operator: str, tensor: Tensor, *, rows: int | None = None) -> str:
         rows: M, the rows of the activation, for operators whose best choice depends on it.
     """
     available = IMPLEMENTATIONS[operator]
-    forced = _override.get()
-    if forced is not None and forced in available:
+    forced, only = _override.get()
+    if forced is not None and forced in available and only in (None, operator):
         return forced
     if tensor.device.type == "cpu":
+        if rows is not None and rows > crossovers.find("cpu").gemv_max_rows:
+            return "reference"
         # fp64 is the oracle's dtype: only the reference takes it.
         usable = "cpu" in available and tensor.dtype != torch.float64 and native.library() is not None
         return "cpu" if usable else "reference"
@@ -128,9 +130,13 @@ def choose(operator: str, tensor: Tensor, *, rows: int | None = None) -> str:
         return "reference"
     if rows is None:
         return "triton"
+    capability = _capability(tensor.device)
+    crossover = crossovers.find("cuda-{}.{}".format(*capability))
+    if "gemv" in available and rows <= crossover.gemv_max_rows:
+        return "gemv"
     # No tensor cores for Triton before sm_80 (and none of its dots): scratch + cuBLAS there, and above the
     # crossover. That path is the reference, whose dequantize is the Triton kernel.
-    return "triton" if rows <= FUSED_MAX_ROWS.get(_capability(tensor.device), 0) else "reference"
+    return "triton" if capability >= (8, 0) and rows <= crossover.fused_max_rows else "reference"
 
 
 def implementation(operator: str, tensor: Tensor, *, rows: int | None = None) -> Callable[..., Any]:

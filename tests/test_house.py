@@ -21,7 +21,7 @@ ENGINE_ROWS = [
     {"model"},
     {"embedded", "hub", "checkpoint", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation"},
-    {"evaluate", "progress"},
+    {"evaluate", "progress", "tune", "doctor"},
     {"train"},
 ]
 NEVER_THE_MODEL = {"data", "optim", "tokenizer", "config", "errors"}
@@ -155,7 +155,7 @@ def test_the_wheel_holds_everything_once(repo_root, wheel):
     assert "jindo_core/data/bundled/korean_instructions.jsonl" in names
     for template in (repo_root / "jindo_core/data/templates").glob("*.yaml"):
         assert f"jindo_core/data/templates/{template.name}" in names
-    assert "jindo_core/py.typed" in names
+    assert {"jindo_core/py.typed", "jindo_core/kernels/crossovers.json"} <= names
 
 
 def test_the_wheel_works_from_elsewhere(wheel, tmp_path):

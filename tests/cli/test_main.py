@@ -107,8 +107,8 @@ def test_cheap_commands_import_nothing_heavy(argv):
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        (["trian"], "got 'trian', expected a command (train or generate). Did you mean 'train'?"),
-        (["--base_model", "m"], "got the flag '--base_model' first, expected a command (train or generate)"),
+        (["trian"], "got 'trian', expected a command (train or generate or doctor or tune). Did you mean 'train'?"),
+        (["--base_model", "m"], "got the flag '--base_model' first, expected a command (train or generate"),
         (["train", "--lora_rank", "4"], "Did you mean '--lora_r'? See jindo-core train --help"),
         (["train", "--batch_size", "x"], "--batch_size: got 'x', expected a whole number"),
         (["generate", "--top_p", "2"], "--top_p: got '2', expected a number above 0 and at most 1"),

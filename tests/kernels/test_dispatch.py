@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,11 +11,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from jindo_core.kernels import dispatch, nf4
+from jindo_core.kernels import crossovers, dispatch, nf4
 
 CUDA = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
 CPU = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16)
 FUSED = ["lora_matmul", "lora_matmul_backward"]
+
+
+@pytest.fixture(autouse=True)
+def own_table(tmp_path, monkeypatch):
+    """No table of the user's, until a test writes one."""
+    monkeypatch.setenv("JINDO_CACHE", str(tmp_path))
+    crossovers.forget()
+    yield tmp_path / "crossovers.json"
+    crossovers.forget()
 
 
 @pytest.fixture
@@ -48,11 +58,17 @@ def test_gpu_runs_the_elementwise_kernels_of_triton(capability, gpu):
         assert dispatch.choose(operator, CUDA) == "triton"
 
 
+def few_rows(operator, rows):
+    """The kernel for decoding where the operator has one, else the fused product."""
+    return "gemv" if "gemv" in dispatch.IMPLEMENTATIONS[operator] and rows <= 4 else "triton"
+
+
 @pytest.mark.parametrize("operator", FUSED)
-@pytest.mark.parametrize(("capability", "limit"), dispatch.FUSED_MAX_ROWS.items())
+@pytest.mark.parametrize(("capability", "limit"), [((8, 0), 32), ((8, 6), 64), ((8, 9), 64), ((9, 0), 16)])
 def test_few_rows_are_fused_up_to_the_crossover(operator, capability, limit, gpu):
     gpu(*capability)
-    assert dispatch.choose(operator, CUDA, rows=1) == "triton"
+    assert dispatch.choose(operator, CUDA, rows=1) == few_rows(operator, 1)
+    assert dispatch.choose(operator, CUDA, rows=5) == "triton"
     assert dispatch.choose(operator, CUDA, rows=limit) == "triton"
     assert dispatch.choose(operator, CUDA, rows=limit + 1) == "reference"
     assert dispatch.choose(operator, CUDA, rows=8192) == "reference"
@@ -60,10 +76,67 @@ def test_few_rows_are_fused_up_to_the_crossover(operator, capability, limit, gpu
 
 @pytest.mark.parametrize("operator", FUSED)
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
-def test_no_dot_of_triton_before_sm_80(operator, capability, gpu):
+def test_no_dot_of_triton_before_sm_80(operator, capability, gpu, own_table):
+    own_table.write_text('{"cuda-7.5": {"gemv_max_rows": 4, "fused_max_rows": 64}}')
     gpu(*capability)
     for rows in (1, 2, 4, 16, 64, 4096):
-        assert dispatch.choose(operator, CUDA, rows=rows) == "reference"
+        assert dispatch.choose(operator, CUDA, rows=rows) in ("gemv" if rows <= 4 else "reference", "reference")
+
+
+def test_the_gemv_of_triton_runs_up_to_its_crossover(gpu, monkeypatch):
+    monkeypatch.setitem(dispatch.IMPLEMENTATIONS["lora_matmul"], "gemv", "lora_matmul:forward_reference")
+    for capability in [(7, 5), (8, 0), (9, 0), (12, 0)]:
+        gpu(*capability)
+        assert dispatch.choose("lora_matmul", CUDA, rows=1) == "gemv"
+        assert dispatch.choose("lora_matmul", CUDA, rows=4) == "gemv"
+        beyond = "triton" if (8, 0) <= capability < (10,) else "reference"
+        assert dispatch.choose("lora_matmul", CUDA, rows=5) == beyond
+
+
+def test_the_user_s_rows_win_and_the_others_stay(gpu, own_table):
+    own_table.write_text('{"cuda-8.0": {"gemv_max_rows": 0, "fused_max_rows": 3}, "cpu": {"gemv_max_rows": 2}}')
+    gpu(8, 0)
+    assert dispatch.choose("lora_matmul_backward", CUDA, rows=3) == "triton"
+    assert dispatch.choose("lora_matmul_backward", CUDA, rows=4) == "reference"
+    gpu(8, 6)
+    assert dispatch.choose("lora_matmul_backward", CUDA, rows=64) == "triton"
+    assert dispatch.choose("lora_matmul", CPU, rows=3) == "reference"
+
+
+def test_the_shipped_rows_are_estimates_until_they_are_measured():
+    rows = json.loads(crossovers.SHIPPED.read_text())
+    assert {"cpu", "cuda"} <= set(rows)
+    assert all(isinstance(row["measured"], bool) for row in rows.values())
+    assert crossovers.find("cuda-12.0") == crossovers.find("cuda")
+    assert crossovers.find("cuda-7.5").fused_max_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "holds a list"),
+        ('{"cpu": 3}', "cpu has no gemv_max_rows"),
+        ('{"cpu": {"fused_max_rows": 3}}', "cpu has no gemv_max_rows"),
+        ('{"cpu": {"gemv_max_rows": -1}}', "gemv_max_rows -1"),
+        ('{"cpu": {"gemv_max_rows": true}}', "gemv_max_rows True"),
+        ('{"cuda-8.0": {"gemv_max_rows": 1, "fused_max_rows": "x"}}', "fused_max_rows 'x'"),
+        ('{"tpu": {"gemv_max_rows": 1}}', "got the row 'tpu'"),
+    ],
+)
+def test_a_broken_table_is_an_error_that_names_it(text, part, own_table):
+    own_table.write_text(text)
+    with pytest.raises(crossovers.CrossoverError) as caught:
+        dispatch.choose("lora_matmul", CPU, rows=1)
+    assert str(own_table) in str(caught.value)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_override_of_one_operator_leaves_the_others():
+    with dispatch.override("triton", only="lora_matmul"):
+        assert dispatch.choose("lora_matmul", CPU, rows=1) == "triton"
+        assert dispatch.choose("nf4_dequantize", CPU) != "triton"
 
 
 def test_override_wins_and_ends_with_its_block():
