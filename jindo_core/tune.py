@@ -139,13 +139,14 @@ def paired_medians(
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-2, rounds):  # two to warm up: compilation, page faults
         for name, call in calls.items():
-            seconds = _seconds(functools.partial(call, turn + 2), device)
+            seconds = elapsed(functools.partial(call, turn + 2), device)
             if turn >= 0:
                 taken[name].append(seconds)
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def elapsed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call: by events on a GPU, whose queue is filled first, else by the clock."""
     if device.type != "cuda":
         started = time.perf_counter()
         call()
