@@ -106,7 +106,7 @@ def forward(
             cross_entropy_kernel[(rows.numel(),)](
                 chunk, loss, labels[rows], vocab, width, label_smoothing, label_smoothing / vocab,
                 LANES=LANES, VECTOR=16 // hidden.element_size(), SMOOTHED=label_smoothing > 0,
-                GRADIENT=need_dhidden or need_dweight, num_warps=WARPS,
+                GRADIENT=need_dhidden or need_dweight, num_warps=WARPS, enable_fp_fusion=True,
             )  # fmt: skip
         if need_dhidden:
             dhidden[rows] = logits @ weight

@@ -154,7 +154,8 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(x):
         forward_kernel[(triton.cdiv(rows, tile.rows),)](
             y, rstd, flat, weight.contiguous(), rows, width, 1.0 / width, eps,
-            ROWS=tile.rows, COLUMNS=tile.columns, WHOLE=width <= tile.columns, num_warps=tile.warps,
+            ROWS=tile.rows, COLUMNS=tile.columns, WHOLE=width <= tile.columns,
+            num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip
     return y, rstd
 
@@ -179,6 +180,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, need_dweight: 
     with torch.cuda.device_of(x):
         backward_kernel[(programs,)](
             dx, partial, flat_dy, flat, weight.contiguous(), rstd, rows, width, 1.0 / width,
-            ROWS=tile.rows, COLUMNS=tile.columns, WHOLE=whole, NEED_DW=need_dweight, num_warps=tile.warps,
+            ROWS=tile.rows, COLUMNS=tile.columns, WHOLE=whole, NEED_DW=need_dweight,
+            num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype) if need_dweight else dy.new_empty(0)

@@ -78,6 +78,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple
         rope_kernel[(b * t, triton.cdiv(q_heads, heads) + triton.cdiv(k_heads, heads))](
             out_q, out_k, q, k, cos.contiguous(), sin.contiguous(), t, q_heads, k_heads,
             *q.stride()[:3], *k.stride()[:3], t * half if cos.shape[0] > 1 else 0,
-            HALF=half, HALF_WIDTH=width, HEADS=heads, INVERSE=inverse, num_warps=warps,
+            HALF=half, HALF_WIDTH=width, HEADS=heads, INVERSE=inverse,
+            num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out_q, out_k

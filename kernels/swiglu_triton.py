@@ -93,7 +93,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     rows, width, distances = row_layout(*operands)
     with torch.cuda.device_of(gate):
         forward_kernel[(triton.cdiv(width, ELEMENTS), rows)](
-            h, *operands, width, *distances, ELEMENTS=ELEMENTS, num_warps=WARPS
+            h, *operands, width, *distances, ELEMENTS=ELEMENTS, num_warps=WARPS, enable_fp_fusion=True
         )
     return h
 
@@ -109,6 +109,6 @@ def backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     rows, width, distances = row_layout(*operands)
     with torch.cuda.device_of(gate):
         backward_kernel[(triton.cdiv(width, ELEMENTS), rows)](
-            dgate, dup, *operands, width, *distances, ELEMENTS=ELEMENTS, num_warps=WARPS
+            dgate, dup, *operands, width, *distances, ELEMENTS=ELEMENTS, num_warps=WARPS, enable_fp_fusion=True
         )
     return dgate, dup
