@@ -6,7 +6,9 @@ TORCH     ?= torch==2.13.0
 PIP_FLAGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow bench lint clean help
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: train test test-slow bench plots gpu lint clean help
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -36,7 +38,13 @@ test-slow: $(VENV)/.installed-dev ## the long tests: real training runs against 
 	$(BIN)/python -m pytest -q -m slow
 
 bench: $(VENV)/.installed-dev ## kernel throughput beside the peers that are installed
-	$(BIN)/python -m pytest -q -s bench
+	$(BIN)/python -m pytest -q bench
+
+plots: $(VENV)/.installed-dev ## docs/roofline.png and docs/ratios.png from the newest results of make bench
+	$(BIN)/python -m bench.plot
+
+gpu: ## on a machine with a GPU, no network needed: correctness, benchmarks, memory (under 8 minutes)
+	$(GPU_PYTHON) bench/gpu.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/mypy

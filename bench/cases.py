@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -111,16 +112,20 @@ def lora_linear(setup: Setup, shape: Shape, matrix: str, rows: int, *, backward:
 
     calls: dict[str, Callable[[int], Any]] = {OURS: ours}
     if peers.available("bitsandbytes", device) and peers.available("peft", device):
-        layers = [layer.train(backward) for layer in peers.lora_layers(weights, a.detach(), b.detach())]
 
-        def theirs(turn: int) -> Any:
-            layer = layers[turn % len(layers)]
-            leaves = (x, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-            with torch.set_grad_enabled(backward):
-                y = layer(x)
-                return torch.autograd.grad(y, leaves, dy) if backward else y
+        def build() -> Callable[[int], Any]:
+            layers = [layer.train(backward) for layer in peers.lora_layers(weights, a.detach(), b.detach())]
 
-        calls["bitsandbytes + peft"] = theirs
+            def theirs(turn: int) -> Any:
+                layer = layers[turn % len(layers)]
+                leaves = (x, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+                with torch.set_grad_enabled(backward):
+                    y = layer(x)
+                    return torch.autograd.grad(y, leaves, dy) if backward else y
+
+            return theirs
+
+        peers.add(calls, "peft + bitsandbytes", build)
     decoding = rows <= 8 and not backward
     adapter = 2 * rows * r * (n + k)
     flops = (4 * rows * n * k + 3 * adapter) if backward else (2 * rows * n * k + adapter)
@@ -210,8 +215,7 @@ def rotary(setup: Setup, shape: Shape, rows: int, *, backward: bool) -> Case:
 
 
 def _eager_and_liger(setup: Setup, operator: str) -> dict[str, Callable[..., Any]]:
-    own = peers.liger(setup.device).get(operator)
-    return {"eager": getattr(peers, operator)} | ({"liger": own} if own else {})
+    return {"eager": getattr(peers, operator)} | peers.liger(setup.device, operator)
 
 
 def loss(setup: Setup, shape: Shape, rows: int) -> Case:
@@ -269,17 +273,18 @@ def operator_cases(
     setup: Setup, shape: Shape, rows: Sequence[int], few: Sequence[int] = (1, 4)
 ) -> Iterator[Callable[[], Case]]:
     """All rows of a model's layers, each made when called: gpu.py's list."""
+    make: Callable[..., Case]
     for matrix in shape.matrices:
         for into in (True, False):
-            yield lambda m=matrix, i=into: dequantize(setup, shape, m, into=i)  # type: ignore[misc]
-        yield lambda m=matrix: quantize(setup, shape, m)  # type: ignore[misc]
+            yield functools.partial(dequantize, setup, shape, matrix, into=into)
+        yield functools.partial(quantize, setup, shape, matrix)
         for count in few:
-            yield lambda m=matrix, c=count: lora_linear(setup, shape, m, c, backward=False)  # type: ignore[misc]
+            yield functools.partial(lora_linear, setup, shape, matrix, count, backward=False)
         for count in rows:
             for backward in (False, True):
-                yield lambda m=matrix, c=count, b=backward: lora_linear(setup, shape, m, c, backward=b)  # type: ignore[misc]
+                yield functools.partial(lora_linear, setup, shape, matrix, count, backward=backward)
     for make in (norm, activation, rotary):
         for backward in (False, True):
-            yield lambda f=make, b=backward: f(setup, shape, max(rows), backward=b)  # type: ignore[misc]
-    yield lambda: loss(setup, shape, max(rows))
-    yield lambda: adamw(setup, shape)
+            yield functools.partial(make, setup, shape, max(rows), backward=backward)
+    yield functools.partial(loss, setup, shape, max(rows))
+    yield functools.partial(adamw, setup, shape)

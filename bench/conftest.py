@@ -70,6 +70,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         raise pytest.UsageError(str(error)) from None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole steps first: unsloth, a peer of the dequantize, patches transformers when it is imported."""
+    items.sort(key=lambda item: "_step" not in item.path.name)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
@@ -122,7 +127,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if not rows:
         return
     device, drift = _device(config), config.stash[CEILINGS].again()
-    path = report.write(Path(config.getoption("--results")), device, rows, drift)
+    facts = report.facts(device)
+    path = report.write(Path(config.getoption("--results")), facts | {"ceilings": drift, "rows": rows})
     terminalreporter.write_line("")
-    terminalreporter.write(report.show(rows, drift, f"{report.facts(device)['machine']}, torch {torch.__version__}"))
+    terminalreporter.write(report.show(rows, drift, f"{facts['machine']}, torch {torch.__version__}"))
     terminalreporter.write_line(f"\nwritten to {path}")

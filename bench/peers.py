@@ -23,7 +23,7 @@ LORA = {"r": 8, "lora_alpha": 16}
 
 # A machine without a network may have bitsandbytes in a folder.
 if folder := os.environ.get("JINDO_BITSANDBYTES"):
-    sys.path.insert(0, folder)
+    sys.path.append(folder)
 
 
 @functools.cache
@@ -41,16 +41,29 @@ def available(name: str, device: torch.device) -> bool:
     return (not needs or device.type == needs) and not isinstance(load(name), str)
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    """Peer -> its version, or why it is not here."""
+def add(calls: dict[str, Call], name: str, build: Callable[[], Call]) -> None:
+    """Put a peer's call among the others; one that can't be made raises when it is called, and the row says so."""
+    try:
+        calls[name] = build()
+    except Exception as error:  # noqa: BLE001 - an old version, or too little memory: whatever it is, it is reported
+        why = f"{type(error).__name__}: {error}"
+
+        def fail(_: int) -> None:
+            raise RuntimeError(why)
+
+        calls[name] = fail
+
+
+def versions() -> dict[str, str]:
+    """Peer -> its version, or why it is not here. Those that need a GPU are not imported for it."""
     found = {}
     for name, needs in MODULES.items():
         try:
             said = version(name.replace("_", "-"))
         except PackageNotFoundError:
             said = "not installed"
-        if said != "not installed" or name == "bitsandbytes":
-            module = load(name) if not needs or needs == device.type else f"needs {needs}"
+        if not needs and (said != "not installed" or name == "bitsandbytes"):
+            module = load(name)
             said = module if isinstance(module, str) else getattr(module, "__version__", said)
         found[name] = said
     return found
@@ -69,48 +82,58 @@ def quant_state(weight: NF4Weight) -> Any:
 def dequantize(weights: Sequence[NF4Weight], dtype: torch.dtype) -> dict[str, Call]:
     """Into a new tensor. torchao quantizes a weight of its own of that shape: its format differs."""
     device, count = weights[0].packed.device, len(weights)
-    calls: dict[str, Call] = {}
-    if available("bitsandbytes", device):
+
+    def bitsandbytes() -> Call:
         run, states = load("bitsandbytes").functional.dequantize_4bit, [quant_state(w) for w in weights]
-        calls["bitsandbytes"] = lambda turn: run(weights[turn % count].packed, states[turn % count])
-    if available("torchao", device):
+        return lambda turn: run(weights[turn % count].packed, states[turn % count])
+
+    def torchao() -> Call:
         to_nf4 = importlib.import_module("torchao.dtypes.nf4tensor").to_nf4
         own = [to_nf4(torch.randn(w.shape, dtype=dtype, device=device), 64, 256) for w in weights]
-        calls["torchao"] = lambda turn: own[turn % count].get_original_weight()
+        return lambda turn: own[turn % count].get_original_weight()
+
+    return _collect(device, bitsandbytes=bitsandbytes, torchao=torchao)
+
+
+def _collect(device: torch.device, **builders: Callable[[], Call]) -> dict[str, Call]:
+    calls: dict[str, Call] = {}
+    for name, build in builders.items():
+        if available(name, device):
+            add(calls, name, build)
     return calls
 
 
 def dequantize_into(weights: Sequence[NF4Weight], out: Tensor) -> dict[str, Call]:
     """Into a buffer that is used again."""
-    device, count = out.device, len(weights)
-    calls: dict[str, Call] = {}
-    if available("bitsandbytes", device):
+    count = len(weights)
+
+    def bitsandbytes() -> Call:
         states = [quant_state(w) for w in weights]
-        write = _bitsandbytes_c_entry(out) if device.type == "cpu" else _bitsandbytes_out(out)
-        calls["bitsandbytes"] = lambda turn: write(weights[turn % count].packed, states[turn % count])
-        if device.type == "cpu":
-            # Its wrapper has no such form on the CPU. Its C entry takes fp32 maxima: less to do than ours has.
-            for state in states:
-                state.absmax = _plain_absmax(state)
-    if available("unsloth", device):
+        if out.device.type != "cpu":
+            return lambda turn: _bitsandbytes_out(weights[turn % count].packed, states[turn % count], out)
+        # Its wrapper has no such form on the CPU. Its C entry takes fp32 maxima: less to do than ours has.
+        write = _bitsandbytes_c_entry(out)
+        for state in states:
+            state.absmax = _plain_absmax(state)
+        return lambda turn: write(weights[turn % count].packed, states[turn % count])
+
+    def unsloth() -> Call:
         fast = importlib.import_module("unsloth.kernels.utils").fast_dequantize
-        theirs = [quant_state(w) for w in weights]
-        calls["unsloth"] = lambda turn: fast(weights[turn % count].packed, theirs[turn % count], out=out)
-    return calls
+        states = [quant_state(w) for w in weights]
+        return lambda turn: fast(weights[turn % count].packed, states[turn % count], out=out)
+
+    return _collect(out.device, bitsandbytes=bitsandbytes, unsloth=unsloth)
 
 
 def _plain_absmax(state: Any) -> Tensor:
     return load("bitsandbytes").functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
 
 
-def _bitsandbytes_out(out: Tensor) -> Callable[[Tensor, Any], Tensor]:
-    def write(packed: Tensor, state: Any) -> Tensor:
-        torch.ops.bitsandbytes.dequantize_4bit.out(
-            packed, _plain_absmax(state), state.blocksize, "nf4", state.shape, out.dtype, out=out
-        )
-        return out
-
-    return write
+def _bitsandbytes_out(packed: Tensor, state: Any, out: Tensor) -> Tensor:
+    torch.ops.bitsandbytes.dequantize_4bit.out(
+        packed, _plain_absmax(state), state.blocksize, "nf4", state.shape, out.dtype, out=out
+    )
+    return out
 
 
 def _bitsandbytes_c_entry(out: Tensor) -> Callable[[Tensor, Any], Tensor]:
@@ -130,19 +153,17 @@ def _bitsandbytes_c_entry(out: Tensor) -> Callable[[Tensor, Any], Tensor]:
 
 def quantize(weights: Sequence[Tensor]) -> dict[str, Call]:
     """With double quantization."""
-    count, device = len(weights), weights[0].device
-    calls: dict[str, Call] = {}
-    if available("bitsandbytes", device):
+    count = len(weights)
+
+    def bitsandbytes() -> Call:
         run = load("bitsandbytes").functional.quantize_4bit
+        return lambda turn: run(weights[turn % count], quant_type="nf4", compress_statistics=True)[0].view(-1, 1)
 
-        def theirs(turn: int) -> Tensor:
-            return run(weights[turn % count], quant_type="nf4", compress_statistics=True)[0].view(-1, 1)
-
-        calls["bitsandbytes"] = theirs
-    if available("torchao", device):
+    def torchao() -> Call:
         to_nf4 = importlib.import_module("torchao.dtypes.nf4tensor").to_nf4
-        calls["torchao"] = lambda turn: to_nf4(weights[turn % count], 64, 256)
-    return calls
+        return lambda turn: to_nf4(weights[turn % count], 64, 256)
+
+    return _collect(weights[0].device, bitsandbytes=bitsandbytes, torchao=torchao)
 
 
 # --- LoRA linear ----------------------------------------------------------------------------------------
@@ -200,15 +221,19 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     return F.cross_entropy((hidden @ weight.t()).float(), labels)
 
 
-def liger(device: torch.device) -> dict[str, Callable[..., Any]]:
-    """Liger's operators by our names, with our arguments; empty where it does not import."""
+def liger(device: torch.device, operator: str) -> dict[str, Callable[..., Any]]:
+    """Liger's operator of our name, with our arguments; nothing where it does not import."""
     if not available("liger_kernel", device):
         return {}
-    ops = {name: importlib.import_module(f"liger_kernel.ops.{name}") for name in ("rms_norm", "rope", "swiglu")}
-    fused = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
-    return {
-        "rms_norm": lambda x, w, eps: ops["rms_norm"].LigerRMSNormFunction.apply(x, w, eps, 0.0, "llama", False),
-        "rope": lambda q, k, cos, sin: ops["rope"].LigerRopeFunction.apply(q, k, cos[:, 0], sin[:, 0]),
-        "swiglu": ops["swiglu"].LigerSiLUMulFunction.apply,
-        "linear_cross_entropy": lambda h, w, y: fused.LigerFusedLinearCrossEntropyFunction.apply(h, w, y)[0],
+    module = "fused_linear_cross_entropy" if operator == "linear_cross_entropy" else operator
+
+    def ops() -> Any:
+        return importlib.import_module(f"liger_kernel.ops.{module}")
+
+    calls: dict[str, Callable[..., Any]] = {
+        "rms_norm": lambda x, w, eps: ops().LigerRMSNormFunction.apply(x, w, eps, 0.0, "llama", False),
+        "rope": lambda q, k, cos, sin: ops().LigerRopeFunction.apply(q, k, cos[:, 0], sin[:, 0]),
+        "swiglu": lambda gate, up: ops().LigerSiLUMulFunction.apply(gate, up),
+        "linear_cross_entropy": lambda h, w, y: ops().LigerFusedLinearCrossEntropyFunction.apply(h, w, y)[0],
     }
+    return {"liger": calls[operator]}

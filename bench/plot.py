@@ -74,6 +74,10 @@ def ratios(results: Mapping[str, Any]) -> Any:
     axes.axvline(1.0, color="black", linewidth=0.8)
     if values:
         axes.set_xscale("log")
+        marks = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
+        ticks = [mark for mark in marks if min(values) / 2 < mark < max(values) * 2]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
     axes.set_xlabel("above 1: ours is faster")
     return figure
 

@@ -24,18 +24,15 @@ def facts(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {
         "machine": name, "device": device.type, "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "measured": True, "python": platform.python_version(), "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "peers": peers.versions(device),
+        "threads": torch.get_num_threads(), "peers": peers.versions(),
     }  # fmt: skip
     if device.type == "cuda":
         found["capability"] = "{}.{}".format(*torch.cuda.get_device_capability(device))
     return found
 
 
-def write(
-    folder: Path, device: torch.device, rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, Any], **more: Any
-) -> Path:
-    """The results as JSON, named by machine and time; an earlier run of the same second is replaced."""
-    content = facts(device) | {"ceilings": ceilings, "rows": list(rows)} | more
+def write(folder: Path, content: Mapping[str, Any]) -> Path:
+    """`facts` and what was found, as JSON named by machine and time; a run of the same second is replaced."""
     machine = re.sub(r"[^A-Za-z0-9]+", "-", content["machine"]).strip("-").lower()
     path = folder / f"{machine}-{datetime.now():%Y-%m-%d-%H%M%S}.json"
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ process of its own and prints its peak memory and speed as JSON.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 from collections.abc import Callable, Mapping
@@ -28,8 +29,8 @@ from jindo_core.nf4 import NF4Linear, NF4Weight
 from jindo_core.optim import OPTIMIZERS, build_optimizer
 from jindo_core.tune import elapsed, random_nf4
 
-PEER = "transformers + peft + bitsandbytes"
-# The first is what a user of the peers gets: norms, embedding and head in fp32 (peft's
+PEER = "peft + bitsandbytes"
+# On transformers' model. The first is what a user of the peers gets: norms, embedding and head in fp32 (peft's
 # prepare_model_for_kbit_training), and every layer checkpointed.
 TRAINING_PEERS = {PEER: (True, True), f"{PEER}, no checkpointing": (True, False), f"{PEER}, bf16": (False, False)}
 OURS_CHECKPOINTED = "jindo, checkpointed"
@@ -171,7 +172,8 @@ def _peer_decoding(model: nn.Module, prompt: Tensor, new: int) -> Callable[[int]
 
     @torch.no_grad()
     def run(_: int) -> Tensor:
-        cache.crop(prompt.shape[1])
+        if beyond := cache.get_seq_length() - prompt.shape[1]:
+            cache.crop(-beyond)  # transformers from 5.18 on takes no positive number
         logits = first
         for _ in range(new):
             token = logits.argmax(-1, keepdim=True)
@@ -207,7 +209,7 @@ def training_case(
     calls = {OURS: training_call(who, shape, weights, ids)}
     if peers_here(device):
         for name in list(TRAINING_PEERS)[: 1 if only_first else None]:
-            calls[name] = training_call(name, shape, weights, ids)
+            peers.add(calls, name, functools.partial(training_call, name, shape, weights, ids))
     return Case(
         "step", "training step" + (", checkpointed" if checkpointing else ""), f"{shape.name} seq {tokens}",
         training_flops(shape, tokens), "TFLOP/s", "gemm", calls, rows=tokens, tolerance=LOSSES_AGREE, tokens=tokens,
@@ -221,7 +223,7 @@ def decoding_case(shape: Shape, dtype: torch.dtype, device: torch.device, prompt
     ids = torch.randint(0, shape.vocab, (1, prompt), device=device)
     calls = {OURS: decoding_call(OURS, shape, weights, ids, new)}
     if peers_here(device):
-        calls[PEER] = decoding_call(PEER, shape, weights, ids, new)
+        peers.add(calls, PEER, functools.partial(decoding_call, PEER, shape, weights, ids, new))
     cache = 2 * shape.layers * shape.groups * (shape.hidden // shape.heads) * dtype.itemsize * (prompt + new // 2)
     moved = shape.linear_weights * NF4_BYTES + shape.hidden * shape.vocab * dtype.itemsize + cache
     # No comparison of results: random weights make random text, which parts after a near tie.

@@ -1,0 +1,295 @@
+"""Every operator on the device against fp64, without pytest: values, gradients, and torch's own `opcheck`.
+
+The tolerances are those of the tests (tests/kernels/conftest.py), read from the file: there is one table.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from jindo_core.kernels import dispatch, native, nf4
+from jindo_core.kernels.attention import causal_attention
+from jindo_core.kernels.linear_cross_entropy import linear_cross_entropy
+from jindo_core.kernels.lora_matmul import keep_mask, lora_matmul, mask
+from jindo_core.kernels.rms_norm import rms_norm
+from jindo_core.kernels.rope import rope
+from jindo_core.kernels.swiglu import swiglu
+from jindo_core.tune import GEMV_MOST_ROWS
+
+TABLE = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "conftest.py"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Finding(NamedTuple):
+    """what: implementation, dtype, shape and result. error and allowed: relative to the oracle's largest value."""
+
+    what: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed  # False for NaN
+
+
+@functools.cache
+def tolerances() -> dict[str, dict[torch.dtype, float]]:
+    """TOLERANCES of the tests, read without running the file, which needs pytest."""
+    for node in ast.parse(TABLE.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "TOLERANCES":
+            table = node.value
+            assert isinstance(table, ast.Dict)
+            return {
+                ast.literal_eval(operator): {getattr(torch, key.attr): ast.literal_eval(value) for key, value in
+                                             zip(row.keys, row.values, strict=True)}
+                for operator, row in zip(table.keys, table.values, strict=True)
+            }  # fmt: skip
+    raise LookupError(f"{TABLE} has no TOLERANCES")
+
+
+def implementations(operator: str, device: torch.device) -> list[str]:
+    """Those of ours that run on the device."""
+    names = [name for name in dispatch.IMPLEMENTATIONS[operator] if (name == "cpu") <= (device.type == "cpu")]
+    if device.type == "cpu":
+        return [n for n in names if n == "reference" or (n == "cpu" and native.library() is not None)]
+    no_dot = operator.startswith("lora_matmul") and torch.cuda.get_device_capability(device) < (8, 0)
+    return [name for name in names if not (name == "triton" and no_dot)]
+
+
+def compare(what: str, operator: str, results: Sequence[Tensor], wanted: Sequence[Tensor]) -> Iterator[Finding]:
+    """A finding for each result against its fp64 oracle."""
+    for i, (result, want) in enumerate(zip(results, wanted, strict=True)):
+        scale = max(want.abs().max().item(), 1e-300)
+        error = (result.double() - want).abs().max().item() / scale
+        allowed = tolerances()[operator][result.dtype]
+        yield Finding(f"{what} result {i}", error if math.isfinite(error) else math.inf, allowed)
+
+
+def differentiate(function: Callable[..., Any], leaves: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
+    """The function's results and its gradients."""
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    result = function(*leaves)
+    outputs = result if isinstance(result, tuple) else (result,)
+    upstream = [gradient.to(y.dtype) for gradient, y in zip(upstream, outputs, strict=True)]
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
+
+
+def against_fp64(
+    operator: str, device: torch.device, label: str, ours: Callable[..., Any], oracle: Callable[..., Any],
+    leaves: Sequence[Tensor], upstream: Sequence[Tensor], *, also: Sequence[str] = (),
+) -> Iterator[Finding]:  # fmt: skip
+    """Values and gradients of each implementation, on the same inputs in each dtype.
+
+    Args:
+        leaves, upstream: fp64; rounded to each dtype, so that the oracle sees what ours sees.
+        also: operators whose implementations are tried too (a backward pass of its own).
+    """
+    names = dict.fromkeys(name for key in (operator, *also) for name in implementations(key, device))
+    if operator == "lora_matmul" and len(leaves[0]) > GEMV_MOST_ROWS:
+        names.pop("gemv", None)
+    for dtype in DTYPES:
+        inputs, gradients = [t.to(dtype) for t in leaves], [t.to(dtype) for t in upstream]
+        wanted = differentiate(oracle, [t.double() for t in inputs], [t.double() for t in gradients])
+        for name in names:
+            with dispatch.override(name):
+                results = differentiate(ours, inputs, gradients)
+            short = str(dtype).removeprefix("torch.")
+            yield from compare(f"{operator} {name} {short} {label}", operator, results, wanted)
+
+
+def randn(device: torch.device, *shape: int) -> Tensor:
+    """fp64, the same numbers on every device."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+
+
+# --- the operators --------------------------------------------------------------------------------------
+
+
+def check_nf4(device: torch.device, quick: bool) -> Iterator[Finding]:
+    """Bit for bit the CPU's reference, which the tests hold to bitsandbytes'."""
+    cpu = torch.device("cpu")
+    for shape in [(7, 13), (64, 64), (33, 130)] + ([] if quick else [(4096, 4096), (1000, 1003)]):
+        for dtype in DTYPES:
+            weight = (randn(cpu, *shape) * 0.02).to(dtype)
+            weight.view(-1)[: min(64, weight.numel())] = 0
+            with dispatch.override("reference"):
+                packed, absmax = nf4.nf4_quantize(weight)
+                nested = nf4.nf4_quantize_absmax(absmax)
+                values = [
+                    nf4.nf4_dequantize(packed, absmax, None, None, shape, dtype=dtype),
+                    nf4.nf4_dequantize(packed, *nested, shape, dtype=dtype),
+                ]
+            short = f"{str(dtype).removeprefix('torch.')} {shape[0]}x{shape[1]}"
+            for name in implementations("nf4_dequantize", device):
+                with dispatch.override(name):
+                    mine = [part.cpu() for part in nf4.nf4_quantize(weight.to(device))]
+                    again = [part.cpu() for part in nf4.nf4_quantize_absmax(absmax.to(device), nested[2].to(device))]
+                    parts = [part.to(device) for part in nested]
+                    back = [
+                        nf4.nf4_dequantize(packed.to(device), absmax.to(device), None, None, shape, dtype=dtype).cpu(),
+                        nf4.nf4_dequantize(packed.to(device), *parts, shape, dtype=dtype).cpu(),
+                    ]
+                pairs = zip([*mine, *again, *back], [packed, absmax, *nested, *values], strict=True)
+                wrong = [index for index, (a, b) in enumerate(pairs) if not torch.equal(a, b)]
+                yield Finding(f"nf4 {name} {short}, parts that differ: {wrong}", float(len(wrong)), 0)
+
+
+def check_lora_matmul(device: torch.device, quick: bool) -> Iterator[Finding]:
+    """The LoRA linear; every implementation that takes M rows."""
+    shapes = [(1, 192, 40), (3, 130, 33), (4, 256, 64), (17, 320, 48)]
+    shapes += [] if quick else [(1, 4096, 4096), (2, 4096, 11008), (32, 4096, 4096), (200, 1024, 640)]
+    for rows, k, n in shapes:
+        weight = (randn(torch.device("cpu"), n, k) * 0.02).float()
+        with dispatch.override("reference"):
+            packed, absmax = nf4.nf4_quantize(weight)
+            parts = (packed, *nf4.nf4_quantize_absmax(absmax))
+            wide = nf4.nf4_dequantize(*parts, (n, k), dtype=torch.float64).to(device)
+        codes = [part.to(device) for part in parts]
+
+        def ours(x: Tensor, a: Tensor, b: Tensor, codes: Any = codes, n: int = n) -> Tensor:
+            return lora_matmul(x, *codes, n, a, b, scale=2.0)
+
+        def oracle(x: Tensor, a: Tensor, b: Tensor, wide: Tensor = wide) -> Tensor:
+            return x @ wide.t() + 2.0 * (x @ a.t()) @ b.t()
+
+        leaves = [randn(device, rows, k), randn(device, 8, k) / math.sqrt(k), randn(device, n, 8) * 0.1]
+        label = f"M={rows} K={k} N={n}"
+        yield from against_fp64(
+            "lora_matmul", device, label, ours, oracle, leaves, [randn(device, rows, n)], also=["lora_matmul_backward"]
+        )
+    x, seed = randn(device, 64, 1024).float(), torch.tensor([7], dtype=torch.int32, device=device)
+    wanted = x * keep_mask(x.shape, 0.3, seed)
+    for name in implementations("dropout_mask", device):
+        with dispatch.override(name):
+            yield Finding(f"dropout_mask {name}", float((mask(x, 0.3, seed) != wanted).sum()), 0)
+
+
+def check_rms_norm(device: torch.device, quick: bool) -> Iterator[Finding]:
+    for shape in [(3, 7), (5, 768)] + ([] if quick else [(2048, 4096), (64, 8192)]):
+        leaves = [randn(device, *shape), 1 + 0.3 * randn(device, shape[1])]
+        yield from against_fp64(
+            "rms_norm", device, f"{shape[0]}x{shape[1]}", lambda x, w: rms_norm(x, w, 1e-5),
+            lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), leaves, [randn(device, *shape)], also=["rms_norm_backward"],
+        )  # fmt: skip
+
+
+def check_swiglu(device: torch.device, quick: bool) -> Iterator[Finding]:
+    for shape in [(3, 7), (5, 200)] + ([] if quick else [(2048, 11008)]):
+        leaves = [randn(device, *shape), randn(device, *shape).flip(0)]
+        yield from against_fp64(
+            "swiglu", device, f"{shape[0]}x{shape[1]}", swiglu, lambda g, u: F.silu(g) * u, leaves,
+            [randn(device, *shape)], also=["swiglu_backward"],
+        )  # fmt: skip
+
+
+def check_rope(device: torch.device, quick: bool) -> Iterator[Finding]:
+    for b, t, h, g, d in [(2, 5, 4, 2, 16)] + ([] if quick else [(2, 1024, 32, 8, 128)]):
+        angle = torch.rand(1, t, d // 2, device=device) * 6.28
+        cos, sin = angle.cos(), angle.sin()
+
+        def oracle(q: Tensor, k: Tensor, cos: Tensor = cos, sin: Tensor = sin) -> tuple[Tensor, Tensor]:
+            turned = torch.complex(cos.double(), sin.double())[:, :, None]
+            products = [torch.complex(*x.chunk(2, dim=-1)) * turned for x in (q, k)]
+            first, second = (torch.cat((z.real, z.imag), dim=-1) for z in products)
+            return first, second
+
+        leaves = [randn(device, b, t, h, d), randn(device, b, t, g, d)]
+        yield from against_fp64(
+            "rope", device, f"{b}x{t}x{h}+{g}x{d}", lambda q, k, c=cos, s=sin: rope(q, k, c, s), oracle, leaves,
+            [leaf.flip(1) for leaf in leaves],
+        )  # fmt: skip
+
+
+def check_linear_cross_entropy(device: torch.device, quick: bool) -> Iterator[Finding]:
+    """The loss and dH; as in training, the head is frozen."""
+    for m, h, v in [(9, 64, 50), (33, 96, 257)] + ([] if quick else [(600, 2048, 32000)]):
+        head = randn(device, v, h) / math.sqrt(h)
+        labels = torch.arange(m, device=device) * 7 % v
+        labels[::4] = -100
+        for dtype in DTYPES:
+            hidden, weight = randn(device, m, h).to(dtype), head.to(dtype)
+            wanted = differentiate(
+                lambda x, w=weight, y=labels: F.cross_entropy(x @ w.double().t(), y), [hidden.double()],
+                [torch.ones((), dtype=torch.float64, device=device)],
+            )  # fmt: skip
+            for name in implementations("linear_cross_entropy", device):
+                with dispatch.override(name):
+                    results = differentiate(
+                        lambda x, w=weight, y=labels: linear_cross_entropy(x, w, y), [hidden],
+                        [torch.ones((), device=device)],
+                    )  # fmt: skip
+                what = f"linear_cross_entropy {name} {str(dtype).removeprefix('torch.')} {m}x{h}x{v}"
+                # The loss is fp32 whatever its logits were rounded to.
+                results = [result.to(dtype) for result in results]
+                yield from compare(what, "linear_cross_entropy", results, wanted)
+
+
+def check_attention(device: torch.device, quick: bool) -> Iterator[Finding]:
+    for b, t, h, g, d in [(2, 9, 4, 2, 16)] + ([] if quick else [(1, 512, 8, 2, 128)]):
+        def oracle(q: Tensor, k: Tensor, v: Tensor, r: int = h // g) -> Tensor:
+            keys, values = (x.repeat_interleave(r, dim=2) for x in (k, v))
+            scores = torch.einsum("bthd,bshd->bhts", q, keys) / math.sqrt(q.shape[3])
+            later = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
+            return torch.einsum("bhts,bshd->bthd", scores.masked_fill(later, -math.inf).softmax(-1), values)
+
+        leaves = [randn(device, b, t, h, d), randn(device, b, t, g, d), randn(device, b, t, g, d).flip(1)]
+        yield from against_fp64(
+            "attention", device, f"{b}x{t}x{h}/{g}x{d}", causal_attention, oracle, leaves, [leaves[0].flip(1)],
+            also=["attention_backward"],
+        )  # fmt: skip
+
+
+def check_opcheck(device: torch.device, quick: bool) -> Iterator[Finding]:
+    """Schema, fake, autograd registration and tracing of every operator, as it runs on this device."""
+    ops = torch.ops.jindo
+    weight = (randn(device, 24, 64) * 0.02).float()
+    packed, absmax = nf4.nf4_quantize(weight)
+    quantized, nested, offset = nf4.nf4_quantize_absmax(absmax)
+    parts = ([packed], [quantized], [nested], [offset], [24], 64)
+    x = randn(device, 3, 64).float()
+    a, b = randn(device, 4, 64).float().requires_grad_(), randn(device, 24, 4).float().requires_grad_()
+    heads = randn(device, 1, 5, 2, 8).float()
+    angle = torch.rand(1, 5, 4, device=device)
+    head, labels = randn(device, 50, 64).float(), torch.tensor([1, -100, 3], device=device)
+    cases: dict[str, tuple[Any, ...]] = {
+        "nf4_quantize": (weight, 64),
+        "nf4_quantize_absmax": (absmax, offset),
+        "nf4_dequantize": (packed, quantized, nested, offset, [24, 64], 64, torch.float32),
+        "nf4_dequantize_": (torch.empty_like(weight), packed, quantized, nested, offset, 64),
+        "lora_matmul": (x.clone().requires_grad_(), *parts, [a], [b], [2.0], 0.0, None, False),
+        "rms_norm": (x.clone().requires_grad_(), torch.ones(64, device=device), 1e-5),
+        "swiglu": (x.clone().requires_grad_(), x.flip(0).contiguous().requires_grad_()),
+        "rope": (heads.clone().requires_grad_(), heads.flip(1).requires_grad_(), angle.cos(), angle.sin(), False),
+        "linear_cross_entropy": (x.clone().requires_grad_(), head, labels, -100, 0.0, True, False),
+    }
+    tests = ("test_schema", "test_faketensor") if quick else None
+    for name, arguments in cases.items():
+        more = {"test_utils": tests} if tests else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            said = torch.library.opcheck(getattr(ops, name).default, arguments, raise_exception=False, **more)
+        failed = {test: str(result)[:200] for test, result in said.items() if result != "SUCCESS"}
+        yield Finding(f"opcheck {name} {failed or ''}".strip(), float(len(failed)), 0)
+
+
+CHECKS: dict[str, Callable[[torch.device, bool], Iterator[Finding]]] = {
+    "nf4": check_nf4,
+    "rms_norm": check_rms_norm,
+    "swiglu": check_swiglu,
+    "rope": check_rope,
+    "linear_cross_entropy": check_linear_cross_entropy,
+    "attention": check_attention,
+    "lora_matmul": check_lora_matmul,
+    "opcheck": check_opcheck,
+}
