@@ -12,8 +12,8 @@ from jindo_core.kernels import rope as contract
 PAIRS = 512
 """Pairs a program turns, at most: eight a thread, so that each half of a head moves 128 bits at a time."""
 
-SASS_PER_ELEMENT = 10
-"""SASS instructions an element on sm_80 and later, at most. Bytes bound below 33 (bf16, H100)."""
+SASS_PER_ELEMENT = {"full": 10, "small": 15}  # small: heads too few and short for `PAIRS`
+"""SASS instructions an element on sm_80 and later, at most. Below 34 bytes are what bounds (bf16, H100)."""
 
 
 @triton.jit

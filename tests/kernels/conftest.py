@@ -65,6 +65,22 @@ def oracles():
     return Oracles
 
 
+FIGURES = pytest.StashKey()
+
+
+@pytest.fixture(scope="session")
+def figures(pytestconfig):
+    """The list of what the gates measured; printed as one table when the session ends."""
+    return pytestconfig.stash.setdefault(FIGURES, [])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if found := config.stash.get(FIGURES, None):
+        from compiled import table  # imports Triton
+
+        terminalreporter.write_line(table(found))
+
+
 @pytest.fixture(params=["reference", *native.LEVELS])
 def each_cpu_implementation(request):
     """Runs a test with the PyTorch reference, and with the C kernels at every instruction set there is."""

@@ -1,140 +1,84 @@
 """What the kernels compile to, for GPUs that are not here: the gates that a wrong layout or rounding trips.
 
-Nothing is launched. The launchers run with kernels that only note their arguments, and what was noted is
-compiled for each compute capability, so that exactly the shipped configurations are held.
+Every kernel in every shipped configuration, for the architectures of its row. The figures are printed in one
+table at the end and, when all gates have passed, written to bench/results/gates.json. Ceilings of instructions
+an element stand beside the kernels.
+
+gfx942 (AMD MI300) compiles everything here; what is held there is less. Programs are cut for warps of 32, so in
+waves of 64 a thread has half the elements, and 64-bit accesses; exact division is itself made of fma there, so
+roundings can't be read off; and no ceilings are set, for want of a machine to set them by.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-import subprocess
-from collections import Counter
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compiled import SHARED_LIMIT, TARGETS, Compiled, Figure, Launch, compile_for, recorded, write
 
-from jindo_core.kernels import lora_matmul, lora_matmul_triton, nf4, nf4_triton
+from jindo_core.kernels import (
+    linear_cross_entropy_triton,
+    lora_gemv_triton,
+    lora_matmul,
+    lora_matmul_triton,
+    nf4,
+    nf4_triton,
+    rms_norm_triton,
+    rope_triton,
+    swiglu_triton,
+)
 
-KERNELS = {
-    nf4_triton: ["quantize_kernel", "dequantize_kernel"],
-    lora_matmul_triton: ["down_kernel", "forward_kernel", "dx_kernel", "drop_kernel"],
-}
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Shared memory a block may have, in bytes (CUDA programming guide, "compute capabilities").
-SHARED_LIMIT = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
-SASS_PER_ELEMENT = 10
-REGISTERS = 168  # three blocks of 128 threads on a multiprocessor
-POINTERS = {
-    torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
-
-
-class Launch(NamedTuple):
-    """One launch that a launcher made: the kernel and what it was given."""
-
-    kernel: object
-    args: tuple
-    kwargs: dict
+MODULES = (
+    linear_cross_entropy_triton, lora_gemv_triton, lora_matmul_triton, nf4_triton, rms_norm_triton, rope_triton,
+    swiglu_triton,
+)  # fmt: skip
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
+EVERY = tuple(TARGETS)
+SOME = ("sm_75", "sm_80", "sm_90")
+TWO = ("sm_80", "sm_90")
+DOTS = ("sm_80", "sm_86", "sm_89", "sm_90")  # where Triton has tensor cores
+LORA_REGISTERS = 168  # three programs of 128 threads on a multiprocessor
 
 
-class Compiled(NamedTuple):
-    ptx: str
-    ops: Counter  # SASS opcodes
-    registers: int
-    stack: int
-    shared: int
-    threads: int
+class Gate(NamedTuple):
+    """One configuration of one kernel.
 
-    def count(self, pattern):
-        return sum(n for op, n in self.ops.items() if re.match(pattern, op))
+    Attributes:
+        module, kernel, config: its name in the table.
+        run: launches it, among others.
+        archs: what it is compiled for.
+        elements: of a program, as its constants and options say; what `per_element` divides by.
+        loop: count the instructions of the largest loop ("largest"), of all loops ("all") or of the program.
+        ceiling: most instructions an element, on sm_80 and later.
+        exact: its roundings are the reference's. dot: it holds a matrix product.
+        narrow: global loads and stores of less than 128 bits, at most; None: not held.
+        registers: a thread may have, where fewer are wanted than there are.
+        check: what else is held, of the compiled kernel and its launch.
+    """
 
+    module: Any
+    kernel: str
+    config: str
+    run: Callable[[], object]
+    archs: tuple[str, ...]
+    elements: Callable[[dict], int] | None = None
+    loop: str = ""
+    ceiling: float | None = None
+    exact: bool = False
+    dot: bool = False
+    narrow: tuple[int, int] | None = None
+    registers: int = 255
+    check: Callable[[Compiled, Launch, str], None] | None = None
 
-class Recorder:
-    """Stands in for a kernel: kernel[grid](...) is noted, not run."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append(Launch(self.kernel, args, kwargs))
-
-
-@pytest.fixture
-def record(monkeypatch):
-    """record(run) -> {kernel name: Launch} of what `run` launches."""
-
-    def record(run):
-        launches = []
-        with monkeypatch.context() as patch:
-            for module, names in KERNELS.items():
-                for name in names:
-                    patch.setattr(module, name, Recorder(getattr(module, name), launches))
-            run()
-        return {launch.kernel.fn.__name__: launch for launch in launches}
-
-    return record
-
-
-def specialize(launch):
-    """Signature, constants, attributes and options: what Triton's launcher makes of the arguments."""
-    names = launch.kernel.arg_names
-    values = dict(zip(names, launch.args, strict=False)) | {k: v for k, v in launch.kwargs.items() if k in names}
-    options = {k: v for k, v in launch.kwargs.items() if k not in names}
-    signature, constants, attributes = {}, {}, {}
-    for index, (name, parameter) in enumerate(zip(names, launch.kernel.params, strict=True)):
-        value = values[name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[name], constants[index,] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name], attributes[index,] = POINTERS[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0:
-                attributes[index,] = [["tt.divisibility", 16]]
-    return signature, constants, attributes, options
-
-
-def tool(name, *args):
-    return subprocess.run([TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
-
-
-def compile_for(launch, cc, folder):
-    signature, constants, attributes, options = specialize(launch)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(built.asm["cubin"])
-    code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", tool("nvdisasm", "-c", cubin))
-    usage = tool("cuobjdump", "-res-usage", cubin)
-    return Compiled(
-        ptx=built.asm["ptx"],
-        ops=Counter(op for op in code if op != "NOP"),
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
-        shared=built.metadata.shared,
-        threads=options.get("num_warps", 4) * 32,
-    )
-
-
-def check_resources(compiled, cc, registers=REGISTERS):
-    assert compiled.stack == 0
-    assert compiled.count(r"LDL|STL") == 0, "local memory"
-    assert compiled.shared <= SHARED_LIMIT[cc]
-    assert compiled.registers <= registers
-
-
-def check_roundings(compiled):
-    """No contracted multiply-add, no approximate division, nothing flushed to zero."""
-    assert not re.search(r"\bfma\b|div\.full|div\.approx|rcp\.approx|\.ftz", compiled.ptx)
+    @property
+    def name(self) -> str:
+        return f"{self.module.__name__.rsplit('.', 1)[1].removesuffix('_triton')}.{self.kernel.removesuffix('_kernel')}"
 
 
 # --- NF4 ------------------------------------------------------------------------------------------------
@@ -142,124 +86,296 @@ def check_roundings(compiled):
 
 @functools.cache
 def quantized(n, k, double_quant=True, block_size=64):
-    generator = torch.Generator().manual_seed(0)
-    packed, absmax = nf4.nf4_quantize(torch.randn(n, k, generator=generator), block_size)
+    packed, absmax = nf4.nf4_quantize(torch.ones(n, k), block_size)
     return (packed, *(nf4.nf4_quantize_absmax(absmax) if double_quant else (absmax, None, None)))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "double_quant"),
-    [(torch.bfloat16, True), (torch.float16, True), (torch.float32, True), (torch.bfloat16, False)],
-)
-@pytest.mark.parametrize("cc", SHARED_LIMIT)
-def test_dequantize(cc, dtype, double_quant, record, tmp_path):
-    parts = quantized(64, 256, double_quant)
-    launch = record(lambda: nf4_triton.dequantize(torch.empty(64, 256, dtype=dtype), *parts, 64))["dequantize_kernel"]
-    compiled = compile_for(launch, cc, tmp_path)
-    check_resources(compiled, cc)
-    check_roundings(compiled)
-    elements = launch.kwargs["ROW"] * launch.kwargs["ROWS"] / compiled.threads
-    # Each thread reads its codes, and beside them its share of the table of pairs, 128 bits at a time.
-    assert compiled.count(r"LDG\.E\.128") == elements / 2 / 16 + 1
-    assert compiled.count(r"STG") == compiled.count(r"STG\.E\.128") == elements * dtype.itemsize / 16
-    if cc >= 80:  # sm_75 has no instruction that rounds to bf16
-        assert sum(compiled.ops.values()) / elements <= SASS_PER_ELEMENT
+def dequantize_gate(dtype, archs, double_quant=True):
+    def run():
+        nf4_triton.dequantize(torch.empty(64, 256, dtype=dtype), *quantized(64, 256, double_quant), 64)
+
+    def check(compiled, launch, arch):
+        # Each thread reads its codes, and beside them its share of the table of pairs, 128 bits at a time.
+        each = launch.kwargs["ROW"] * launch.kwargs["ROWS"] / compiled.threads
+        assert compiled.count(r"LDG\.E\.128") == each / 2 / 16 + 1
+        assert compiled.count(r"STG") == compiled.count(r"STG\.E\.128") == each * dtype.itemsize / 16
+
+    return Gate(
+        nf4_triton, "dequantize_kernel", f"{SHORT[dtype]}{'' if double_quant else ', plain maxima'}", run, archs,
+        elements=lambda c: c["ROW"] * c["ROWS"], ceiling=nf4_triton.SASS_PER_ELEMENT["dequantize_kernel"],
+        exact=True, check=check,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("count", "dtype"), [(64 * 256, torch.bfloat16), (64 * 256, torch.float32), (64 * 256 + 32, torch.float32)]
-)
-@pytest.mark.parametrize("cc", SHARED_LIMIT)
-def test_quantize(cc, count, dtype, record, tmp_path):
-    weight = torch.zeros(count, dtype=dtype)
-    compiled = compile_for(record(lambda: nf4_triton.quantize(weight, 64))["quantize_kernel"], cc, tmp_path)
-    check_resources(compiled, cc)
-    check_roundings(compiled)
-    assert "div.rn.f32" in compiled.ptx
-    elements = nf4_triton.QUANTIZE_ELEMENTS / compiled.threads
-    assert compiled.count(r"LDG\.E\.128") == elements * dtype.itemsize / 16
-    assert compiled.count(r"STG\.E\.128") == elements / 2 / 16
+def quantize_gate(count, dtype, archs):
+    def check(compiled, launch, arch):
+        each = nf4_triton.QUANTIZE_ELEMENTS / compiled.threads
+        assert "div.rn.f32" in compiled.text
+        assert compiled.count(r"LDG\.E\.128") == each * dtype.itemsize / 16
+        assert compiled.count(r"STG\.E\.128") == each / 2 / 16
+
+    return Gate(
+        nf4_triton, "quantize_kernel", f"{SHORT[dtype]}, {'whole' if count % 64 == 0 else 'partial'} blocks",
+        lambda: nf4_triton.quantize(torch.ones(count, dtype=dtype), 64), archs,
+        elements=lambda c: c["BLOCKS"] * c["BLOCK_WIDTH"],
+        ceiling=nf4_triton.SASS_PER_ELEMENT["quantize_kernel"], exact=True, check=check,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [1, 2, 12345])
-def test_odd_counts_compile_and_keep_their_roundings(count, record, tmp_path):
-    weight = torch.ones(count)
-    packed, absmax = nf4.nf4_quantize(weight)
-    launches = record(lambda: nf4_triton.quantize(weight, 64))
-    launches |= record(lambda: nf4_triton.dequantize(torch.empty(count), packed, absmax, None, None, 64))
-    for launch in launches.values():
-        compiled = compile_for(launch, 80, tmp_path)
-        check_roundings(compiled)
-        assert compiled.stack == 0
+def odd_count_gates(count):
+    packed, absmax = nf4.nf4_quantize(torch.ones(count))
+    yield Gate(
+        nf4_triton, "quantize_kernel", f"fp32, count {count}", lambda: nf4_triton.quantize(torch.ones(count), 64),
+        ("sm_80",), exact=True,
+    )  # fmt: skip
+    yield Gate(
+        nf4_triton, "dequantize_kernel", f"fp32, count {count}",
+        lambda: nf4_triton.dequantize(torch.empty(count), packed, absmax, None, None, 64), ("sm_80",), exact=True,
+    )  # fmt: skip
 
 
 # --- LoRA -----------------------------------------------------------------------------------------------
 
 
-def launches_of(record, m, dtype, *, n=256, k=512, r=8, dropout=0.1, double_quant=True):
-    """The launches of a forward and a backward pass."""
-    parts = quantized(n, k, double_quant)
-    x, dy = torch.zeros(m, k, dtype=dtype), torch.zeros(m, n, dtype=dtype)
-    a, b, seed = torch.zeros(r, k), torch.zeros(n, r), torch.zeros(1, dtype=torch.int32)
+def fused_gates(m, dtype, archs, *, n=256, k=512, r=8, dropout=0.1, double_quant=True, kernels=("forward", "dx")):
+    """The kernels of one forward and backward pass."""
+    paired = k % 64 == 0
 
     def run():
-        layers = [lora_matmul.Projection(*parts, n, a, b, 2.0)]
+        parts, seed = quantized(n, k, double_quant), torch.zeros(1, dtype=torch.int32)
+        layers = [lora_matmul.Projection(*parts, n, torch.zeros(r, k), torch.zeros(n, r), 2.0)]
+        x, dy = torch.zeros(m, k, dtype=dtype), torch.zeros(m, n, dtype=dtype)
         _, down, _ = lora_matmul_triton.forward(x, layers, 64, dropout, seed, False)
         lora_matmul_triton.backward(dy, x, layers, k, 64, down, None, dropout, seed, True)
 
-    return record(run)
+    def check(compiled, launch, arch):
+        if dtype == FP32:  # TensorFloat-32 would round the operands
+            assert "tf32" not in compiled.text
+        elif "down" not in launch.kernel.fn.__name__ and paired:
+            assert compiled.count(r"LDGSTS.*\.128") > 0, "codes come by 128-bit asynchronous copies"
+            assert compiled.count(r"LDG\.E\.U8") <= 3, "bytes read one at a time are the maxima of a stage at most"
+            assert arch != "sm_90" or compiled.count("HGMMA") > 0
+
+    config = f"{SHORT[dtype]}, M {m}" + ("" if (n, k, r) == (256, 512, 8) else f", {n} x {k}, rank {r}")
+    for kernel in kernels:
+        yield Gate(
+            lora_matmul_triton, f"{kernel}_kernel", config + ("" if double_quant else ", plain maxima"), run, archs,
+            # An fp32 dot is made of fma; elsewhere one would break W's roundings or the mask's.
+            exact=dtype != FP32, dot=dtype != FP32, check=check,
+            registers=LORA_REGISTERS if paired else 255,
+            elements=None if kernel == "down" else lambda c: c["TILE_N"] * c["TILE_K"], loop="largest",
+        )  # fmt: skip
 
 
-def check_lora(launches, cc, folder, *, tensor_cores=True, registers=REGISTERS):
-    """Gates of one forward and backward pass; returns what was compiled."""
-    compiled = {name: compile_for(launch, cc, folder) for name, launch in launches.items()}
-    assert {"down_kernel", "forward_kernel", "dx_kernel"} <= set(compiled)
-    for name, kernel in compiled.items():
-        check_resources(kernel, cc, registers)
-        if name != "drop_kernel" and tensor_cores:
-            assert kernel.count("HMMA|HGMMA") > 0
-        if tensor_cores:  # an fp32 dot is made of fma; elsewhere one would break W's roundings or the mask's
-            check_roundings(kernel)
-    return compiled
+def drop_gate(archs):
+    x, seed = torch.zeros(64, 64, dtype=FP16), torch.zeros(1, dtype=torch.int32)
+    return Gate(
+        lora_matmul_triton, "drop_kernel", "fp16", lambda: lora_matmul_triton.mask(x, 0.1, seed), archs, exact=True,
+        elements=lambda c: c["TILE"], narrow=(1, 0),
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("cc", "m", "dtype"),
-    [
-        (80, 4, torch.bfloat16), (80, 32, torch.bfloat16), (80, 64, torch.bfloat16), (80, 16, torch.float16),
-        (90, 4, torch.bfloat16), (90, 32, torch.bfloat16), (90, 64, torch.bfloat16),
-        (86, 16, torch.bfloat16), (86, 64, torch.bfloat16), (89, 64, torch.bfloat16),
-    ],
-)  # fmt: skip
-def test_fused_linear(cc, m, dtype, record, tmp_path):
-    compiled = check_lora(launches_of(record, m, dtype), cc, tmp_path)
-    for name in ("forward_kernel", "dx_kernel"):
-        kernel = compiled[name]
-        assert kernel.count(r"LDGSTS.*\.128") > 0, "codes come by 128-bit asynchronous copies"
-        assert kernel.count(r"LDG\.E\.U8") <= 3, "bytes read one at a time are the maxima of a stage at most"
-        if cc == 90:
-            assert kernel.count("HGMMA") > 0
+def gemv_gates(m, dtype, archs, *, k=4096, r=16, double_quant=True, kernels=("gemv", "sum")):
+    n = 512
+
+    def run():
+        x, out = torch.zeros(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype)
+        adapter = (torch.zeros(r, k), torch.zeros(n, r)) if r else (None, None)
+        lora_gemv_triton.gemv(x, *quantized(n, k, double_quant), 64, *adapter, 2.0, out)
+
+    def check(compiled, launch, arch):
+        assert not compiled.count("ATOM|RED"), "sums are made in a fixed order"
+        if launch.kwargs.get("PAIRED"):
+            # The codes come as 128 bits a lane and row; a lookup is a shuffle, one a weight.
+            rows, weights = launch.kwargs["TILE_N"], launch.kwargs["TILE_N"] * launch.kwargs["TILE_K"] // 32
+            wide = r"LDG\.E\.128|LDG\.E\.128\.CONSTANT" if arch == "sm_75" else r"LDGSTS\.E.*\.128"
+            assert compiled.count(wide) >= rows
+            assert compiled.count(r"SHFL\.IDX") == weights
+
+    shape = "" if k % 64 == 0 else f", {n} x {k}"
+    config = f"{SHORT[dtype]}, M {m}{shape}, rank {r}{'' if double_quant else ', plain maxima'}"
+    for kernel in kernels:
+        main = kernel == "gemv"
+        yield Gate(
+            lora_gemv_triton, f"{kernel}_kernel", config, run, archs, check=check, loop="largest",
+            elements=(lambda c: c["TILE_N"] * c["TILE_K"]) if main else None,
+            ceiling=lora_gemv_triton.SASS_PER_WEIGHT[m] if main and k % 64 == 0 else None,
+        )  # fmt: skip
 
 
-def test_fused_linear_of_one_token_with_a_wide_adapter_and_plain_maxima(record, tmp_path):
-    check_lora(launches_of(record, 1, torch.bfloat16, r=64, dropout=0.0, double_quant=False), 90, tmp_path)
+# --- norms, SwiGLU, RoPE, loss --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cc", "dtype"), [(80, torch.bfloat16), (80, torch.float32), (90, torch.bfloat16)])
-def test_fused_linear_of_unaligned_shapes(cc, dtype, record, tmp_path):
-    launches = launches_of(record, 17, dtype, n=33, k=100, r=3)
-    check_lora(launches, cc, tmp_path, tensor_cores=dtype != torch.float32, registers=255)
+def rms_norm_gates(width, dtype, archs):
+    x, weight, rstd = torch.zeros(64, width, dtype=dtype), torch.zeros(width, dtype=dtype), torch.zeros(64)
+    whole = width <= rms_norm_triton.LONGEST_TILE
+
+    def gate(kernel, label, run, narrow):
+        return Gate(
+            rms_norm_triton, f"{kernel}_kernel", f"{SHORT[dtype]}, width {width}{label}", run, archs,
+            elements=lambda c: c["ROWS"] * c["COLUMNS"], narrow=narrow,
+            ceiling=rms_norm_triton.SASS_PER_ELEMENT[kernel + label] if whole else None,
+        )  # fmt: skip
+
+    # Narrow: rstd, one number a row.
+    yield gate("forward", "", lambda: rms_norm_triton.forward(x, weight, 1e-5), (0, 1))
+    for label, need in (("", False), (", dW", True)):
+        yield gate("backward", label, functools.partial(rms_norm_triton.backward, x, x, weight, rstd, need), (1, 0))
 
 
-@pytest.mark.parametrize("cc", [80, 86])
-def test_fused_linear_in_fp32(cc, record, tmp_path):
-    compiled = check_lora(launches_of(record, 64, torch.float32), cc, tmp_path, tensor_cores=False)
-    assert all("tf32" not in kernel.ptx for kernel in compiled.values())
+def swiglu_gates(dtype, archs, *, joint=True):
+    gate, up = torch.zeros(32, 8192, dtype=dtype).chunk(2, dim=-1)
+    if not joint:
+        gate, up = gate.contiguous(), up.contiguous()
+    dh = torch.zeros(32, 4096, dtype=dtype)
+    runs = {
+        "forward": lambda: swiglu_triton.forward(gate, up),
+        "backward": lambda: swiglu_triton.backward(dh, gate, up),
+    }
+    for kernel, run in runs.items():
+        yield Gate(
+            swiglu_triton, f"{kernel}_kernel", f"{SHORT[dtype]}, {'joint' if joint else 'dense'}", run, archs,
+            elements=lambda c: c["ELEMENTS"], ceiling=swiglu_triton.SASS_PER_ELEMENT[kernel], narrow=(0, 0),
+        )  # fmt: skip
 
 
-def test_dropout_mask_compiles_for_sm_75(record, tmp_path):
-    """The only kernel of the fused linear that is no matrix product."""
-    x, seed = torch.zeros(64, 64, dtype=torch.float16), torch.zeros(1, dtype=torch.int32)
-    compiled = compile_for(record(lambda: lora_matmul_triton.mask(x, 0.1, seed))["drop_kernel"], 75, tmp_path)
-    check_resources(compiled, 75)
-    check_roundings(compiled)
+def rope_gate(heads, k_heads, d, dtype, archs, inverse=False):
+    size = "full" if k_heads * d >= 512 else "small"
+    q, k, cos = torch.zeros(2, 16, heads, d, dtype=dtype), torch.zeros(2, 16, k_heads, d), torch.zeros(1, 16, d // 2)
+    return Gate(
+        rope_triton, "rope_kernel", f"{SHORT[dtype]}, {heads} and {k_heads} heads of {d}{', back' * inverse}",
+        lambda: rope_triton.rope(q, k.to(dtype), cos, cos, inverse), archs,
+        # Both branches stand in the code, that of q and that of k: the elements of both. Narrow: cos and sin. Where
+        # heads are few and short a warp has less than 128 bits a thread, and full sectors all the same.
+        elements=lambda c: 2 * 2 * c["HEADS"] * c["HALF_WIDTH"], ceiling=rope_triton.SASS_PER_ELEMENT[size],
+        narrow=(2, 0) if size == "full" else None,
+    )  # fmt: skip
+
+
+def loss_gate(vocab, dtype, archs, *, smoothing=0.0, gradient=True):
+    hidden, weight, labels = torch.zeros(4, 8, dtype=dtype), torch.zeros(vocab, 8, dtype=dtype), torch.zeros(4).long()
+    return Gate(
+        linear_cross_entropy_triton, "cross_entropy_kernel",
+        f"{SHORT[dtype]}, {vocab} classes{', smoothed' * (smoothing > 0)}{', loss alone' * (not gradient)}",
+        lambda: linear_cross_entropy_triton.forward(hidden, weight, labels, -100, smoothing, gradient, False), archs,
+        elements=lambda c: c["LANES"] * c["VECTOR"], loop="all",
+        # Narrow: the label, its logit, the loss.
+        ceiling=linear_cross_entropy_triton.SASS_PER_ELEMENT["smoothed" if smoothing else "plain"], narrow=(2, 1),
+    )  # fmt: skip
+
+
+# --- what is held ---------------------------------------------------------------------------------------
+
+GATES = [
+    dequantize_gate(BF16, EVERY),
+    dequantize_gate(FP16, SOME),
+    dequantize_gate(FP32, TWO),
+    dequantize_gate(BF16, TWO, double_quant=False),
+    quantize_gate(64 * 256, BF16, EVERY),
+    quantize_gate(64 * 256, FP32, TWO),
+    quantize_gate(64 * 256 + 32, FP32, SOME),
+    *itertools.chain.from_iterable(odd_count_gates(count) for count in (1, 2, 12345)),
+    *fused_gates(16, BF16, (*DOTS, "gfx942"), kernels=("down", "forward", "dx")),
+    *fused_gates(32, BF16, TWO),
+    *fused_gates(64, BF16, DOTS),
+    *fused_gates(16, FP16, ("sm_80",)),
+    *fused_gates(64, FP32, ("sm_80", "sm_86")),
+    *fused_gates(1, BF16, ("sm_90",), r=64, dropout=0.0, double_quant=False),
+    *fused_gates(17, BF16, TWO, n=33, k=100, r=3, kernels=("down", "forward", "dx")),
+    *fused_gates(17, FP32, ("sm_80",), n=33, k=100, r=3),
+    drop_gate(EVERY),
+    *gemv_gates(1, BF16, EVERY),
+    *itertools.chain.from_iterable(gemv_gates(m, BF16, DOTS, kernels=("gemv",)) for m in (2, 3, 4)),
+    *itertools.chain.from_iterable(gemv_gates(m, FP16, ("sm_75",), kernels=("gemv",)) for m in (1, 2, 3, 4)),
+    *itertools.chain.from_iterable(gemv_gates(m, FP32, ("sm_80",), kernels=("gemv",)) for m in (1, 2, 3, 4)),
+    *gemv_gates(1, BF16, TWO, r=64, double_quant=False),
+    *gemv_gates(4, BF16, SOME, k=100, r=3, kernels=("gemv",)),
+    *rms_norm_gates(4096, BF16, EVERY),
+    *rms_norm_gates(576, BF16, TWO),
+    *rms_norm_gates(8192, FP16, SOME),
+    *rms_norm_gates(16384, BF16, TWO),
+    *swiglu_gates(BF16, EVERY),
+    *swiglu_gates(FP16, ("sm_75", "sm_80"), joint=False),
+    rope_gate(32, 8, 128, BF16, EVERY),
+    rope_gate(32, 32, 128, FP16, SOME, inverse=True),
+    rope_gate(9, 3, 64, BF16, TWO),
+    loss_gate(32000, BF16, EVERY),
+    loss_gate(32001, FP16, SOME, smoothing=0.1),
+    loss_gate(128256, BF16, TWO, gradient=False),
+    loss_gate(49152, FP32, ("sm_80",)),
+]
+CASES = [(gate, arch) for gate in GATES for arch in gate.archs]
+
+
+@functools.cache
+def launches_of(run):
+    with recorded(*MODULES) as launches:
+        run()
+    return launches
+
+
+def check_resources(compiled, arch, registers):
+    assert compiled.stack == 0
+    assert compiled.count("LDL|STL|scratch_") == 0, "local memory"
+    assert compiled.shared <= SHARED_LIMIT[arch]
+    assert compiled.registers <= registers
+
+
+def check_roundings(compiled):
+    """No contracted multiply-add, no approximate division, nothing flushed to zero."""
+    assert not re.search(r"\bfma\b|div\.full|div\.approx|rcp\.approx|\.ftz", compiled.text)
+
+
+def check_widths(compiled, narrow):
+    assert compiled.count(r"LDG\.E\.128") > 0
+    for op, allowed in zip(("LDG", "STG"), narrow, strict=True):
+        assert compiled.count(op) - compiled.count(rf"{op}\.E\.128") <= allowed, f"{op} of less than 128 bits"
+
+
+def per_element(gate, compiled, launch):
+    if gate.elements is None:
+        return None
+    counted = {"largest": max, "all": sum}[gate.loop](compiled.loops) if gate.loop else compiled.instructions
+    return round(counted / (gate.elements(launch.kwargs) / compiled.threads), 2)
+
+
+@pytest.fixture(scope="module")
+def passed(figures, repo_root):
+    """Figures of the gates that passed; once all have, the file beside the benchmarks is written."""
+    yield figures
+    if len(figures) == len(CASES):
+        write(figures, repo_root / "bench" / "results" / "gates.json")
+
+
+@pytest.mark.parametrize(("gate", "arch"), CASES, ids=[f"{gate.name}-{gate.config}-{arch}" for gate, arch in CASES])
+def test_gate(gate, arch, passed):
+    launch = launches_of(gate.run)[gate.kernel]
+    compiled = compile_for(launch, arch)
+    figure = per_element(gate, compiled, launch)
+    held = gate.ceiling if arch in DOTS else None
+    check_resources(compiled, arch, gate.registers if arch in DOTS else 512)
+    if gate.dot and arch != "gfx942":
+        assert compiled.count("HMMA|HGMMA") > 0
+    assert arch != "sm_75" or not compiled.dots
+    if arch != "gfx942":
+        if gate.exact:
+            check_roundings(compiled)
+        if gate.narrow is not None:
+            check_widths(compiled, gate.narrow)
+        if gate.check is not None:
+            gate.check(compiled, launch, arch)
+    if held is not None:
+        assert figure <= held
+    passed.append(
+        Figure(gate.name, gate.config, arch, compiled.registers, compiled.shared, compiled.stack, figure, held)
+    )
+
+
+def test_every_kernel_has_a_gate_on_every_architecture_that_runs_it():
+    for module in MODULES:
+        for name, value in vars(module).items():
+            if name.endswith("_kernel") and value.__module__ == module.__name__:
+                held = {arch for gate in GATES if (gate.module, gate.kernel) == (module, name) for arch in gate.archs}
+                # No product of Triton's before sm_80: dispatch sends it to cuBLAS (test_dispatch.py).
+                product = module is lora_matmul_triton and name != "drop_kernel"
+                assert held == set(EVERY) - ({"sm_75"} if product else set()), f"{module.__name__}.{name}"
