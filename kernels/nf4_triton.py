@@ -37,8 +37,9 @@ QUANTIZE_WARPS = 8
 MAX_ROW = 64
 """Longest row of `dequantize`'s tiles, in elements."""
 
-SASS_PER_ELEMENT = {"dequantize_kernel": 10, "quantize_kernel": 120}
-"""SASS instructions an element on sm_80 and later, at most; dequantize is bound by bytes below 22 (H100, bf16)."""
+SASS_PER_ELEMENT = {"dequantize": 10, "quantize, whole": 26, "quantize, partial": 46}
+"""SASS instructions an element on sm_80 and later, at most; dequantize is bound by bytes below 22 (H100, bf16). Of
+quantize's, the loop over thresholds is counted once."""
 
 
 @functools.cache

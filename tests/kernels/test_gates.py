@@ -102,12 +102,14 @@ def dequantize_gate(dtype, archs, double_quant=True):
 
     return Gate(
         nf4_triton, "dequantize_kernel", f"{SHORT[dtype]}{'' if double_quant else ', plain maxima'}", run, archs,
-        elements=lambda c: c["ROW"] * c["ROWS"], ceiling=nf4_triton.SASS_PER_ELEMENT["dequantize_kernel"],
+        elements=lambda c: c["ROW"] * c["ROWS"], ceiling=nf4_triton.SASS_PER_ELEMENT["dequantize"],
         exact=True, check=check,
     )  # fmt: skip
 
 
 def quantize_gate(count, dtype, archs):
+    blocks = "whole" if count % 64 == 0 else "partial"
+
     def check(compiled, launch, arch):
         each = nf4_triton.QUANTIZE_ELEMENTS / compiled.threads
         assert "div.rn.f32" in compiled.text
@@ -115,10 +117,10 @@ def quantize_gate(count, dtype, archs):
         assert compiled.count(r"STG\.E\.128") == each / 2 / 16
 
     return Gate(
-        nf4_triton, "quantize_kernel", f"{SHORT[dtype]}, {'whole' if count % 64 == 0 else 'partial'} blocks",
+        nf4_triton, "quantize_kernel", f"{SHORT[dtype]}, {blocks} blocks",
         lambda: nf4_triton.quantize(torch.ones(count, dtype=dtype), 64), archs,
         elements=lambda c: c["BLOCKS"] * c["BLOCK_WIDTH"],
-        ceiling=nf4_triton.SASS_PER_ELEMENT["quantize_kernel"], exact=True, check=check,
+        ceiling=nf4_triton.SASS_PER_ELEMENT[f"quantize, {blocks}"], exact=True, check=check,
     )  # fmt: skip
 
 
