@@ -127,6 +127,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if not rows:
         return
     device, drift = _device(config), config.stash[CEILINGS].again()
+    report.settle(rows, drift)
     facts = report.facts(device)
     path = report.write(Path(config.getoption("--results")), facts | {"ceilings": drift, "rows": rows})
     terminalreporter.write_line("")

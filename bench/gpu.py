@@ -245,6 +245,11 @@ def supervise(section: str, given: argparse.Namespace, end: float, wrong: Sequen
 
 def gather(lines: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """What all sections found, as it is written."""
+    from bench.report import settle
+
+    for own in lines.values():
+        measured = {key: value for line in own for key, value in line.get("ceilings", {}).items()}
+        settle([line["row"] for line in own if "row" in line], measured)
     flat = [(section, line) for section, own in lines.items() for line in own]
     facts = next((line["facts"] for _, line in flat if "facts" in line), {"machine": "unknown", "measured": False})
     checks = [line for section, line in flat if section == "correctness" and "piece" in line]

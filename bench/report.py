@@ -46,6 +46,13 @@ def newest(folder: Path = RESULTS) -> Path | None:
     return files[-1] if files else None
 
 
+def settle(rows: Sequence[dict[str, Any]], ceilings: Mapping[str, Mapping[str, float]]) -> None:
+    """Hold the rows against the higher of each ceiling's two measurements: a busy moment must not raise a share."""
+    for row in rows:
+        if row["ceiling"] in ceilings:
+            row["share"] = row["rate"] / max(ceilings[row["ceiling"]].values())
+
+
 HEAD = ("row", "shape", "ours", "median", "rate", "of ceiling", "ratio to peers (above 1: ours is faster)")
 
 

@@ -113,10 +113,11 @@ class Pair:
         case = self.case
         medians = {name: statistics.median(times) for name, times in self.taken.items()}
         rate = case.work / medians[OURS] / SCALE[case.unit]
+        key = ceilings.key(case.limit, case.rows)
         found = {
             "operator": case.operator, "name": case.name, "shape": case.shape, "implementation": case.implementation,
             "median_s": medians[OURS], "rounds": len(self.taken[OURS]), "rate": rate, "unit": case.unit,
-            "work": case.work, "limit": case.limit, "share": rate / ceilings.of(case.limit, case.rows),
+            "work": case.work, "limit": case.limit, "ceiling": key, "share": rate / ceilings.of(key),
             "peers": {name: value for name, value in medians.items() if name != OURS},
             "ratios": {name: value / medians[OURS] for name, value in medians.items() if name != OURS},
         }  # fmt: skip

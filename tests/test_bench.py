@@ -103,6 +103,8 @@ def test_the_table_and_the_plots(bench, case, ceilings, tmp_path, capsys):
     text = report.show([row], ceilings.again(), "machine")
     for said in ("dequantize", "GB/s", "(copy)", "peer", "1,234 MiB", "ceilings, first and again"):
         assert said in text
+    report.settle([row], {"copy": {"first": row["rate"], "again": row["rate"] * 2}})
+    assert row["share"] == 0.5
     older = tmp_path / "zzz-2025-01-01-000000.json"
     older.write_text("{}")
     path = report.write(tmp_path, report.facts(CPU) | {"ceilings": {}, "rows": [row]})
