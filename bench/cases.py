@@ -79,7 +79,7 @@ def dequantize(setup: Setup, shape: Shape, matrix: str, *, into: bool) -> Case:
     return Case(
         "nf4", "dequantize into scratch" if into else "dequantize", f"{shape.name} {n}x{k}",
         n * k * (NF4_BYTES + setup.dtype.itemsize), "GB/s", "copy", {OURS: ours, **others},
-        implementation=setup.which("nf4_dequantize"), tolerance=0.0, unlike=frozenset({"torchao"}),
+        implementation=setup.which("nf4_dequantize"), tolerance=0.0, unlike=frozenset({"torchao"}), graph=True,
     )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def lora_linear(setup: Setup, shape: Shape, matrix: str, rows: int, *, backward:
         "lora_matmul", f"lora_matmul {'forward + backward' if backward else 'forward'}",
         f"{shape.name} {n}x{k} M={rows}", moved if decoding else flops, "GB/s" if decoding else "TFLOP/s",
         "read" if decoding else "gemm", calls, rows=rows, implementation=setup.which("lora_matmul", rows=rows),
-        tolerance=BF16_AGREES,
+        tolerance=BF16_AGREES, graph=True,
     )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def _elementwise(
     calls = {OURS: call(ours), **{name: call(function) for name, function in others.items()}}
     return Case(
         operator, f"{operator} {'forward + backward' if backward else 'forward'}", shape, moved, "GB/s", "copy", calls,
-        implementation=setup.which(operator), tolerance=BF16_AGREES,
+        implementation=setup.which(operator), tolerance=BF16_AGREES, graph=True,
     )  # fmt: skip
 
 

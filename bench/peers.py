@@ -88,11 +88,19 @@ def dequantize(weights: Sequence[NF4Weight], dtype: torch.dtype) -> dict[str, Ca
         return lambda turn: run(weights[turn % count].packed, states[turn % count])
 
     def torchao() -> Call:
-        to_nf4 = importlib.import_module("torchao.dtypes.nf4tensor").to_nf4
+        to_nf4 = _torchao_to_nf4()
         own = [to_nf4(torch.randn(w.shape, dtype=dtype, device=device), 64, 256) for w in weights]
         return lambda turn: own[turn % count].get_original_weight()
 
     return _collect(device, bitsandbytes=bitsandbytes, torchao=torchao)
+
+
+def _torchao_to_nf4() -> Callable[..., Any]:
+    """torchao's quantizer, which moved in 0.18."""
+    try:
+        return importlib.import_module("torchao.quantization.quantize_.workflows.nf4.nf4_tensor").to_nf4
+    except ModuleNotFoundError:
+        return importlib.import_module("torchao.dtypes.nf4tensor").to_nf4
 
 
 def _collect(device: torch.device, **builders: Callable[[], Call]) -> dict[str, Call]:
@@ -160,7 +168,7 @@ def quantize(weights: Sequence[Tensor]) -> dict[str, Call]:
         return lambda turn: run(weights[turn % count], quant_type="nf4", compress_statistics=True)[0].view(-1, 1)
 
     def torchao() -> Call:
-        to_nf4 = importlib.import_module("torchao.dtypes.nf4tensor").to_nf4
+        to_nf4 = _torchao_to_nf4()
         return lambda turn: to_nf4(weights[turn % count], 64, 256)
 
     return _collect(weights[0].device, bitsandbytes=bitsandbytes, torchao=torchao)

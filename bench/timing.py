@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.ceilings import Ceilings
-from jindo_core.tune import elapsed
+from jindo_core.tune import timer
 
 OURS = "jindo"
 SCALE = {"GB/s": 1e9, "TFLOP/s": 1e12}
@@ -32,6 +32,8 @@ class Case:
         tolerance: largest difference of a peer's result from ours, relative to its largest value; None: no check.
         unlike: peers with another format, whose results need not agree.
         tokens: of one call, where tokens a second mean something.
+        graph: whether a GPU's kernels are timed by replaying a CUDA graph (`timer`), so without the time that Python
+            and launches take; False for whole steps, whose users wait for both, and for calls that sync.
     """
 
     operator: str
@@ -46,6 +48,7 @@ class Case:
     tolerance: float | None = None
     unlike: frozenset[str] = frozenset()
     tokens: int = 0
+    graph: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -60,6 +63,8 @@ class Pair:
         self.case, self.device = case, device
         self.taken: dict[str, list[float]] = {name: [] for name in case.calls}
         self.failed: dict[str, str] = {}
+        self.by_events: set[str] = set()
+        self._timers: dict[str, Callable[[int], float]] = {}
         self._turn = 0
         self._warm_up()
         once = sum(min(times) for times in self.taken.values() if times)
@@ -96,8 +101,21 @@ class Pair:
                     )
 
     def _time(self, name: str) -> None:
-        call, turn = self.case.calls[name], self._turn
-        self.taken[name].append(elapsed(lambda: call(turn), self.device))
+        if name not in self._timers:
+            self._timers[name] = self._timer(name)
+        self.taken[name].append(self._timers[name](self._turn))
+
+    def _timer(self, name: str) -> Callable[[int], float]:
+        call = self.case.calls[name]
+        if not self.case.graph or self.device.type != "cuda":
+            return timer(call, self.device, graph=False)
+        try:
+            return timer(call, self.device)
+        except RuntimeError:  # a peer that syncs; ours must not, where the case says so
+            if name == OURS:
+                raise
+            self.by_events.add(name)
+            return timer(call, self.device, graph=False)
 
     def peers(self) -> None:
         for name in self.taken:
@@ -121,6 +139,8 @@ class Pair:
             "peers": {name: value for name, value in medians.items() if name != OURS},
             "ratios": {name: value / medians[OURS] for name, value in medians.items() if name != OURS},
         }  # fmt: skip
+        if self.by_events:
+            found["timed_with_launches"] = sorted(self.by_events)
         if case.tokens:
             found["tokens_per_s"] = {name: case.tokens / value for name, value in medians.items()}
         return found | ({"failed_peers": self.failed} if self.failed else {}) | case.notes

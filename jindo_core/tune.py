@@ -35,6 +35,9 @@ FUSED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 GEMV_MOST_ROWS = 4
 """What Triton's GEMV takes. The C one hands more than its 8 on to the reference."""
 
+GRAPHED_CALLS = 8
+"""Calls in a CUDA graph that is timed: so many that its own start does not count."""
+
 ROTATED_BYTES = 256 << 20
 """Weights are taken in turn from so many bytes (an eighth on a CPU): decoding finds none in a cache."""
 
@@ -140,12 +143,34 @@ def paired_medians(
 ) -> dict[str, float]:
     """Median seconds of each call, all of them once a round in turn; a call is given the round's number."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(-2, rounds):  # two to warm up: compilation, page faults
-        for name, call in calls.items():
-            seconds = elapsed(functools.partial(call, turn + 2), device)
-            if turn >= 0:
-                taken[name].append(seconds)
+    for turn in range(2):  # compilation, page faults
+        for call in calls.values():
+            call(turn)
+    timers = {name: timer(call, device) for name, call in calls.items()}
+    for turn in range(rounds):
+        for name, seconds in timers.items():
+            taken[name].append(seconds(turn))
     return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def timer(call: Callable[[int], object], device: torch.device, *, graph: bool = True) -> Callable[[int], float]:
+    """A function of the round's number that runs `call` with it and gives the seconds of one call.
+
+    On a GPU the kernels of several calls are captured into a CUDA graph once, and its replays are timed: a kernel's
+    own time, without Python's and the launches'. The call must have run before.
+
+    Args:
+        graph: False for calls that wait for the device, which no graph can hold: events alone time them.
+    """
+    if device.type != "cuda" or not graph:
+        return lambda turn: elapsed(functools.partial(call, turn), device)
+    torch.cuda.synchronize(device)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        for turn in range(GRAPHED_CALLS):
+            call(turn)
+    captured.replay()
+    return lambda _: elapsed(captured.replay, device) / GRAPHED_CALLS
 
 
 def elapsed(call: Callable[[], object], device: torch.device) -> float:

@@ -41,6 +41,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "reference": "lora_matmul:forward_reference",
         "cpu": "lora_matmul_cpu:forward",
         "triton": "lora_matmul_triton:forward",
+        "gemv": "lora_gemv_triton:forward",
     },
     "lora_matmul_backward": {
         "reference": "lora_matmul:backward_reference",

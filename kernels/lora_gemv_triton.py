@@ -17,6 +17,7 @@ W keeps its fp32 product here, where the reference rounds it to x's dtype: a lit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jindo_core.kernels import lora_matmul as contract
 from jindo_core.kernels import nf4
 from jindo_core.kernels.lora_matmul_triton import is_paired
 from jindo_core.kernels.nf4_triton import expand_absmax, weight_arguments
@@ -261,3 +263,29 @@ def gemv(
                 TILE_N=tile_n, TILE_R=tile_r, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return down
+
+
+def forward(
+    x: Tensor,
+    layers: Sequence[contract.Projection],
+    block_size: int,
+    dropout: float,
+    seed: Tensor | None,
+    keep_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`lora_matmul`. What is not decoding (fp64, no row or more than four, dropout, a kept W): the reference."""
+    in_features = x.shape[-1]
+    rows = x.numel() // in_features
+    masked = dropout > 0.0 and any(layer.rank for layer in layers)
+    if not 1 <= rows <= MAX_ROWS or x.dtype == torch.float64 or masked or keep_weight:
+        return contract.forward_reference(x, layers, block_size, dropout, seed, keep_weight)
+    flat = x.reshape(rows, in_features)
+    y = x.new_empty(rows, sum(layer.out_features for layer in layers))
+    downs, first = [], 0
+    for layer in layers:
+        adapter = (layer.lora_A, layer.lora_B) if layer.rank else (None, None)
+        out = y[:, first : first + layer.out_features]
+        weight = (layer.packed, layer.absmax, layer.nested_absmax, layer.offset)
+        downs.append(gemv(flat, *weight, block_size, *adapter, layer.scale, out))
+        first += layer.out_features
+    return y.view(*x.shape[:-1], first), torch.cat(downs, dim=1), x.new_empty(0, in_features)

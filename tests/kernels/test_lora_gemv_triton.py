@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from jindo_core.kernels import dispatch, nf4
 from jindo_core.kernels import lora_gemv_triton as module
-from jindo_core.kernels import nf4
+from jindo_core.kernels.lora_matmul import Projection, lora_matmul, lora_matmul_group
 
 pytestmark = pytest.mark.interpreter
 
@@ -110,3 +111,39 @@ def test_the_parts_of_k_cover_it_once(k, n):
         assert each % tile.k == 0
         assert (splits - 1) * each < k <= splits * each
         assert splits == 1 or splits * -(-n // tile.n) <= 2 * module.PROGRAMS
+
+
+def test_group_through_the_operator():
+    """q, k and v in one call, one of them without an adapter: values, and the gradients that the rest of the
+    operator makes of what this kernel leaves for it."""
+    m, k, block_size = 2, 192, 64
+    parts = [make_case(m, k, n, r, block_size, torch.float32) for n, r in ((24, 4), (9, 0), (16, 8))]
+    x = parts[0][0]
+    layers = [
+        Projection(*codes, n, *(None if t is None else t.clone().requires_grad_() for t in (a, b)), 1.7)
+        for (_, codes, a, b), n in zip(parts, (24, 9, 16), strict=True)
+    ]
+    leaves = [x.clone().requires_grad_(), *(t for layer in layers for t in layer[5:7] if t is not None)]
+    results = []
+    for name in ("gemv", "reference"):
+        with dispatch.override(name):
+            y = lora_matmul_group(leaves[0], layers, block_size=block_size)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "options"),
+    [(5, torch.float32, {}), (0, torch.float32, {}), (1, torch.float64, {}), (2, torch.float32, {"dropout": 0.5})],
+)
+def test_what_is_not_decoding_takes_the_reference(rows, dtype, options):
+    x, parts, a, b = make_case(max(rows, 1), 64, 8, 4, 64, dtype)
+    x = x[:rows]
+    options = options | {"seed": torch.tensor([3], dtype=torch.int32)}
+    results = []
+    for name in ("gemv", "reference"):
+        with dispatch.override(name):
+            results.append(lora_matmul(x, *parts, 8, a, b, scale=2.0, **options))
+    assert results[0].shape == (rows, 8)
+    assert torch.equal(*results)
