@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from jindo_core.kernels import dispatch, native, nf4
 from jindo_core.kernels.attention import causal_attention
+from jindo_core.kernels.dropout import keep_mask, mask
 from jindo_core.kernels.linear_cross_entropy import linear_cross_entropy
-from jindo_core.kernels.lora_matmul import keep_mask, lora_matmul, mask
+from jindo_core.kernels.lora_matmul import lora_matmul
 from jindo_core.kernels.rms_norm import rms_norm
 from jindo_core.kernels.rope import rope
 from jindo_core.kernels.swiglu import swiglu

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jindo_core.errors import InputError
-from jindo_core.kernels.lora_matmul import drop, lora_matmul_group
+from jindo_core.kernels.dropout import drop
+from jindo_core.kernels.lora_matmul import lora_matmul_group
 from jindo_core.nf4 import NF4Linear
 
 

@@ -48,7 +48,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "triton": "lora_matmul_triton:backward",
     },
     "dropout_mask": {
-        "reference": "lora_matmul:mask_reference",
+        "reference": "dropout:mask_reference",
         "cpu": "lora_matmul_cpu:mask",
         "triton": "lora_matmul_triton:mask",
     },
@@ -143,6 +143,15 @@ def choose(operator: str, tensor: Tensor, *, rows: int | None = None) -> str:
 def implementation(operator: str, tensor: Tensor, *, rows: int | None = None) -> Callable[..., Any]:
     """The function that `choose` names."""
     return _load(IMPLEMENTATIONS[operator][choose(operator, tensor, rows=rows)])
+
+
+def recorded(x: Tensor) -> bool:
+    """Whether something other than autograd follows the call: torch.compile, export, a subclass of Tensor.
+
+    Then it goes through the operator registered in torch.ops. Else straight to an autograd.Function: the registered
+    operator's own cost in Python is several times a small kernel's time (docs/log.md).
+    """
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
 
 
 @functools.cache

@@ -71,10 +71,11 @@ def linear_cross_entropy(
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"linear_cross_entropy got label_smoothing {label_smoothing}, expected 0 <= e <= 1")
     grad = torch.is_grad_enabled()
-    total, _, _ = torch.ops.jindo.linear_cross_entropy(
-        hidden, weight, labels, ignore_index, label_smoothing,
-        grad and hidden.requires_grad, grad and weight.requires_grad,
-    )  # fmt: skip
+    numbers = (ignore_index, label_smoothing, grad and hidden.requires_grad, grad and weight.requires_grad)
+    if dispatch.recorded(hidden):
+        total, _, _ = torch.ops.jindo.linear_cross_entropy(hidden, weight, labels, *numbers)
+    else:
+        total = _LinearCrossEntropy.apply(hidden, weight, labels, *numbers)
     return total / ((labels != ignore_index).sum() if count is None else count)
 
 
@@ -112,6 +113,23 @@ def forward_reference(
             if need_dweight:
                 dweight += (narrow.t() @ h).to(wide)
     return total, dhidden, dweight.to(weight.dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The operator where nothing records it."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, *numbers):  # type: ignore[no-untyped-def]
+        run = dispatch.implementation("linear_cross_entropy", hidden)
+        total, dhidden, dweight = run(hidden, weight, labels, *numbers)
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.given = numbers[2:]
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dtotal):  # type: ignore[no-untyped-def]
+        return _backward(ctx, dtotal, dtotal, dtotal)
 
 
 @torch.library.custom_op("jindo::linear_cross_entropy", mutates_args=())

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from jindo_core.kernels import dispatch
+from jindo_core.kernels.dropout import growth, mask
 from jindo_core.kernels.nf4 import check_layout
 from jindo_core.kernels.scratch import scratch
 
@@ -104,6 +105,13 @@ def lora_matmul_group(
     """
     _check(x.shape[-1], layers, dropout, seed, block_size)
     adapted = any(layer.lora_A is not None for layer in layers)
+    dropout = dropout if adapted else 0.0
+    keep_weight = keep_weight and torch.is_grad_enabled() and x.requires_grad
+    if not dispatch.recorded(x):
+        adapters = [t for layer in layers if layer.rank for t in (layer.lora_A, layer.lora_B)]
+        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, *adapters)):
+            return _run(x, layers, block_size, dropout, seed, False)[0]
+        return _LoraMatmul.apply(x, seed, layers, block_size, dropout, keep_weight, *adapters)
     none = x.new_empty(0)
     y, _, _ = torch.ops.jindo.lora_matmul(
         x,
@@ -116,9 +124,9 @@ def lora_matmul_group(
         [none if layer.lora_A is None else layer.lora_A for layer in layers] if adapted else [],
         [none if layer.lora_B is None else layer.lora_B for layer in layers] if adapted else [],
         [layer.scale for layer in layers],
-        dropout if adapted else 0.0,
+        dropout,
         seed,
-        keep_weight and torch.is_grad_enabled() and x.requires_grad,
+        keep_weight,
     )
     return y
 
@@ -177,8 +185,8 @@ def forward_reference(
         if layer.lora_B is None or not layer.rank:
             torch.mm(flat, w.t(), out=y[:, n])
             continue
-        up = layer.lora_B.to(x.dtype) * layer.scale
-        torch.mm(down[:, r : r + layer.rank], up.t(), out=y[:, n])
+        mine, up = down[:, r : r + layer.rank], layer.lora_B.to(x.dtype)
+        torch.addmm(y[:, n], mine, up.t(), beta=0, alpha=layer.scale, out=y[:, n])
         y[:, n].addmm_(flat, w.t())
         r += layer.rank
     return y.view(*x.shape[:-1], width), down, kept
@@ -186,14 +194,21 @@ def forward_reference(
 
 def down_product(flat: Tensor, layers: Sequence[Projection], dropout: float, seed: Tensor | None) -> Tensor:
     """D(x) A^T of all layers side by side, [M, sum of r]."""
-    stacked = [layer.lora_A.to(flat.dtype) for layer in layers if layer.lora_A is not None and layer.rank]
-    if not stacked:
+    a = _stacked_A(layers, flat.dtype)
+    if a is None:
         return flat.new_empty(flat.shape[0], 0)
-    a = torch.cat(stacked)
     if dropout == 0.0 or seed is None:
         return flat @ a.t()
     # The growth goes onto the r columns of the product, not onto the K of x.
     return (mask(flat, dropout, seed) @ a.t()).mul_(growth(dropout))
+
+
+def _stacked_A(layers: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
+    """A of all layers, [sum of r, K]; None without adapters."""
+    stacked = [layer.lora_A for layer in layers if layer.lora_A is not None and layer.rank]
+    if not stacked:
+        return None
+    return (torch.cat(stacked) if len(stacked) > 1 else stacked[0]).to(dtype)
 
 
 def backward_reference(
@@ -217,22 +232,25 @@ def backward_reference(
     r = 0
     for layer, part in adapted:
         assert layer.lora_B is not None
-        torch.mm(part, layer.lora_B.to(dy.dtype) * layer.scale, out=through_b[:, r : r + layer.rank])
+        mine = through_b[:, r : r + layer.rank]
+        torch.addmm(mine, part, layer.lora_B.to(dy.dtype), beta=0, alpha=layer.scale, out=mine)
         r += layer.rank
     grads_a, grads_b = [], []
     if x is not None and down is not None and adapted:
         seen = x.reshape(-1, in_features)
         seen = mask(seen, dropout, seed) if masked and seed is not None else seen
         grad_a = through_b.t() @ seen
-        grown = growth(dropout) if masked else 1.0
         r = 0
         for layer, part in adapted:
             assert layer.lora_A is not None
             assert layer.lora_B is not None
             columns = slice(r, r + layer.rank)
-            grads_a.append(grad_a[columns].to(layer.lora_A.dtype, copy=True).mul_(grown))
+            own = grad_a[columns].to(layer.lora_A.dtype, copy=True)
+            grads_a.append(own.mul_(growth(dropout)) if masked else own)
             # (d^T dY)^T, not dY^T d: the long side stays contiguous.
-            grads_b.append((down[:, columns].t() @ part).t().to(layer.lora_B.dtype).contiguous().mul_(layer.scale))
+            grad_b = part.new_empty(layer.rank, part.shape[1])
+            torch.addmm(grad_b, down[:, columns].t(), part, beta=0, alpha=layer.scale, out=grad_b)
+            grads_b.append(torch.empty_like(layer.lora_B).copy_(grad_b.t()))
             r = columns.stop
     dx = dy.new_empty(0)
     if need_dx:
@@ -254,9 +272,9 @@ def _dx(
     """dX [M, K] = sum over the layers of dY W + s D'((dY B) A)."""
     dy = parts[0]
     dx = dy.new_empty(dy.shape[0], in_features)
-    started = through_b.shape[1] > 0
-    if started:
-        a = torch.cat([layer.lora_A.to(dy.dtype) for layer in layers if layer.lora_A is not None and layer.rank])
+    a = _stacked_A(layers, dy.dtype)
+    started = a is not None
+    if a is not None:
         torch.mm(through_b, a, out=dx)
         if dropout > 0 and seed is not None:
             dx = mask(dx, dropout, seed).mul_(growth(dropout))
@@ -273,59 +291,41 @@ def _dx(
     return dx
 
 
-# --- dropout --------------------------------------------------------------------------------------------
-# A counter-based mask: element i (row-major, modulo 2^32) is kept when mix(i * GOLDEN + seed), read as a signed
-# 32-bit number, is at least p * 2^32 - 2^31. mix is MurmurHash3's 32-bit finalizer (Appleby 2011) without its last
-# shift, which only stirs low bits that the comparison hardly sees. Any backend computes it in registers, and every
-# backend the same. Torch has no uint32 arithmetic: int32 wraps, and a mask after the shift makes it logical.
-
-GOLDEN = 0x9E3779B1
-MIX_1 = 0x85EBCA6B
-MIX_2 = 0xC2B2AE35
+# --- eager calls ----------------------------------------------------------------------------------------
 
 
-def _signed(constant: int) -> int:
-    return constant - (1 << 32) if constant >= 1 << 31 else constant
+def _run(
+    x: Tensor, layers: Sequence[Projection], block_size: int, dropout: float, seed: Tensor | None, keep_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = dispatch.implementation("lora_matmul", x, rows=x.numel() // x.shape[-1])
+    return run(x, layers, block_size, dropout, seed, keep_weight)
 
 
-def drop_threshold(dropout: float) -> int:
-    """The signed 32-bit number below which an element is dropped."""
-    return int(dropout * (1 << 32)) - (1 << 31)
+class _LoraMatmul(torch.autograd.Function):
+    """The operator where nothing records it; `adapters`: A and B of each layer that has them, which autograd sees."""
 
+    @staticmethod
+    def forward(ctx, x, seed, layers, block_size, dropout, keep_weight, *adapters):  # type: ignore[no-untyped-def]
+        y, down, kept = _run(x, layers, block_size, dropout, seed, keep_weight)
+        trained = any(ctx.needs_input_grad[6:])
+        ctx.save_for_backward(
+            x if trained else None, down if trained else None, kept if keep_weight else None, seed, *adapters
+        )
+        ctx.numbers = (x.shape[-1], layers, block_size, dropout)
+        return y
 
-def keep_mask(shape: torch.Size, dropout: float, seed: Tensor) -> Tensor:
-    """bool tensor of `shape`: True where an element survives dropout of probability `dropout`."""
-    count = shape.numel()
-    if count < 1 << 31:
-        h = torch.arange(count, dtype=torch.int32, device=seed.device)
-    else:
-        h = torch.arange(count, dtype=torch.int64, device=seed.device).to(torch.int32)
-    h.mul_(_signed(GOLDEN)).add_(seed)
-    h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF)).mul_(_signed(MIX_1))
-    h.bitwise_xor_((h >> 13).bitwise_and_(0x7FFFF)).mul_(_signed(MIX_2))
-    return (h >= drop_threshold(dropout)).view(shape)
-
-
-def growth(dropout: float) -> float:
-    """1/(1-p), which keeps the mean of D(x) that of x."""
-    return 1.0 / (1.0 - dropout)
-
-
-def mask(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
-    """x where kept, else 0, contiguous; without the growth."""
-    return dispatch.implementation("dropout_mask", x)(x, dropout, seed)
-
-
-def mask_reference(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
-    """`mask` in PyTorch."""
-    return x.masked_fill(~keep_mask(x.shape, dropout, seed), 0)
-
-
-def drop(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """D(x): x where kept, times 1/(1-p); x itself when p = 0."""
-    if dropout == 0.0 or seed is None:
-        return x
-    return x * keep_mask(x.shape, dropout, seed) * growth(dropout)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        x, down, kept, seed, *adapters = ctx.saved_tensors
+        in_features, layers, block_size, dropout = ctx.numbers
+        run = dispatch.implementation("lora_matmul_backward", dy, rows=dy.numel() // dy.shape[-1])
+        need_dx = ctx.needs_input_grad[0]
+        dx, grads_a, grads_b = run(
+            dy.contiguous(), x, layers, in_features, block_size, down, kept, dropout, seed, need_dx
+        )  # fmt: skip
+        trained = [g for pair in zip(grads_a, grads_b, strict=True) for g in pair] or [None] * len(adapters)
+        return (dx if need_dx else None, None, None, None, None, None, *trained)
 
 
 # --- registration ---------------------------------------------------------------------------------------
@@ -367,8 +367,7 @@ def _lora_matmul(
     keep_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layers = _projections(packed, absmax, nested_absmax, offset, out_features, lora_A, lora_B, scales)
-    run = dispatch.implementation("lora_matmul", x, rows=x.numel() // x.shape[-1])
-    return run(x, layers, block_size, dropout, seed, keep_weight)
+    return _run(x, layers, block_size, dropout, seed, keep_weight)
 
 
 @_lora_matmul.register_fake

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jindo_core.kernels import lora_matmul as contract
 from jindo_core.kernels import native
+from jindo_core.kernels.dropout import drop_threshold, mask_reference
 from jindo_core.kernels.native import FLOAT, INT, LONG, POINTER, TYPES, address
 from jindo_core.kernels.nf4 import dynamic_map
 
@@ -69,11 +70,11 @@ def forward(
 def mask(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
     """`mask` of the contract: x where kept, else 0."""
     if x.dtype not in TYPES:
-        return contract.mask_reference(x, dropout, seed)
+        return mask_reference(x, dropout, seed)
     x = x.contiguous()
     out = torch.empty_like(x)
     drop = native.function("jindo_drop", POINTER, POINTER, FLOAT, LONG, INT, INT, INT, POINTER)
     drop(
-        address(x), None, 1.0, x.numel(), int(seed), contract.drop_threshold(dropout), TYPES[x.dtype], address(out)
+        address(x), None, 1.0, x.numel(), int(seed), drop_threshold(dropout), TYPES[x.dtype], address(out)
     )  # fmt: skip
     return out

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jindo_core.kernels import lora_matmul as contract
+from jindo_core.kernels.dropout import GOLDEN, MIX_1, MIX_2, drop_threshold, growth
 from jindo_core.kernels.nf4_triton import EXACT, expand_absmax, look_up_pairs, weight_arguments
 
 GROUP = 64
@@ -222,10 +223,10 @@ def drop_kernel(
 
 def mask_arguments(dropout: float) -> tuple[int, float]:
     """The mask's threshold and the factor of what is kept."""
-    return contract.drop_threshold(dropout), contract.growth(dropout)
+    return drop_threshold(dropout), growth(dropout)
 
 
-HASH = {"GOLDEN": contract.GOLDEN, "MIX_1": contract.MIX_1, "MIX_2": contract.MIX_2}
+HASH = {"GOLDEN": GOLDEN, "MIX_1": MIX_1, "MIX_2": MIX_2}
 
 
 def rank_tile(rank: int) -> int:
@@ -237,7 +238,7 @@ def drop(x: Tensor, dropout: float, factor: float, seed: Tensor) -> Tensor:
     """x * factor where kept, else 0, in one pass. x is contiguous."""
     out = torch.empty_like(x)
     grid = (triton.cdiv(x.numel(), DROP_ELEMENTS),)
-    threshold = contract.drop_threshold(dropout)
+    threshold = drop_threshold(dropout)
     drop_kernel[grid](out, x, seed, x.numel(), threshold, factor, TILE=DROP_ELEMENTS, **HASH, **EXACT)
     return out
 
@@ -324,7 +325,7 @@ def backward(
         if x is not None:
             seen = x.reshape(-1, in_features).contiguous()
             if dropout > 0.0 and seed is not None:
-                seen = drop(seen, dropout, contract.growth(dropout), seed)
+                seen = drop(seen, dropout, growth(dropout), seed)
         for layer in layers:
             part = flat[:, first : first + layer.out_features].contiguous()
             through_b = None

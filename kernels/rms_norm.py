@@ -26,7 +26,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm got weight {tuple(weight.shape)} for x {tuple(x.shape)}, expected [{x.shape[-1]}]")
-    return torch.ops.jindo.rms_norm(x, weight, eps)[0]
+    if dispatch.recorded(x):
+        return torch.ops.jindo.rms_norm(x, weight, eps)[0]
+    return _RMSNorm.apply(x, weight, eps)
 
 
 def forward_reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -48,6 +50,24 @@ def backward_reference(
     if need_dweight:
         dweight = (dy.to(wide) * normal).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
     return dx.to(x.dtype), dweight
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The operator where nothing records it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
+        y, rstd = dispatch.implementation("rms_norm", x)(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        need_dweight = ctx.needs_input_grad[1]
+        run = dispatch.implementation("rms_norm_backward", dy)
+        dx, dweight = run(dy, *ctx.saved_tensors, need_dweight)
+        return dx, dweight if need_dweight else None, None
 
 
 # --- registration ---------------------------------------------------------------------------------------

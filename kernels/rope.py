@@ -30,8 +30,10 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         raise ValueError(f"rope got q {tuple(q.shape)} and k {tuple(k.shape)}, expected [B, T, heads, D], D even")
     if cos.shape != sin.shape or cos.shape[0] not in (1, b) or cos.shape[1:] != (t, d // 2):
         raise ValueError(f"rope got cos {tuple(cos.shape)} for q {tuple(q.shape)}, expected [{b} or 1, {t}, {d // 2}]")
-    turned_q, turned_k = torch.ops.jindo.rope(q, k, cos, sin, False)
-    return turned_q, turned_k
+    if dispatch.recorded(q):
+        turned_q, turned_k = torch.ops.jindo.rope(q, k, cos, sin, False)
+        return turned_q, turned_k
+    return _RoPE.apply(q, k, cos, sin)
 
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -44,6 +46,20 @@ def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
     return turn(q), turn(k)
+
+
+class _RoPE(torch.autograd.Function):
+    """The operator where nothing records it."""
+
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos, sin)
+        return dispatch.implementation("rope", q)(q, k, cos, sin, False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dq, dk):  # type: ignore[no-untyped-def]
+        return (*dispatch.implementation("rope", dq)(dq, dk, *ctx.saved_tensors, True), None, None)
 
 
 @torch.library.custom_op("jindo::rope", mutates_args=())

@@ -27,7 +27,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"swiglu got {gate.dtype} {tuple(gate.shape)} and {up.dtype} {tuple(up.shape)}: they differ")
-    return torch.ops.jindo.swiglu(gate, up)
+    if dispatch.recorded(gate):
+        return torch.ops.jindo.swiglu(gate, up)
+    return _SwiGLU.apply(gate, up)
 
 
 def forward_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -43,6 +45,20 @@ def backward_reference(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
     sigmoid = torch.sigmoid(g)
     dgate = d * up.to(wide) * sigmoid * (1 + g * (1 - sigmoid))
     return dgate.to(gate.dtype).contiguous(), (d * g * sigmoid).to(up.dtype).contiguous()
+
+
+class _SwiGLU(torch.autograd.Function):
+    """The operator where nothing records it."""
+
+    @staticmethod
+    def forward(ctx, gate, up):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(gate, up)
+        return dispatch.implementation("swiglu", gate)(gate, up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dh):  # type: ignore[no-untyped-def]
+        return dispatch.implementation("swiglu_backward", dh)(dh, *ctx.saved_tensors)
 
 
 @torch.library.custom_op("jindo::swiglu", mutates_args=())

@@ -8,7 +8,8 @@ from torch.library import opcheck
 
 from jindo_core.kernels import lora_matmul as module
 from jindo_core.kernels import nf4
-from jindo_core.kernels.lora_matmul import drop, keep_mask, lora_matmul
+from jindo_core.kernels.dropout import drop, keep_mask, mask, mask_reference
+from jindo_core.kernels.lora_matmul import lora_matmul
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # (leading shape, K, N, r): odd everything, K no multiple of the quantization block, and SmolLM2's q_proj.
@@ -219,7 +220,7 @@ def test_gemv_of_few_rows(rows, k, n, r, double_quant, dtype, each_cpu_implement
 @pytest.mark.parametrize("shape", [(1,), (17,), (3, 333), (2, 20000)])
 def test_mask_of_every_implementation_is_the_same(shape, dtype, each_cpu_implementation):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert torch.equal(module.mask(x, 0.3, SEED), module.mask_reference(x, 0.3, SEED))
+    assert torch.equal(mask(x, 0.3, SEED), mask_reference(x, 0.3, SEED))
 
 
 def test_keeping_the_weight_saves_it_and_spares_the_second_dequantize(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from jindo_core.kernels import dispatch, lora_matmul_triton, nf4
+from jindo_core.kernels import dropout as dropout_contract
 from jindo_core.kernels import lora_matmul as contract
 
 pytestmark = pytest.mark.interpreter
@@ -75,7 +76,7 @@ def test_values_and_gradients(case, dtype, dropout, close):
     x64, a64, b64, dy64 = x.double(), a.to(dtype).double(), b.to(dtype).double(), dy.double()
     mask = torch.ones(m, k, dtype=torch.float64)
     if dropout:
-        mask = contract.keep_mask(x.shape, dropout, SEED) / (1 - dropout)
+        mask = dropout_contract.keep_mask(x.shape, dropout, SEED) / (1 - dropout)
 
     y, down = forward(x, *parts, n, block_size, a, b, 1.7, dropout, SEED)
     down64 = (x64 * mask) @ a64.T
@@ -135,9 +136,9 @@ def test_nothing_beyond_the_inputs_is_used(case, double_quant, walled):
 def test_mask_is_bit_identical(shape, dtype):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     for dropout in (0.05, 0.5):
-        ours = lora_matmul_triton.drop(x, dropout, contract.growth(dropout), SEED)
-        assert torch.equal(ours, contract.drop(x, dropout, SEED))
-        assert torch.equal(lora_matmul_triton.mask(x, dropout, SEED), contract.mask_reference(x, dropout, SEED))
+        ours = lora_matmul_triton.drop(x, dropout, dropout_contract.growth(dropout), SEED)
+        assert torch.equal(ours, dropout_contract.drop(x, dropout, SEED))
+        assert torch.equal(lora_matmul_triton.mask(x, dropout, SEED), dropout_contract.mask_reference(x, dropout, SEED))
 
 
 def test_mask_of_the_matrix_kernels_is_that_of_the_contract():
@@ -145,7 +146,7 @@ def test_mask_of_the_matrix_kernels_is_that_of_the_contract():
     m, k = 20, 64
     packed, absmax = nf4.nf4_quantize(torch.zeros(1, k))
     parts = (packed, absmax, None, None)
-    kept = contract.keep_mask(torch.Size((m, k)), 0.3, SEED)
+    kept = dropout_contract.keep_mask(torch.Size((m, k)), 0.3, SEED)
     ones, eye = torch.ones(m, k), torch.eye(k)
     _, down = forward(ones, *parts, 1, 64, eye, torch.ones(1, k), 1.0, 0.3, SEED)
     assert torch.equal(down != 0, kept)
