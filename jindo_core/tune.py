@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from jindo_core.errors import InputError
 from jindo_core.kernels import crossovers, dispatch, native
 from jindo_core.kernels.crossovers import Crossover
-from jindo_core.kernels.lora_matmul import lora_matmul
+from jindo_core.kernels.lora_matmul import Projection, lora_matmul_group
 from jindo_core.kernels.nf4 import NESTED_BLOCK
 from jindo_core.loader import pick_device, pick_dtype
 from jindo_core.nf4 import NF4Weight
@@ -48,7 +49,7 @@ class Tuning:
 
     Attributes:
         key: the row's name in the table. crossover: the row. before: the one that was in use.
-        ratios: implementation -> shape -> M -> time of the best alternative / its own time.
+        ratios: implementation (and product) -> shape -> M -> time of the best alternative / its own time.
         written: the file, or None after a dry run.
     """
 
@@ -77,16 +78,16 @@ def tune(
     """
     device = pick_device(device)
     dtype = pick_dtype("auto", device)
-    kernels = _candidates(device)
+    candidates = _candidates(device)
     key = "cpu" if device.type == "cpu" else "cuda-{}.{}".format(*torch.cuda.get_device_capability(device))
     before = crossovers.find(key)
     chosen = shapes or (CPU_SHAPES if device.type == "cpu" else GPU_SHAPES)
-    ratios: dict[str, dict[str, dict[int, float]]] = {name: {} for name in kernels.values()}
+    ratios: dict[str, dict[str, dict[int, float]]] = {candidate.label: {} for candidate in candidates}
     for shape in chosen:
-        for name, found in _measure_shape(shape, kernels, device, dtype, rounds).items():
+        for name, found in _measure_shape(shape, candidates, device, dtype, rounds).items():
             ratios[name][f"{shape[0]} x {shape[1]}"] = found
-    limits = {field: _crossover(list(ratios[name].values())) for field, name in kernels.items()}
-    crossover = Crossover(limits.get("gemv_max_rows", 0), limits.get("fused_max_rows", 0), True)
+    limits = {candidate.field: _crossover(list(ratios[candidate.label].values())) for candidate in candidates}
+    crossover = Crossover(**limits, measured=True)
     tuning = Tuning(key, crossover, before, ratios, None)
     if dry_run:
         return tuning
@@ -96,45 +97,68 @@ def tune(
     return replace(tuning, written=written)
 
 
-def _candidates(device: torch.device) -> dict[str, str]:
-    """The table's field -> the implementation of lora_matmul that it limits, where this machine has one."""
-    available = dispatch.IMPLEMENTATIONS["lora_matmul"]
+class Candidate(NamedTuple):
+    """An implementation for few rows, and the table's field that limits it. `most`: rows that it takes."""
+
+    field: str
+    operator: str
+    implementation: str
+    most: int
+
+    @property
+    def label(self) -> str:
+        return self.implementation + (", dX" if self.operator == "lora_matmul_backward" else "")
+
+
+def _candidates(device: torch.device) -> list[Candidate]:
+    """What is to be measured on this machine."""
     if device.type == "cpu":
         if native.library() is None:
             raise InputError("the C kernels are not built, so there is nothing to compare: see jindo-core doctor")
-        return {"gemv_max_rows": "cpu"}
-    found = {"gemv_max_rows": "gemv"} if "gemv" in available else {}
+        return [Candidate("gemv_max_rows", "lora_matmul", "cpu", max(GEMV_ROWS))]
+    found = [Candidate("gemv_max_rows", "lora_matmul", "gemv", GEMV_MOST_ROWS)]
     if torch.cuda.get_device_capability(device) >= (8, 0):
-        found["fused_max_rows"] = "triton"
-    if not found or not dispatch._triton_found():
+        found.append(Candidate("fused_max_rows", "lora_matmul", "triton", max(FUSED_ROWS)))
+        found.append(Candidate("fused_dx_max_rows", "lora_matmul_backward", "triton", max(FUSED_ROWS)))
+    if not dispatch._triton_found():
         raise InputError(f"{torch.cuda.get_device_name(device)} has no kernel to compare: Triton is missing or too old")
     return found
 
 
 def _measure_shape(
-    shape: tuple[int, int], kernels: dict[str, str], device: torch.device, dtype: torch.dtype, rounds: int
+    shape: tuple[int, int], candidates: Sequence[Candidate], device: torch.device, dtype: torch.dtype, rounds: int
 ) -> dict[str, dict[int, float]]:
-    """Implementation -> M -> ratio, for one [N, K]."""
+    """Candidate's label -> M -> ratio, for one [N, K]."""
     total = ROTATED_BYTES // (8 if device.type == "cpu" else 1)
     weights = [random_nf4(shape, dtype, device) for _ in range(max(total // (shape[0] * shape[1] // 2), 2))]
     a = torch.randn(RANK, shape[1], device=device, dtype=dtype)
     b = torch.randn(shape[0], RANK, device=device, dtype=dtype)
-    found: dict[str, dict[int, float]] = {name: {} for name in kernels.values()}
-    names = ["reference", *kernels.values()]
-    for rows in sorted({*GEMV_ROWS, *(FUSED_ROWS if "triton" in names else ())}):
+    layers = [Projection(w.packed, w.absmax, w.nested_absmax, w.offset, shape[0], a, b, 2.0) for w in weights]
+    found: dict[str, dict[int, float]] = {candidate.label: {} for candidate in candidates}
+    for rows in sorted({*GEMV_ROWS, *(FUSED_ROWS if len(candidates) > 1 else ())}):
         x = torch.randn(rows, shape[1], device=device, dtype=dtype)
-        here = [name for name in names if name != "gemv" or rows <= GEMV_MOST_ROWS]
+        dy = torch.randn(rows, shape[0], device=device, dtype=dtype)
 
-        def call(name: str, x: Tensor, turn: int) -> Tensor:
-            w = weights[turn % len(weights)]
+        def forward(name: str, x: Tensor, turn: int) -> Tensor:
             with dispatch.override(name, only="lora_matmul"), torch.no_grad():
-                return lora_matmul(x, w.packed, w.absmax, w.nested_absmax, w.offset, shape[0], a, b, scale=2.0)
+                return lora_matmul_group(x, [layers[turn % len(layers)]])
 
-        seconds = paired_medians({name: functools.partial(call, name, x) for name in here}, device, rounds)
-        for name in here[1:]:
-            # The GEMV has to beat the fused product too, where there is one.
-            rivals = [seconds[other] for other in here if other != name and not (name == "triton" and other == "gemv")]
-            found[name][rows] = min(rivals) / seconds[name]
+        def backward(name: str, dy: Tensor, turn: int) -> object:
+            with dispatch.override(name, only="lora_matmul_backward"), torch.no_grad():
+                run = dispatch.implementation("lora_matmul_backward", dy)
+                return run(dy, None, [layers[turn % len(layers)]], shape[1], 64, None, None, 0.0, None, True)
+
+        for operator, call, given in (("lora_matmul", forward, x), ("lora_matmul_backward", backward, dy)):
+            here = [c for c in candidates if c.operator == operator and rows <= c.most]
+            if not here:
+                continue
+            names = ["reference", *(c.implementation for c in here)]
+            seconds = paired_medians({name: functools.partial(call, name, given) for name in names}, device, rounds)
+            for candidate in here:
+                # The GEMV has to beat the fused product too, where there is one.
+                others = {"reference"} if candidate.implementation == "triton" else set(names)
+                rivals = [seconds[name] for name in others - {candidate.implementation}]
+                found[candidate.label][rows] = min(rivals) / seconds[candidate.implementation]
     return found
 
 

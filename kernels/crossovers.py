@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SHIPPED = Path(__file__).with_name("crossovers.json")
-LIMITS = ("gemv_max_rows", "fused_max_rows")
+LIMITS = ("gemv_max_rows", "fused_max_rows", "fused_dx_max_rows")
 
 
 class CrossoverError(ValueError):
@@ -28,11 +28,13 @@ class Crossover(NamedTuple):
     Attributes:
         gemv_max_rows: M up to which the kernel for few rows (C, or Triton's GEMV) is the fastest.
         fused_max_rows: M up to which dequantizing inside the matrix product is; GPUs only.
+        fused_dx_max_rows: the same for dX = dY W.
         measured: by `tune` on a machine of this kind; else an estimate from instruction counts and bandwidth.
     """
 
     gemv_max_rows: int = 0
     fused_max_rows: int = 0
+    fused_dx_max_rows: int = 0
     measured: bool = False
 
 
@@ -111,4 +113,4 @@ def _row(path: Path, key: str, row: object) -> Crossover:
             raise CrossoverError(
                 f"{path}: {key} has {name} {value!r}, expected a whole number of at least 0: delete the file"
             )
-    return Crossover(row[LIMITS[0]], row.get(LIMITS[1], 0), row.get("measured") is True)
+    return Crossover(**{name: row.get(name, 0) for name in LIMITS}, measured=row.get("measured") is True)

@@ -137,7 +137,8 @@ def choose(operator: str, tensor: Tensor, *, rows: int | None = None) -> str:
         return "gemv"
     # No tensor cores for Triton before sm_80 (and none of its dots): scratch + cuBLAS there, and above the
     # crossover. That path is the reference, whose dequantize is the Triton kernel.
-    return "triton" if capability >= (8, 0) and rows <= crossover.fused_max_rows else "reference"
+    limit = crossover.fused_dx_max_rows if operator.endswith("_backward") else crossover.fused_max_rows
+    return "triton" if capability >= (8, 0) and rows <= limit else "reference"
 
 
 def implementation(operator: str, tensor: Tensor, *, rows: int | None = None) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jindo_core.kernels import linear_cross_entropy as contract
+from jindo_core.kernels.launch import launch
 
 LANES = 512
 """Running maxima and sums of a program, two a thread: two independent chains, and no traffic between threads."""
@@ -103,12 +104,12 @@ def forward(
         h, chunk = hidden[rows], buffer[: rows.numel()]
         logits = chunk[:, :vocab]
         torch.mm(h, weight.t(), out=logits)
-        with torch.cuda.device_of(hidden):
-            cross_entropy_kernel[(rows.numel(),)](
-                chunk, loss, labels[rows], vocab, width, label_smoothing, label_smoothing / vocab,
-                LANES=LANES, VECTOR=16 // hidden.element_size(), SMOOTHED=label_smoothing > 0,
-                GRADIENT=need_dhidden or need_dweight, num_warps=WARPS, enable_fp_fusion=True,
-            )  # fmt: skip
+        launch(
+            cross_entropy_kernel, (rows.numel(),),
+            chunk, loss, labels[rows], vocab, width, label_smoothing, label_smoothing / vocab,
+            LANES=LANES, VECTOR=16 // hidden.element_size(), SMOOTHED=label_smoothing > 0,
+            GRADIENT=need_dhidden or need_dweight, num_warps=WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
         if need_dhidden:
             dhidden[rows] = logits @ weight
         if need_dweight:

@@ -27,19 +27,20 @@ from torch import Tensor
 
 from jindo_core.kernels import lora_matmul as contract
 from jindo_core.kernels import nf4
+from jindo_core.kernels.launch import launch
 from jindo_core.kernels.lora_matmul_triton import is_paired
 from jindo_core.kernels.nf4_triton import expand_absmax, weight_arguments
 
 MAX_ROWS = 4
 """Rows of x at most: their products are kept in registers beside the codes."""
 
-PROGRAMS = 2048
+PROGRAMS = 1024
 """Programs wanted: K is split until there are that many. One number for all GPUs, so that sums are the same on all."""
 
 SUM_ELEMENTS = 4096
 """Numbers of B that a program of the second kernel reads, 32 a thread."""
 
-SASS_PER_WEIGHT = {1: 6, 2: 8.5, 3: 10.5, 4: 15.5}
+SASS_PER_WEIGHT = {1: 6.2, 2: 8.5, 3: 10.5, 4: 15.5}
 """SASS instructions a weight in the main loop on sm_80 and later, at most, by M. Below 4.4 (H100), 6.5 (A100), 12
 (3070) and 21 (4090) bytes are what bounds."""
 
@@ -51,9 +52,11 @@ class Tiles(NamedTuple):
     k: int
 
 
-# A step reads 512 bytes of each row, 16 a lane; x's numbers for them stay in registers from row to row. At M = 4
-# they are 128 registers, and more than two rows of W beside them spill on sm_75.
-PAIRED_TILES = {1: Tiles(8, 1024), 2: Tiles(4, 1024), 3: Tiles(4, 1024), 4: Tiles(2, 1024)}
+# A step reads 256 or 512 bytes of each row, 8 or 16 a lane; x's numbers for them stay in registers from row to row.
+# Measured on an H100: half the step at M = 1 leaves room for twice the programs at a time, 0.79 of the time.
+PAIRED_TILES = {1: Tiles(8, 512), 2: Tiles(4, 1024), 3: Tiles(4, 1024), 4: Tiles(4, 1024)}
+# x's numbers at M = 4 are 128 registers: more than two rows of W beside them spill before sm_80, and in fp32.
+NARROW_TILES = PAIRED_TILES | {4: Tiles(2, 1024)}
 UNPAIRED_TILES = Tiles(4, 128)
 
 
@@ -237,7 +240,9 @@ def gemv(
     rank = 0 if lora_A is None else lora_A.shape[0]
     x = x.contiguous()
     paired = is_paired(in_features, block_size)
-    tile = PAIRED_TILES[rows] if paired else UNPAIRED_TILES
+    turing = x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0)
+    tiles = NARROW_TILES if turing or x.dtype == torch.float32 else PAIRED_TILES
+    tile = tiles[rows] if paired else UNPAIRED_TILES
     (*weight, _, absmax_map), nested = weight_arguments(packed, absmax, nested_absmax, offset)
     splits, split_k = splits_of(out_features, in_features, tile)
     down = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
@@ -246,22 +251,23 @@ def gemv(
     if not direct:
         partial = torch.empty(splits, rows, out_features, dtype=torch.float32, device=x.device)
         partial_down = torch.empty(splits, rows, rank, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        gemv_kernel[(rank + triton.cdiv(out_features, tile.n), splits)](
-            partial, partial_down, x, *weight, nf4.code_table(x.device), absmax_map,
-            x if lora_A is None else lora_A.contiguous(),
-            out_features, in_features, rank, split_k, partial.stride(-2), 0 if direct else partial.stride(0),
-            ROWS=rows, TILE_N=tile.n, TILE_K=tile.k, BLOCK_SIZE=block_size, NESTED=nested, PAIRED=paired,
-            num_warps=1, enable_fp_fusion=True,
+    launch(
+        gemv_kernel, (rank + triton.cdiv(out_features, tile.n), splits),
+        partial, partial_down, x, *weight, nf4.code_table(x.device), absmax_map,
+        x if lora_A is None else lora_A.contiguous(),
+        out_features, in_features, rank, split_k, partial.stride(-2), 0 if direct else partial.stride(0),
+        ROWS=rows, TILE_N=tile.n, TILE_K=tile.k, BLOCK_SIZE=block_size, NESTED=nested, PAIRED=paired,
+        num_warps=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    if not direct:
+        tile_r = triton.next_power_of_2(max(rank, 1))
+        tile_n = min(max(SUM_ELEMENTS // tile_r, 16), 256)
+        launch(
+            sum_kernel, (triton.cdiv(out_features, tile_n), rows),
+            out, down, partial, partial_down, x if lora_B is None else lora_B.contiguous(),
+            out_features, rank, out.stride(0), splits, scale,
+            TILE_N=tile_n, TILE_R=tile_r, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-        if not direct:
-            tile_r = triton.next_power_of_2(max(rank, 1))
-            tile_n = min(max(SUM_ELEMENTS // tile_r, 16), 256)
-            sum_kernel[(triton.cdiv(out_features, tile_n), rows)](
-                out, down, partial, partial_down, x if lora_B is None else lora_B.contiguous(),
-                out_features, rank, out.stride(0), splits, scale,
-                TILE_N=tile_n, TILE_R=tile_r, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
     return down
 
 

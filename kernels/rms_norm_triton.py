@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jindo_core.kernels import rms_norm as contract
+from jindo_core.kernels.launch import launch
 
 LONGEST_TILE = 8192
 """Columns a program holds in registers; in a longer row, those of one step."""
@@ -152,12 +153,12 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     tile = tile_for(width)
-    with torch.cuda.device_of(x):
-        forward_kernel[(triton.cdiv(rows, tile.rows),)](
-            y, rstd, flat, weight.contiguous(), rows, width, 1.0 / width, eps,
-            ROWS=tile.rows, COLUMNS=tile.columns, WHOLE=width <= tile.columns,
-            num_warps=tile.warps, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        forward_kernel, (triton.cdiv(rows, tile.rows),),
+        y, rstd, flat, weight.contiguous(), rows, width, 1.0 / width, eps,
+        ROWS=tile.rows, COLUMNS=tile.columns, WHOLE=width <= tile.columns,
+        num_warps=tile.warps, enable_fp_fusion=True,
+    )  # fmt: skip
     return y, rstd
 
 
@@ -178,10 +179,10 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, need_dweight: 
         partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
         if not whole:
             partial.zero_()
-    with torch.cuda.device_of(x):
-        backward_kernel[(programs,)](
-            dx, partial, flat_dy, flat, weight.contiguous(), rstd, rows, width, 1.0 / width,
-            ROWS=tile.rows, COLUMNS=tile.columns, WHOLE=whole, NEED_DW=need_dweight,
-            num_warps=tile.warps, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        backward_kernel, (programs,),
+        dx, partial, flat_dy, flat, weight.contiguous(), rstd, rows, width, 1.0 / width,
+        ROWS=tile.rows, COLUMNS=tile.columns, WHOLE=whole, NEED_DW=need_dweight,
+        num_warps=tile.warps, enable_fp_fusion=True,
+    )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype) if need_dweight else dy.new_empty(0)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jindo_core.kernels import rope as contract
+from jindo_core.kernels.launch import launch
 
 PAIRS = 512
 """Pairs a program turns, at most: eight a thread, so that each half of a head moves 128 bits at a time."""
@@ -74,11 +75,11 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple
     width = triton.next_power_of_2(half)
     heads = max(min(triton.next_power_of_2(min(q_heads, k_heads)), PAIRS // width), 1)
     warps = min(max(heads * width // 256, 1), 8)
-    with torch.cuda.device_of(q):
-        rope_kernel[(b * t, triton.cdiv(q_heads, heads) + triton.cdiv(k_heads, heads))](
-            out_q, out_k, q, k, cos.contiguous(), sin.contiguous(), t, q_heads, k_heads,
-            *q.stride()[:3], *k.stride()[:3], t * half if cos.shape[0] > 1 else 0,
-            HALF=half, HALF_WIDTH=width, HEADS=heads, INVERSE=inverse,
-            num_warps=warps, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        rope_kernel, (b * t, triton.cdiv(q_heads, heads) + triton.cdiv(k_heads, heads)),
+        out_q, out_k, q, k, cos.contiguous(), sin.contiguous(), t, q_heads, k_heads,
+        *q.stride()[:3], *k.stride()[:3], t * half if cos.shape[0] > 1 else 0,
+        HALF=half, HALF_WIDTH=width, HEADS=heads, INVERSE=inverse,
+        num_warps=warps, enable_fp_fusion=True,
+    )  # fmt: skip
     return out_q, out_k

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jindo_core.kernels import swiglu as contract
+from jindo_core.kernels.launch import launch
 
 ELEMENTS = 1024
 """Elements of a program: eight a thread, 128 bits of a 16-bit type."""
@@ -91,10 +92,10 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     if operands[0].shape[0] > MOST_ROWS:
         operands = [tensor.contiguous() for tensor in operands]
     rows, width, distances = row_layout(*operands)
-    with torch.cuda.device_of(gate):
-        forward_kernel[(triton.cdiv(width, ELEMENTS), rows)](
-            h, *operands, width, *distances, ELEMENTS=ELEMENTS, num_warps=WARPS, enable_fp_fusion=True
-        )
+    launch(
+        forward_kernel, (triton.cdiv(width, ELEMENTS), rows),
+        h, *operands, width, *distances, ELEMENTS=ELEMENTS, num_warps=WARPS, enable_fp_fusion=True
+    )
     return h
 
 
@@ -107,8 +108,8 @@ def backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     if operands[0].shape[0] > MOST_ROWS:
         operands = [tensor.contiguous() for tensor in operands]
     rows, width, distances = row_layout(*operands)
-    with torch.cuda.device_of(gate):
-        backward_kernel[(triton.cdiv(width, ELEMENTS), rows)](
-            dgate, dup, *operands, width, *distances, ELEMENTS=ELEMENTS, num_warps=WARPS, enable_fp_fusion=True
-        )
+    launch(
+        backward_kernel, (triton.cdiv(width, ELEMENTS), rows),
+        dgate, dup, *operands, width, *distances, ELEMENTS=ELEMENTS, num_warps=WARPS, enable_fp_fusion=True
+    )
     return dgate, dup

@@ -58,20 +58,15 @@ def test_gpu_runs_the_elementwise_kernels_of_triton(capability, gpu):
         assert dispatch.choose(operator, CUDA) == "triton"
 
 
-def few_rows(operator, rows):
-    """The kernel for decoding where the operator has one, else the fused product."""
-    return "gemv" if "gemv" in dispatch.IMPLEMENTATIONS[operator] and rows <= 4 else "triton"
-
-
-@pytest.mark.parametrize("operator", FUSED)
-@pytest.mark.parametrize(("capability", "limit"), [((8, 0), 32), ((8, 6), 64), ((8, 9), 64), ((9, 0), 16)])
-def test_few_rows_are_fused_up_to_the_crossover(operator, capability, limit, gpu):
+@pytest.mark.parametrize(("capability", "limit"), [((8, 0), 32), ((8, 6), 64), ((8, 9), 64), ((9, 0), 64)])
+def test_few_rows_are_fused_up_to_the_crossover(capability, limit, gpu):
     gpu(*capability)
-    assert dispatch.choose(operator, CUDA, rows=1) == few_rows(operator, 1)
-    assert dispatch.choose(operator, CUDA, rows=5) == "triton"
-    assert dispatch.choose(operator, CUDA, rows=limit) == "triton"
-    assert dispatch.choose(operator, CUDA, rows=limit + 1) == "reference"
-    assert dispatch.choose(operator, CUDA, rows=8192) == "reference"
+    assert dispatch.choose("lora_matmul", CUDA, rows=1) == "gemv"
+    assert dispatch.choose("lora_matmul", CUDA, rows=5) == "triton"
+    assert dispatch.choose("lora_matmul", CUDA, rows=limit) == "triton"
+    assert dispatch.choose("lora_matmul", CUDA, rows=limit + 1) == "reference"
+    assert dispatch.choose("lora_matmul", CUDA, rows=8192) == "reference"
+    assert dispatch.choose("lora_matmul_backward", CUDA, rows=1) == "reference", "measured to be slower on sm_90"
 
 
 @pytest.mark.parametrize("operator", FUSED)
@@ -83,8 +78,7 @@ def test_no_dot_of_triton_before_sm_80(operator, capability, gpu, own_table):
         assert dispatch.choose(operator, CUDA, rows=rows) in ("gemv" if rows <= 4 else "reference", "reference")
 
 
-def test_the_gemv_of_triton_runs_up_to_its_crossover(gpu, monkeypatch):
-    monkeypatch.setitem(dispatch.IMPLEMENTATIONS["lora_matmul"], "gemv", "lora_matmul:forward_reference")
+def test_the_gemv_of_triton_runs_up_to_its_crossover(gpu):
     for capability in [(7, 5), (8, 0), (9, 0), (12, 0)]:
         gpu(*capability)
         assert dispatch.choose("lora_matmul", CUDA, rows=1) == "gemv"
@@ -94,12 +88,15 @@ def test_the_gemv_of_triton_runs_up_to_its_crossover(gpu, monkeypatch):
 
 
 def test_the_user_s_rows_win_and_the_others_stay(gpu, own_table):
-    own_table.write_text('{"cuda-8.0": {"gemv_max_rows": 0, "fused_max_rows": 3}, "cpu": {"gemv_max_rows": 2}}')
+    own = {"cuda-8.0": {"gemv_max_rows": 0, "fused_max_rows": 9, "fused_dx_max_rows": 3}, "cpu": {"gemv_max_rows": 2}}
+    own_table.write_text(json.dumps(own))
     gpu(8, 0)
+    assert dispatch.choose("lora_matmul", CUDA, rows=1) == "triton"
+    assert dispatch.choose("lora_matmul", CUDA, rows=9) == "triton"
     assert dispatch.choose("lora_matmul_backward", CUDA, rows=3) == "triton"
     assert dispatch.choose("lora_matmul_backward", CUDA, rows=4) == "reference"
     gpu(8, 6)
-    assert dispatch.choose("lora_matmul_backward", CUDA, rows=64) == "triton"
+    assert dispatch.choose("lora_matmul", CUDA, rows=64) == "triton"
     assert dispatch.choose("lora_matmul", CPU, rows=3) == "reference"
 
 
