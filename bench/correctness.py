@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.shapes import Shape
+from bench.steps import ours, random_weights
+from jindo_core.decoding import Decoder, GraphedStep
 from jindo_core.kernels import dispatch, native, nf4
 from jindo_core.kernels.attention import causal_attention
 from jindo_core.kernels.dropout import keep_mask, mask
@@ -25,9 +28,13 @@ from jindo_core.kernels.lora_matmul import lora_matmul
 from jindo_core.kernels.rms_norm import rms_norm
 from jindo_core.kernels.rope import rope
 from jindo_core.kernels.swiglu import swiglu
+from jindo_core.model import KVCache, LlamaForCausalLM
 from jindo_core.tune import GEMV_MOST_ROWS
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "conftest.py"
+DECODING_AGREES = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
+"""Of two roads through a small model's layers."""
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -261,6 +268,30 @@ def check_attention(device: torch.device, quick: bool) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def check_decoding(device: torch.device, quick: bool) -> Iterator[Finding]:
+    """The prepared step (on a GPU a CUDA graph) beside the model's modules, over the edge of a window; and again
+    after the cache was set back."""
+    shape = Shape("check", 256, 512, 2, 4, 2, 300)
+    prompt, new = (5, 4) if quick or device.type == "cpu" else (GraphedStep.WINDOW - 3, 6)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = ours(shape, random_weights(shape, dtype, device), train=False)
+        assert isinstance(model, LlamaForCausalLM)
+        ids = torch.randint(300, (2, prompt + new), device=device)
+        caches = [KVCache(model.config, 2, prompt + new, dtype, device) for _ in range(2)]
+        with torch.no_grad():
+            for cache in caches:
+                model.model(ids[:, :prompt], cache=cache)
+            decoder = Decoder(model, caches[0])
+            for again in range(2):
+                caches[0].length = caches[1].length = prompt
+                for i in range(prompt, prompt + new):
+                    wanted = model.lm_head(model.model(ids[:, i : i + 1], cache=caches[1])[:, -1]).double()
+                    what = f"decoding {str(dtype).removeprefix('torch.')} token {i}{', again' if again else ''}"
+                    made = decoder(ids[:, i])
+                    error = ((made.double() - wanted).abs().max() / wanted.abs().max()).item()
+                    yield Finding(what, error if math.isfinite(error) else math.inf, DECODING_AGREES[dtype])
+
+
 def check_opcheck(device: torch.device, quick: bool) -> Iterator[Finding]:
     """Schema, fake, autograd registration and tracing of every operator, as it runs on this device."""
     ops = torch.ops.jindo
@@ -302,5 +333,6 @@ CHECKS: dict[str, Callable[[torch.device, bool], Iterator[Finding]]] = {
     "linear_cross_entropy": check_linear_cross_entropy,
     "attention": check_attention,
     "lora_matmul": check_lora_matmul,
+    "decoding": check_decoding,
     "opcheck": check_opcheck,
 }

@@ -154,10 +154,11 @@ def _our_decoding(model: nn.Module, prompt: Tensor, new: int) -> Callable[[int],
     with torch.no_grad():
         first = model.lm_head(model.model(prompt, cache=cache)[:, -1])
 
+    decoder = Decoder(model, cache)
+
     @torch.no_grad()
     def run(_: int) -> Tensor:
         cache.length, logits = prompt.shape[1], first
-        decoder = Decoder(model, cache)
         for _ in range(new):
             logits = decoder(logits.argmax(-1))
         return logits

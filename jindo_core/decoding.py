@@ -8,26 +8,31 @@ from torch import Tensor, nn
 from jindo_core.kernels.decode_cpu import DecodeStep, Layer, fits
 from jindo_core.kernels.lora_matmul import Projection
 from jindo_core.lora import LoraLinear
-from jindo_core.model import DecoderLayer, KVCache, LlamaForCausalLM
+from jindo_core.model import DecoderLayer, KVCache, LlamaForCausalLM, rope_frequencies
 from jindo_core.nf4 import NF4Linear
 
 
 class Decoder:
     """Logits of one new token a sequence after another, behind a cache that holds the prompt.
 
-    On the CPU an NF4 model runs as one prepared call a token; any other runs through its modules.
+    On the CPU an NF4 model runs as one prepared call a token, on a GPU as a CUDA graph, captured at the first token;
+    any other runs through its modules.
 
     Args:
-        model: in eval mode. cache: filled with the prompt by `model.model`.
+        model: in eval mode. cache: filled with the prompt by `model.model`. Its length may be set back between calls.
     """
 
     def __init__(self, model: LlamaForCausalLM, cache: KVCache) -> None:
         self._model, self._cache = model, cache
         self._step = _prepare(model, cache)
+        self._graph = GraphedStep(model, cache) if _capturable(model) else None
 
+    @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
         """int64 [B] -> fp32 logits [B, V] of what follows, good until the next call; the cache grows by one."""
         model, cache = self._model, self._cache
+        if self._graph is not None:
+            return self._graph(tokens)
         if self._step is None:
             return model.lm_head(model.model(tokens[:, None], cache=cache)[:, -1]).float()
         place = torch.tensor([[cache.length]], device=tokens.device)
@@ -35,6 +40,90 @@ class Decoder:
         logits = self._step(model.model.embed_tokens(tokens), cos.flatten(), sin.flatten(), cache.length)
         cache.length += 1
         return logits
+
+
+class FixedStep:
+    """One token's step whose shapes and addresses never change: its place in the sequence is a tensor, and attention
+    goes over the first `size` places of the cache, those beyond the token masked.
+
+    Attributes:
+        tokens: int64 [B] and place: int64 [1], filled before a run.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, cache: KVCache, size: int) -> None:
+        self._model = model
+        self._keys, self._values = cache.keys[:, :, :, :size], cache.values[:, :, :, :size]
+        device = cache.keys.device
+        self.tokens = torch.zeros(cache.keys.shape[1], dtype=torch.int64, device=device)
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)
+        self._places = torch.arange(size, device=device)
+        inverse, self._factor = rope_frequencies(model.config, size)
+        self._inverse = inverse.to(device)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As `KVCache.extend`: k, v [B, G, 1, D] to their place; returns all places [B, G, size, D]."""
+        keys, values = self._keys[layer], self._values[layer]
+        keys.index_copy_(2, self.place, k)
+        values.index_copy_(2, self.place, v)
+        return keys, values
+
+    def run(self) -> Tensor:
+        """fp32 logits [B, V]."""
+        stack = self._model.model
+        angle = (self.place.float() * self._inverse)[None, None]
+        cos, sin = angle.cos() * self._factor, angle.sin() * self._factor
+        mask = (self._places <= self.place)[None, None, None]
+        x = stack.embed_tokens(self.tokens[:, None])
+        for layer in stack.layers:
+            x = layer(x, cos, sin, mask, False, self)
+        return self._model.lm_head(stack.norm(x)[:, -1]).float()
+
+
+class GraphedStep:
+    """`FixedStep` as a CUDA graph: a token costs one launch, where Python and a thousand launches take longer than
+    their kernels. Captured again when the sequence outgrows its window."""
+
+    WINDOW = 512
+
+    def __init__(self, model: LlamaForCausalLM, cache: KVCache) -> None:
+        self._model, self._cache = model, cache
+        self._size = 0
+        for held in (cache.keys, cache.values):  # a masked place weighs 0, but 0 times the NaN of fresh memory is NaN
+            held[:, :, :, cache.length :] = 0
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        cache = self._cache
+        capacity = cache.keys.shape[3]
+        if cache.length >= capacity:
+            raise ValueError(f"the cache holds {capacity} tokens, {cache.length + 1} are needed: make it larger")
+        if cache.length >= self._size:
+            self._size = min((cache.length // self.WINDOW + 1) * self.WINDOW, capacity)
+            self._capture(tokens)
+        self._fill(tokens)
+        self._captured.replay()
+        cache.length += 1
+        return self._logits
+
+    def _fill(self, tokens: Tensor) -> None:
+        self._step.tokens.copy_(tokens)
+        self._step.place.fill_(self._cache.length)
+
+    def _capture(self, tokens: Tensor) -> None:
+        self._step = FixedStep(self._model, self._cache, self._size)
+        self._fill(tokens)
+        self._step.run()  # compiles; what it writes to the cache, the first replay writes again
+        self._captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._captured):
+            self._logits = self._step.run()
+
+
+def _capturable(model: LlamaForCausalLM) -> bool:
+    """Whether the model's steps can be captured: all of it on one GPU, no hooks, and angles that depend on the place
+    alone (those of dynamic NTK change with the length)."""
+    devices = {parameter.device for parameter in model.parameters()}
+    dynamic = (model.config.rope or {}).get("rope_type") == "dynamic"
+    watched = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return len(devices) == 1 and next(iter(devices)).type == "cuda" and not dynamic and not watched
 
 
 def _prepare(model: LlamaForCausalLM, cache: KVCache) -> DecodeStep | None:

@@ -177,11 +177,11 @@ def gemv_kernel(
 @triton.jit
 def sum_kernel(
     y_ptr,  # [M, N], rows `y_row` apart
-    down_out_ptr,  # [M, R]
+    down_out_ptr,  # [M, R], rows `down_row` apart
     partial_ptr,  # fp32 [SPLIT, M, N]
     down_ptr,  # fp32 [SPLIT, M, R]
     b_ptr,  # [N, R]
-    N, R, y_row, splits, scale,
+    N, R, y_row, down_row, splits, scale,
     TILE_N: tl.constexpr, TILE_R: tl.constexpr,
 ):  # fmt: skip
     """y = sum of the partial sums + scale * B down^T, for one row of x; the first program also stores down"""
@@ -199,7 +199,7 @@ def sum_kernel(
         b = tl.load(b_ptr + n.to(tl.int64)[:, None] * R + r[None, :], mask=inside, other=0.0).to(tl.float32)
         total += scale * tl.sum(b * down[None, :], axis=1)
         if tl.program_id(0) == 0:
-            tl.store(down_out_ptr + m * R + r, down.to(down_out_ptr.dtype.element_ty), mask=r < R)
+            tl.store(down_out_ptr + m * down_row + r, down.to(down_out_ptr.dtype.element_ty), mask=r < R)
     tl.store(y_ptr + m * y_row + n, total.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
@@ -225,6 +225,7 @@ def gemv(
     lora_B: Tensor | None,
     scale: float,
     out: Tensor,
+    down: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + scale * (x A^T) B^T into `out`; no dropout: this is for generation.
 
@@ -232,6 +233,7 @@ def gemv(
         x: [M, K], M <= 4, bf16, fp16 or fp32. packed, absmax, nested_absmax, offset: W [N, K], as in `Projection`.
         lora_A: [r, K] and lora_B: [N, r], any floating dtype, or neither.
         out: [M, N] in x's dtype, each row contiguous: it may be some columns of a wider tensor.
+        down: [M, r], rows likewise, for x A^T; a new one by default.
     Returns:
         x A^T [M, r] in x's dtype.
     """
@@ -245,7 +247,8 @@ def gemv(
     tile = tiles[rows] if paired else UNPAIRED_TILES
     (*weight, _, absmax_map), nested = weight_arguments(packed, absmax, nested_absmax, offset)
     splits, split_k = splits_of(out_features, in_features, tile)
-    down = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
+    if down is None:
+        down = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
     direct = splits == 1 and rank == 0
     partial, partial_down = out, x
     if not direct:
@@ -265,7 +268,7 @@ def gemv(
         launch(
             sum_kernel, (triton.cdiv(out_features, tile_n), rows),
             out, down, partial, partial_down, x if lora_B is None else lora_B.contiguous(),
-            out_features, rank, out.stride(0), splits, scale,
+            out_features, rank, out.stride(0), down.stride(0), splits, scale,
             TILE_N=tile_n, TILE_R=tile_r, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return down
@@ -287,11 +290,12 @@ def forward(
         return contract.forward_reference(x, layers, block_size, dropout, seed, keep_weight)
     flat = x.reshape(rows, in_features)
     y = x.new_empty(rows, sum(layer.out_features for layer in layers))
-    downs, first = [], 0
+    down = x.new_empty(rows, sum(layer.rank for layer in layers))
+    first, r = 0, 0
     for layer in layers:
         adapter = (layer.lora_A, layer.lora_B) if layer.rank else (None, None)
         out = y[:, first : first + layer.out_features]
         weight = (layer.packed, layer.absmax, layer.nested_absmax, layer.offset)
-        downs.append(gemv(flat, *weight, block_size, *adapter, layer.scale, out))
-        first += layer.out_features
-    return y.view(*x.shape[:-1], first), torch.cat(downs, dim=1), x.new_empty(0, in_features)
+        gemv(flat, *weight, block_size, *adapter, layer.scale, out, down[:, r : r + layer.rank])
+        first, r = first + layer.out_features, r + layer.rank
+    return y.view(*x.shape[:-1], first), down, x.new_empty(0, in_features)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from jindo_core.decoding import Decoder
+from jindo_core.decoding import Decoder, FixedStep, _capturable
 from jindo_core.kernels import native
 from jindo_core.lora import attach_lora
 from jindo_core.model import KVCache, LlamaConfig, LlamaForCausalLM
@@ -139,3 +139,28 @@ def test_other_models_run_module_by_module(why):
         logits = decoder(torch.tensor([3]))
         assert torch.equal(logits, model.lm_head(model.model(torch.tensor([[3]]), cache=other)[:, -1]))
     assert len(calls) == (4 if why == "hook" else 0)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("size", [11, 32])
+def test_the_step_that_a_gpu_captures_gives_the_model_s_logits(batch, size):
+    model = make_model(torch.float32, rank=4)
+    caches = [KVCache(model.config, batch, 32, torch.float32, torch.device("cpu")) for _ in range(2)]
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(97, (batch, 11), generator=generator)
+    with torch.no_grad():
+        for cache in caches:
+            model.model(ids[:, :5], cache=cache)
+        step = FixedStep(model, caches[0], size)
+        step._keys[:, :, :, 5:] = 1e4
+        step._values[:, :, :, 5:] = 1e4
+        for i in range(5, 11):
+            step.tokens.copy_(ids[:, i])
+            step.place.fill_(i)
+            wanted = model.lm_head(model.model(ids[:, i : i + 1], cache=caches[1])[:, -1])
+            torch.testing.assert_close(step.run(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(caches[0].keys[:, :, :, :11], caches[1].keys[:, :, :, :11], rtol=1e-4, atol=1e-4)
+
+
+def test_only_a_model_on_a_gpu_is_captured():
+    assert not _capturable(make_model(torch.float32))
