@@ -84,9 +84,13 @@ def tune(
     chosen = shapes or (CPU_SHAPES if device.type == "cpu" else GPU_SHAPES)
     ratios: dict[str, dict[str, dict[int, float]]] = {candidate.label: {} for candidate in candidates}
     for shape in chosen:
-        for name, found in _measure_shape(shape, candidates, device, dtype, rounds).items():
+        wide = [candidate for candidate in candidates if candidate.wide_enough(shape, device)]
+        for name, found in _measure_shape(shape, wide, device, dtype, rounds).items():
             ratios[name][f"{shape[0]} x {shape[1]}"] = found
-    limits = {candidate.field: _crossover(list(ratios[candidate.label].values())) for candidate in candidates}
+    limits = {}
+    for field in {candidate.field for candidate in candidates}:
+        measured = [ratios[c.label].values() for c in candidates if c.field == field]
+        limits[field] = _crossover([by_rows for by_shape in measured for by_rows in by_shape])
     crossover = Crossover(**limits, measured=True)
     tuning = Tuning(key, crossover, before, ratios, None)
     if dry_run:
@@ -109,6 +113,13 @@ class Candidate(NamedTuple):
     def label(self) -> str:
         return self.implementation + (", dX" if self.operator == "lora_matmul_backward" else "")
 
+    def wide_enough(self, shape: tuple[int, int], device: torch.device) -> bool:
+        """Whether the dispatcher would think of it for a W [N, K] of that shape."""
+        if self.implementation != "triton":
+            return True
+        width = shape[1] if self.operator == "lora_matmul_backward" else shape[0]
+        return width >= dispatch.FUSED_TILE * dispatch._multiprocessors(device)
+
 
 def _candidates(device: torch.device) -> list[Candidate]:
     """What is to be measured on this machine."""
@@ -119,7 +130,7 @@ def _candidates(device: torch.device) -> list[Candidate]:
     found = [Candidate("gemv_max_rows", "lora_matmul", "gemv", GEMV_MOST_ROWS)]
     if torch.cuda.get_device_capability(device) >= (8, 0):
         found.append(Candidate("fused_max_rows", "lora_matmul", "triton", max(FUSED_ROWS)))
-        found.append(Candidate("fused_dx_max_rows", "lora_matmul_backward", "triton", max(FUSED_ROWS)))
+        found.append(Candidate("fused_max_rows", "lora_matmul_backward", "triton", max(FUSED_ROWS)))
     if not dispatch._triton_found():
         raise InputError(f"{torch.cuda.get_device_name(device)} has no kernel to compare: Triton is missing or too old")
     return found
@@ -215,7 +226,7 @@ def elapsed(call: Callable[[], object], device: torch.device) -> float:
 def _crossover(by_shape: Sequence[dict[int, float]]) -> int:
     """The largest M up to which the geometric mean of the ratios over the shapes stays above `GAIN`."""
     limit = 0
-    for rows in by_shape[0]:  # ascending
+    for rows in by_shape[0] if by_shape else ():  # ascending
         mean = math.exp(statistics.fmean(math.log(ratios[rows]) for ratios in by_shape))
         if mean < GAIN:
             break
@@ -252,7 +263,7 @@ def show(tuning: Tuning) -> None:
     for name, by_shape in tuning.ratios.items():
         table = Table(title=f"{name}: time of the best alternative / its own, by rows of x (above 1: faster)")
         table.add_column("W [N x K]")
-        columns = list(next(iter(by_shape.values())))
+        columns = list(next(iter(by_shape.values()), ()))
         for rows in columns:
             table.add_column(f"M = {rows}", justify="right")
         for shape, ratios in by_shape.items():

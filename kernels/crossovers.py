@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SHIPPED = Path(__file__).with_name("crossovers.json")
-LIMITS = ("gemv_max_rows", "fused_max_rows", "fused_dx_max_rows")
+LIMITS = ("gemv_max_rows", "fused_max_rows")
 
 
 class CrossoverError(ValueError):
@@ -27,14 +27,13 @@ class Crossover(NamedTuple):
 
     Attributes:
         gemv_max_rows: M up to which the kernel for few rows (C, or Triton's GEMV) is the fastest.
-        fused_max_rows: M up to which dequantizing inside the matrix product is; GPUs only.
-        fused_dx_max_rows: the same for dX = dY W.
+        fused_max_rows: M up to which dequantizing inside the matrix product is, where the result is wide enough to
+            give every multiprocessor a tile; GPUs only.
         measured: by `tune` on a machine of this kind; else an estimate from instruction counts and bandwidth.
     """
 
     gemv_max_rows: int = 0
     fused_max_rows: int = 0
-    fused_dx_max_rows: int = 0
     measured: bool = False
 
 

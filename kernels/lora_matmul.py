@@ -297,7 +297,8 @@ def _dx(
 def _run(
     x: Tensor, layers: Sequence[Projection], block_size: int, dropout: float, seed: Tensor | None, keep_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = dispatch.implementation("lora_matmul", x, rows=x.numel() // x.shape[-1])
+    width = min(layer.out_features for layer in layers)
+    run = dispatch.implementation("lora_matmul", x, rows=x.numel() // x.shape[-1], width=width)
     return run(x, layers, block_size, dropout, seed, keep_weight)
 
 
@@ -319,7 +320,9 @@ class _LoraMatmul(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         x, down, kept, seed, *adapters = ctx.saved_tensors
         in_features, layers, block_size, dropout = ctx.numbers
-        run = dispatch.implementation("lora_matmul_backward", dy, rows=dy.numel() // dy.shape[-1])
+        run = dispatch.implementation(
+            "lora_matmul_backward", dy, rows=dy.numel() // dy.shape[-1], width=in_features
+        )  # fmt: skip
         need_dx = ctx.needs_input_grad[0]
         dx, grads_a, grads_b = run(
             dy.contiguous(), x, layers, in_features, block_size, down, kept, dropout, seed, need_dx
@@ -414,7 +417,7 @@ def _lora_matmul_backward(
     need_dx: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     layers = _projections(packed, absmax, nested_absmax, offset, out_features, lora_A, lora_B, scales)
-    run = dispatch.implementation("lora_matmul_backward", dy, rows=dy.numel() // dy.shape[-1])
+    run = dispatch.implementation("lora_matmul_backward", dy, rows=dy.numel() // dy.shape[-1], width=in_features)
     return run(dy, x, layers, in_features, block_size, down, kept, dropout, seed, need_dx)
 
 

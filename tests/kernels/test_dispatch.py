@@ -34,6 +34,7 @@ def gpu(monkeypatch):
     def make(*capability):
         monkeypatch.setattr(dispatch, "_capability", lambda _: capability)
         monkeypatch.setattr(dispatch, "_triton_found", lambda: True)
+        monkeypatch.setattr(dispatch, "_multiprocessors", lambda _: 100)
 
     return make
 
@@ -58,15 +59,17 @@ def test_gpu_runs_the_elementwise_kernels_of_triton(capability, gpu):
         assert dispatch.choose(operator, CUDA) == "triton"
 
 
+@pytest.mark.parametrize("operator", FUSED)
 @pytest.mark.parametrize(("capability", "limit"), [((8, 0), 32), ((8, 6), 64), ((8, 9), 64), ((9, 0), 64)])
-def test_few_rows_are_fused_up_to_the_crossover(capability, limit, gpu):
+def test_few_rows_are_fused_up_to_the_crossover(operator, capability, limit, gpu):
     gpu(*capability)
-    assert dispatch.choose("lora_matmul", CUDA, rows=1) == "gemv"
-    assert dispatch.choose("lora_matmul", CUDA, rows=5) == "triton"
-    assert dispatch.choose("lora_matmul", CUDA, rows=limit) == "triton"
-    assert dispatch.choose("lora_matmul", CUDA, rows=limit + 1) == "reference"
-    assert dispatch.choose("lora_matmul", CUDA, rows=8192) == "reference"
-    assert dispatch.choose("lora_matmul_backward", CUDA, rows=1) == "reference", "measured to be slower on sm_90"
+    wide = {"width": 6400}
+    assert dispatch.choose(operator, CUDA, rows=1, **wide) == ("gemv" if operator == "lora_matmul" else "triton")
+    assert dispatch.choose(operator, CUDA, rows=5, **wide) == "triton"
+    assert dispatch.choose(operator, CUDA, rows=limit, **wide) == "triton"
+    assert dispatch.choose(operator, CUDA, rows=limit + 1, **wide) == "reference"
+    assert dispatch.choose(operator, CUDA, rows=8192, **wide) == "reference"
+    assert dispatch.choose(operator, CUDA, rows=5, width=6399) == "reference", "a tile for every multiprocessor"
 
 
 @pytest.mark.parametrize("operator", FUSED)
@@ -84,19 +87,18 @@ def test_the_gemv_of_triton_runs_up_to_its_crossover(gpu):
         assert dispatch.choose("lora_matmul", CUDA, rows=1) == "gemv"
         assert dispatch.choose("lora_matmul", CUDA, rows=4) == "gemv"
         beyond = "triton" if (8, 0) <= capability < (10,) else "reference"
-        assert dispatch.choose("lora_matmul", CUDA, rows=5) == beyond
+        assert dispatch.choose("lora_matmul", CUDA, rows=5, width=6400) == beyond
 
 
 def test_the_user_s_rows_win_and_the_others_stay(gpu, own_table):
-    own = {"cuda-8.0": {"gemv_max_rows": 0, "fused_max_rows": 9, "fused_dx_max_rows": 3}, "cpu": {"gemv_max_rows": 2}}
+    own = {"cuda-8.0": {"gemv_max_rows": 0, "fused_max_rows": 3}, "cpu": {"gemv_max_rows": 2}}
     own_table.write_text(json.dumps(own))
     gpu(8, 0)
-    assert dispatch.choose("lora_matmul", CUDA, rows=1) == "triton"
-    assert dispatch.choose("lora_matmul", CUDA, rows=9) == "triton"
-    assert dispatch.choose("lora_matmul_backward", CUDA, rows=3) == "triton"
-    assert dispatch.choose("lora_matmul_backward", CUDA, rows=4) == "reference"
+    assert dispatch.choose("lora_matmul", CUDA, rows=1, width=6400) == "triton"
+    assert dispatch.choose("lora_matmul_backward", CUDA, rows=3, width=6400) == "triton"
+    assert dispatch.choose("lora_matmul_backward", CUDA, rows=4, width=6400) == "reference"
     gpu(8, 6)
-    assert dispatch.choose("lora_matmul", CUDA, rows=64) == "triton"
+    assert dispatch.choose("lora_matmul", CUDA, rows=64, width=6400) == "triton"
     assert dispatch.choose("lora_matmul", CPU, rows=3) == "reference"
 
 

@@ -140,18 +140,15 @@ def odd_count_gates(count):
 # --- LoRA -----------------------------------------------------------------------------------------------
 
 
-def fused_gates(
-    m, dtype, archs, *, n=256, k=512, r=8, dropout=0.1, double_quant=True, kernels=("forward", "dx"), high=True
-):
-    """The kernels of one forward and backward pass; `high`: with the tiles for many out features."""
+def fused_gates(m, dtype, archs, *, n=256, k=512, r=8, dropout=0.1, double_quant=True, kernels=("forward", "dx")):
+    """The kernels of one forward and backward pass."""
     paired = k % 64 == 0
 
     def run():
         parts, seed = quantized(n, k, double_quant), torch.zeros(1, dtype=torch.int32)
         layers = [lora_matmul.Projection(*parts, n, torch.zeros(r, k), torch.zeros(n, r), 2.0)]
         x, dy = torch.zeros(m, k, dtype=dtype), torch.zeros(m, n, dtype=dtype)
-        with mock.patch.object(lora_matmul_triton, "FEW_OUT_FEATURES", 0 if high else 1 << 20):
-            _, down, _ = lora_matmul_triton.forward(x, layers, 64, dropout, seed, False)
+        _, down, _ = lora_matmul_triton.forward(x, layers, 64, dropout, seed, False)
         lora_matmul_triton.backward(dy, x, layers, k, 64, down, None, dropout, seed, True)
 
     def check(compiled, launch, arch):
@@ -160,12 +157,9 @@ def fused_gates(
         elif "down" not in launch.kernel.fn.__name__ and paired:
             assert compiled.count(r"LDGSTS.*\.128") > 0, "codes come by 128-bit asynchronous copies"
             assert compiled.count(r"LDG\.E\.U8") <= 3, "bytes read one at a time are the maxima of a stage at most"
-            # A warpgroup's product has 64 rows; half as high tiles take the older instruction.
-            high = launch.kernel.fn.__name__ != "forward_kernel" or launch.kwargs["TILE_N"] >= 64
-            assert arch != "sm_90" or not high or compiled.count("HGMMA") > 0
+            assert arch != "sm_90" or compiled.count("HGMMA") > 0
 
     config = f"{SHORT[dtype]}, M {m}" + ("" if (n, k, r) == (256, 512, 8) else f", {n} x {k}, rank {r}")
-    config += "" if high else ", few out features"
     for kernel in kernels:
         yield Gate(
             lora_matmul_triton, f"{kernel}_kernel", config + ("" if double_quant else ", plain maxima"), run, archs,
@@ -199,8 +193,7 @@ def gemv_gates(m, dtype, archs, *, k=4096, r=16, double_quant=True, kernels=("ge
         if launch.kwargs.get("PAIRED"):
             # The codes come in 128 bits a lane; a lookup is a shuffle, one a weight.
             weights = launch.kwargs["TILE_N"] * launch.kwargs["TILE_K"] // 32
-            wide = r"LDG\.E\.128|LDG\.E\.128\.CONSTANT" if arch == "sm_75" else r"LDGSTS\.E.*\.128"
-            assert compiled.count(wide) >= weights // 32
+            assert compiled.count(r"(LDG|LDGSTS)\.E.*\.128") >= weights // 32
             assert compiled.count(r"SHFL\.IDX") == weights
 
     shape = "" if k % 64 == 0 else f", {n} x {k}"
@@ -289,9 +282,6 @@ GATES = [
     *fused_gates(16, BF16, (*DOTS, "gfx942"), kernels=("down", "forward", "dx")),
     *fused_gates(32, BF16, TWO),
     *fused_gates(64, BF16, DOTS),
-    *itertools.chain.from_iterable(
-        fused_gates(m, BF16, DOTS, kernels=("forward",), high=False) for m in (16, 32, 64)
-    ),
     *fused_gates(16, FP16, ("sm_80",)),
     *fused_gates(64, FP32, ("sm_80", "sm_86")),
     *fused_gates(1, BF16, ("sm_90",), r=64, dropout=0.0, double_quant=False),
