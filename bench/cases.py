@@ -16,6 +16,7 @@ from bench import peers
 from bench.shapes import Shape
 from bench.timing import OURS, Case
 from jindo_core.kernels import dispatch
+from jindo_core.kernels.adamw import BLOCK, Update, adamw_, adamw_8bit_
 from jindo_core.kernels.linear_cross_entropy import linear_cross_entropy
 from jindo_core.kernels.lora_matmul import lora_matmul
 from jindo_core.kernels.nf4 import nf4_dequantize
@@ -23,7 +24,6 @@ from jindo_core.kernels.rms_norm import rms_norm
 from jindo_core.kernels.rope import rope
 from jindo_core.kernels.swiglu import swiglu
 from jindo_core.nf4 import quantize_nf4
-from jindo_core.optim import OPTIMIZERS, build_optimizer
 from jindo_core.tune import random_nf4
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -241,9 +241,9 @@ def loss(setup: Setup, shape: Shape, rows: int) -> Case:
     )  # fmt: skip
 
 
-def adamw(setup: Setup, shape: Shape) -> Case:
-    """One AdamW step over a model's adapters (r = 8, all linears): parameter, gradient and both moments read, all
-    but the gradient written. Ours is what `--optim` takes by default."""
+def adamw(setup: Setup, shape: Shape, *, eight: bool = False) -> Case:
+    """One AdamW step over a model's adapters (r = 8, all linears), ours over one flat tensor of all of them: parameter,
+    gradient and both moments read, all but the gradient written. `eight`: with 8-bit moments."""
     matrices = [s for s in shape.matrices.values() for _ in range(3 * shape.layers)]
     sizes = [size for n, k in matrices for size in ((8, k), (n, 8))]
 
@@ -253,19 +253,34 @@ def adamw(setup: Setup, shape: Shape) -> Case:
             parameter.grad = torch.randn_like(parameter)
         return made
 
-    optimizers: dict[str, Any] = {
-        OURS: build_optimizer(OPTIMIZERS[0], parameters(), lr=1e-4, weight_decay=0.0),
-        "torch": torch.optim.AdamW(parameters(), lr=1e-4, weight_decay=0.0),
-        "torch fused": torch.optim.AdamW(parameters(), lr=1e-4, weight_decay=0.0, fused=True),
-    }
-    if setup.device.type == "cuda" and peers.available("bitsandbytes", setup.device):
-        bnb = peers.load("bitsandbytes")
-        optimizers["bitsandbytes paged"] = bnb.optim.PagedAdamW32bit(parameters(), lr=1e-4, weight_decay=0.0)
     count = sum(math.prod(size) for size in sizes)
+    flat, grad = torch.randn(count, device=setup.device), torch.randn(count, device=setup.device)
+    update = Update(1e-4, 0.9, 0.999, 1e-8, 0.0, 10)
+    optimizers: dict[str, Any] = {}
+    bnb = peers.load("bitsandbytes") if peers.available("bitsandbytes", setup.device) else None
+    if eight:
+        codes = [torch.randint(0, 256, (count,), dtype=torch.uint8, device=setup.device) for _ in range(2)]
+        absmax = [torch.rand(-(-count // BLOCK), device=setup.device) for _ in range(2)]
+        if setup.device.type == "cuda" and bnb:
+            optimizers["bitsandbytes"] = bnb.optim.AdamW8bit(parameters(), lr=1e-4, weight_decay=0.0)
+    else:
+        moments = torch.randn(count, device=setup.device), torch.rand(count, device=setup.device)
+        optimizers["torch"] = torch.optim.AdamW(parameters(), lr=1e-4, weight_decay=0.0)
+        optimizers["torch fused"] = torch.optim.AdamW(parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+        if setup.device.type == "cuda" and bnb:
+            optimizers["bitsandbytes paged"] = bnb.optim.PagedAdamW32bit(parameters(), lr=1e-4, weight_decay=0.0)
+
+    def ours(_: int) -> None:
+        if eight:
+            adamw_8bit_(flat, grad, *codes, *absmax, update)
+        else:
+            adamw_(flat, grad, *moments, update)
+
+    calls = {OURS: ours} | {name: lambda _, o=optimizer: o.step() for name, optimizer in optimizers.items()}
+    name = "adamw step, 8-bit moments" if eight else "adamw step"
     return Case(
-        "adamw", "adamw step", f"{shape.name} {count / 1e6:.1f}M", 28 * count, "GB/s", "copy",
-        {name: lambda _, o=optimizer: o.step() for name, optimizer in optimizers.items()},
-        implementation=OPTIMIZERS[0],
+        "adamw", name, f"{shape.name} {count / 1e6:.1f}M", (16 if eight else 28) * count, "GB/s", "copy", calls,
+        implementation=setup.which("adamw"),
     )  # fmt: skip
 
 
@@ -287,4 +302,5 @@ def operator_cases(
         for backward in (False, True):
             yield functools.partial(make, setup, shape, max(rows), backward=backward)
     yield functools.partial(loss, setup, shape, max(rows))
-    yield functools.partial(adamw, setup, shape)
+    for eight in (False, True):
+        yield functools.partial(adamw, setup, shape, eight=eight)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench import peers
 from bench.shapes import Shape
 from bench.steps import ours, random_weights
 from jindo_core.decoding import Decoder, GraphedStep
-from jindo_core.kernels import dispatch, native, nf4
+from jindo_core.kernels import adamw, dispatch, native, nf4
 from jindo_core.kernels.attention import causal_attention
 from jindo_core.kernels.dropout import keep_mask, mask
 from jindo_core.kernels.linear_cross_entropy import linear_cross_entropy
@@ -268,6 +269,59 @@ def check_attention(device: torch.device, quick: bool) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def check_adamw(device: torch.device, quick: bool) -> Iterator[Finding]:
+    """Three steps beside the CPU's reference, which the tests hold to torch bit for bit; 8-bit moments beside it and,
+    where there is one, bitsandbytes' own kernel."""
+    cpu, count = torch.device("cpu"), 5000 if quick else 300_077
+    start = randn(cpu, count)
+    grads = [randn(cpu, count).roll(1000 * step) for step in range(1, 4)]
+
+    def run(dtype: torch.dtype, where: torch.device, name: str, eight: bool, seed: int | None) -> list[Tensor]:
+        param = start.to(where, dtype)
+        states = [torch.zeros(count, device=where) for _ in range(2)]
+        if eight:
+            blocks = -(-count // adamw.BLOCK)
+            states = [torch.zeros(count, dtype=torch.uint8, device=where) for _ in range(2)]
+            states += [torch.zeros(blocks, device=where) for _ in range(2)]
+        step = adamw.adamw_8bit_ if eight else adamw.adamw_
+        with dispatch.override(name):
+            for t, grad in enumerate(grads, 1):
+                step(param, grad.to(where, dtype), *states, adamw.Update(1e-3, 0.9, 0.999, 1e-8, 0.1, t), seed=seed)
+        return [t.cpu().float() for t in (param, *states)]
+
+    for dtype in DTYPES:
+        for eight, seed in ((False, None), (True, None), (False, 5)):
+            wanted = run(dtype, cpu, "reference", eight, seed)
+            for name in implementations("adamw", device):
+                made = run(dtype, device, name, eight, seed)
+                kind = ", 8-bit" if eight else ", stochastic" if seed else ""
+                what = f"adamw {name} {str(dtype).removeprefix('torch.')}{kind}"
+                # A step is 1e-3, and an ulp of a 16-bit parameter of 4 is 2^-6 (bf16) or 2^-9: a root that is one ulp
+                # off turns a rounding now and then, and a code midway between two.
+                share = (made[0] - wanted[0]).abs().mean().item() / 1e-3
+                yield Finding(what, share if math.isfinite(share) else math.inf, 1e-4 if eight else 1e-5)
+                if not eight and not seed:
+                    yield from compare(what, "adamw", made[1:], [t.double() for t in wanted[1:]])
+    if device.type == "cuda" and peers.available("bitsandbytes", device):
+        yield _beside_bitsandbytes(device, start, grads)
+
+
+def _beside_bitsandbytes(device: torch.device, start: Tensor, grads: Sequence[Tensor]) -> Finding:
+    step = peers.load("bitsandbytes").functional.optimizer_update_8bit_blockwise
+    count = start.numel()
+    params, states = [start.to(device, torch.float32) for _ in range(2)], []
+    for _ in params:
+        codes = [torch.zeros(count, dtype=torch.uint8, device=device) for _ in range(2)]
+        states.append([*codes, *(torch.zeros(-(-count // adamw.BLOCK), device=device) for _ in range(2))])
+    maps = adamw.dynamic_map(device), adamw.unsigned_map(device)
+    for t, grad in enumerate(grads, 1):
+        g = grad.to(device, torch.float32)
+        adamw.adamw_8bit_(params[0], g, *states[0], adamw.Update(1e-3, 0.9, 0.999, 1e-8, 0.0, t))
+        step("adam", g, params[1], *states[1][:2], 0.9, 0.999, 0.0, 0.0, 1e-8, t, 1e-3, *maps, *states[1][2:])
+    share = (params[0] - params[1]).abs().mean().item() / 1e-3
+    return Finding("adamw 8-bit beside bitsandbytes, share of a step", share, 0.02)
+
+
 def check_decoding(device: torch.device, quick: bool) -> Iterator[Finding]:
     """The prepared step (on a GPU a CUDA graph) beside the model's modules, over the edge of a window; and again
     after the cache was set back."""
@@ -333,6 +387,7 @@ CHECKS: dict[str, Callable[[torch.device, bool], Iterator[Finding]]] = {
     "linear_cross_entropy": check_linear_cross_entropy,
     "attention": check_attention,
     "lora_matmul": check_lora_matmul,
+    "adamw": check_adamw,
     "decoding": check_decoding,
     "opcheck": check_opcheck,
 }

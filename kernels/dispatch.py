@@ -85,6 +85,16 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "cpu": "elementwise_cpu:swiglu_backward",
         "triton": "swiglu_triton:backward",
     },
+    "adamw": {
+        "reference": "adamw:step_reference",
+        "cpu": "adamw_cpu:step",
+        "triton": "adamw_triton:step",
+    },
+    "adamw_8bit": {
+        "reference": "adamw:step_8bit_reference",
+        "cpu": "adamw_cpu:step_8bit",
+        "triton": "adamw_triton:step_8bit",
+    },
     "rope": {
         "reference": "rope:rope_reference",
         "cpu": "elementwise_cpu:rope",

@@ -27,9 +27,8 @@ def drop_threshold(dropout: float) -> int:
     return int(dropout * (1 << 32)) - (1 << 31)
 
 
-def keep_mask(shape: torch.Size, dropout: float, seed: Tensor) -> Tensor:
-    """bool tensor of `shape`: True where an element survives dropout of probability `dropout`."""
-    count = shape.numel()
+def hashed(count: int, seed: Tensor) -> Tensor:
+    """int32 [count]: the mix of each index with the seed (int32, one number)."""
     if count < 1 << 31:
         h = torch.arange(count, dtype=torch.int32, device=seed.device)
     else:
@@ -37,7 +36,12 @@ def keep_mask(shape: torch.Size, dropout: float, seed: Tensor) -> Tensor:
     h.mul_(_signed(GOLDEN)).add_(seed)
     h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF)).mul_(_signed(MIX_1))
     h.bitwise_xor_((h >> 13).bitwise_and_(0x7FFFF)).mul_(_signed(MIX_2))
-    return (h >= drop_threshold(dropout)).view(shape)
+    return h
+
+
+def keep_mask(shape: torch.Size, dropout: float, seed: Tensor) -> Tensor:
+    """bool tensor of `shape`: True where an element survives dropout of probability `dropout`."""
+    return (hashed(shape.numel(), seed) >= drop_threshold(dropout)).view(shape)
 
 
 def growth(dropout: float) -> float:

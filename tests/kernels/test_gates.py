@@ -23,6 +23,8 @@ import torch
 from compiled import SHARED_LIMIT, TARGETS, Compiled, Figure, Launch, compile_for, recorded, write
 
 from jindo_core.kernels import (
+    adamw,
+    adamw_triton,
     linear_cross_entropy_triton,
     lora_gemv_triton,
     lora_matmul,
@@ -35,8 +37,8 @@ from jindo_core.kernels import (
 )
 
 MODULES = (
-    linear_cross_entropy_triton, lora_gemv_triton, lora_matmul_triton, nf4_triton, rms_norm_triton, rope_triton,
-    swiglu_triton,
+    adamw_triton, linear_cross_entropy_triton, lora_gemv_triton, lora_matmul_triton, nf4_triton, rms_norm_triton,
+    rope_triton, swiglu_triton,
 )  # fmt: skip
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
@@ -256,6 +258,25 @@ def rope_gate(heads, k_heads, d, dtype, archs, inverse=False):
     )  # fmt: skip
 
 
+def adamw_gates(dtype, archs, *, seed=None):
+    """Narrow: the maxima of four blocks, and their codes, eight a thread."""
+    n = 4096
+    param, grad, m = torch.zeros(n, dtype=dtype), torch.zeros(n, dtype=dtype), torch.zeros(n)
+    codes, absmax = torch.zeros(n, dtype=torch.uint8), torch.zeros(n // adamw.BLOCK)
+    update = adamw.Update(1e-3, 0.9, 0.999, 1e-8, 0.1, 1)
+    rounding = ", stochastic" if seed else ""
+    config = SHORT[dtype] + rounding
+    yield Gate(
+        adamw_triton, "step_kernel", config, lambda: adamw_triton.step(param, grad, m, m, update, seed), archs,
+        elements=lambda c: c["ELEMENTS"], ceiling=adamw_triton.SASS_PER_ELEMENT["step" + rounding], narrow=(0, 0),
+    )  # fmt: skip
+    yield Gate(
+        adamw_triton, "step_8bit_kernel", config,
+        lambda: adamw_triton.step_8bit(param, grad, codes, codes, absmax, absmax, update, seed), archs,
+        elements=lambda c: c["BLOCKS"] * c["BLOCK"], ceiling=adamw_triton.SASS_PER_ELEMENT["8-bit" + rounding],
+    )  # fmt: skip
+
+
 def loss_gate(vocab, dtype, archs, *, smoothing=0.0, gradient=True):
     hidden, weight, labels = torch.zeros(4, 8, dtype=dtype), torch.zeros(vocab, 8, dtype=dtype), torch.zeros(4).long()
     return Gate(
@@ -303,6 +324,8 @@ GATES = [
     rope_gate(32, 8, 128, BF16, EVERY),
     rope_gate(32, 32, 128, FP16, SOME, inverse=True),
     rope_gate(9, 3, 64, BF16, TWO),
+    *adamw_gates(FP32, EVERY),
+    *adamw_gates(BF16, TWO, seed=3),
     loss_gate(32000, BF16, EVERY),
     loss_gate(32001, FP16, SOME, smoothing=0.1),
     loss_gate(128256, BF16, TWO, gradient=False),
