@@ -286,7 +286,8 @@ def say(content: dict[str, Any], path: Path, seconds: float) -> None:
     for line in content["errors"]:
         why = line.get("error") or line.get("refused") or "no time left"
         print(f"not done, {line['section']} {line['piece']}: {why}")
-    print(f"{'every operator is correct' if content['correct'] else 'CORRECTNESS FAILED'}; {seconds:.0f} s; {path}")
+    verdict = "every operator is correct" if content["correct"] else "CORRECTNESS FAILED"
+    print(f"{verdict if content['correctness'] else 'correctness was not checked'}; {seconds:.0f} s; {path}")
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:

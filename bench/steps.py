@@ -27,6 +27,7 @@ from jindo_core.memory import CUDA_CONTEXT
 from jindo_core.model import KVCache, LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear, NF4Weight
 from jindo_core.optim import OPTIMIZERS, build_optimizer
+from jindo_core.train import backward
 from jindo_core.tune import elapsed, random_nf4
 
 PEER = "peft + bitsandbytes"
@@ -110,12 +111,14 @@ def peer(
     return adapted.train(train)
 
 
-def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> Callable[[int], Tensor]:
-    """One step of one sequence, every token supervised; returns the loss."""
+def training_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, back: Callable[[Tensor], None]
+) -> Callable[[int], Tensor]:
+    """One step of one sequence, every token supervised; returns the loss. `back`: runs the backward pass."""
 
     def step(_: int) -> Tensor:
         loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        back(loss)
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach().float()
@@ -138,7 +141,7 @@ def training_call(who: str, shape: Shape, weights: Weights, ids: Tensor) -> Call
     else:
         prepare, checkpointing = TRAINING_PEERS[who]
         model = peer(shape, weights, train=True, prepare=prepare, checkpointing=checkpointing)
-    return training_step(model, adamw_of(model, who), ids)
+    return training_step(model, adamw_of(model, who), ids, backward if who.startswith(OURS) else Tensor.backward)
 
 
 def decoding_call(who: str, shape: Shape, weights: Weights, prompt: Tensor, new: int) -> Callable[[int], Any]:
