@@ -6,6 +6,7 @@ H query heads, G key/value heads, D head size, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from jindo_core.errors import InputError
 from jindo_core.kernels.attention import causal_attention
@@ -23,6 +23,7 @@ from jindo_core.kernels.rms_norm import rms_norm
 from jindo_core.kernels.rope import rope
 from jindo_core.kernels.swiglu import swiglu
 from jindo_core.lora import project
+from jindo_core.recompute import recomputed
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
@@ -299,7 +300,8 @@ class LlamaModel(nn.Module):
         causal = mask is None and new > 1
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, causal, cache, use_reentrant=False)
+                run = functools.partial(layer, cos=cos, sin=sin, mask=mask, causal=causal, cache=cache)
+                x = recomputed(run, x, tuple(layer.parameters()))
             else:
                 x = layer(x, cos, sin, mask, causal, cache)
         if cache is not None:

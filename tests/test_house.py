@@ -17,7 +17,7 @@ ENGINE_ROWS = [
     {"errors"},
     {"config"},
     {"nf4"},
-    {"lora"},
+    {"lora", "recompute"},
     {"model"},
     {"embedded", "hub", "checkpoint", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation"},
