@@ -53,7 +53,7 @@ def _kind(value: Tensor | int | float) -> object:
     """What Triton specializes a kernel for: a pointer's type and 16-byte alignment; of an integer whether it is 1,
     whether 16 divides it, and its width; of a float nothing."""
     if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16
+        return value.dtype, value.data_ptr() % 16 == 0
     if isinstance(value, float):
         return None
-    return value == 1, value % 16, -(2**31) <= value < 2**31
+    return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
