@@ -4,8 +4,15 @@
     p <- p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
 With fp32 moments every rounding is that of torch.optim.AdamW on the CPU, so results there are the same bit for bit.
+
 With 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861) each block of 256 is a maximum and codes into a dynamic
-map, signed for m and unsigned for v, as bitsandbytes' AdamW8bit holds them.
+map, signed for m and unsigned for v, as bitsandbytes' AdamW8bit holds them. The update is that of its CUDA kernel (its
+CPU and Triton ones differ from it by less than a code, by lr^2 wd and in what they do to a NaN):
+
+    p <- (p - lr sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps sqrt(1 - b2^t))) (1 - lr wd)
+
+A negative m never takes the code of zero, so that it keeps its sign. Where the gradient is NaN or infinite p stays and
+the moments become zero: one bad element would else take its block's maximum, and so all 256, with it for good.
 
 bf16 and fp16 parameters are updated in fp32 and rounded once: to nearest, or, bf16 alone, stochastically (up with
 the probability of the distance), so that steps below half an ulp are not lost. The random bits are a hash of the
@@ -27,6 +34,9 @@ from jindo_core.kernels.nf4 import dynamic_map
 
 BLOCK = 256
 """Elements that share a maximum of the 8-bit moments."""
+
+TINY = torch.finfo(torch.float32).tiny
+"""The least maximum whose reciprocal is finite for sure; of a smaller one only codes near zero are used."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,6 +69,11 @@ class Update(NamedTuple):
         """sqrt(1 - b2^t)."""
         return math.sqrt(1 - self.beta2**self.step)
 
+    @property
+    def corrected(self) -> tuple[float, float]:
+        """Step size and eps with the correction moved out of the denominator: the 8-bit form."""
+        return self.step_size * self.correction, self.eps * self.correction
+
 
 def adamw_(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, update: Update, *, seed: int | None = None
@@ -70,7 +85,7 @@ def adamw_(
         exp_avg, exp_avg_sq: m and v, fp32, the same shape.
         seed: of stochastic rounding, for bf16; another one each step. None: to nearest.
     Raises:
-        ValueError: a shape, dtype or layout that does not fit, or a step before the first.
+        ValueError: a shape, dtype, layout or device that does not fit, or a step before the first.
     """
     _check(param, grad, update, exp_avg=(exp_avg, param.shape), exp_avg_sq=(exp_avg_sq, param.shape))
     with torch.no_grad():
@@ -99,6 +114,8 @@ def adamw_8bit_(
     for name, codes in (("codes1", codes1), ("codes2", codes2)):
         if codes.dtype != torch.uint8 or codes.shape != param.shape or not codes.is_contiguous():
             raise ValueError(f"adamw_8bit_ got {name} {_say(codes)}, expected contiguous uint8 {tuple(param.shape)}")
+        if codes.device != param.device:
+            raise ValueError(f"adamw_8bit_ got {name} on {codes.device}, the parameter on {param.device}")
     with torch.no_grad():
         run = dispatch.implementation("adamw_8bit", param)
         run(param, grad, codes1, codes2, absmax1, absmax2, update, _seed(param, seed))
@@ -111,6 +128,9 @@ def _check(param: Tensor, grad: Tensor, update: Update, **states: tuple[Tensor, 
         raise ValueError(f"adamw got a gradient {_say(grad)} for a parameter {_say(param)}")
     if update.step < 1:
         raise ValueError(f"adamw got step {update.step}, expected 1 for the first update")
+    for name, tensor in [("grad", grad), *((name, state) for name, (state, _) in states.items())]:
+        if tensor.device != param.device:
+            raise ValueError(f"adamw got {name} on {tensor.device}, the parameter on {param.device}")
     for name, (state, shape) in states.items():
         if state.dtype != torch.float32 or state.shape != shape or not state.is_contiguous():
             raise ValueError(f"adamw got {name} {_say(state)}, expected contiguous fp32 {tuple(shape)}")
@@ -134,16 +154,20 @@ def step_reference(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, update: Update, seed: int | None
 ) -> None:
     """`adamw_` in PyTorch."""
-    _step(param, grad.float(), exp_avg, exp_avg_sq, update, seed)
-
-
-def _step(param: Tensor, g: Tensor, m: Tensor, v: Tensor, update: Update, seed: int | None) -> None:
     wide = param if param.dtype == torch.float32 else param.float()
     if update.weight_decay:
         wide.mul_(update.decay)
+    _moments(grad.float(), exp_avg, exp_avg_sq, update)
+    denominator = exp_avg_sq.sqrt().div_(update.correction).add_(update.eps)
+    _store(param, wide.addcdiv_(exp_avg, denominator, value=-update.step_size), seed)
+
+
+def _moments(g: Tensor, m: Tensor, v: Tensor, update: Update) -> None:
     m.lerp_(g, 1 - update.beta1)
     v.mul_(update.beta2).addcmul_(g, g, value=1 - update.beta2)
-    wide.addcdiv_(m, v.sqrt().div_(update.correction).add_(update.eps), value=-update.step_size)
+
+
+def _store(param: Tensor, wide: Tensor, seed: int | None) -> None:
     if seed is not None:
         round_stochastically(param, wide, seed)
     elif wide is not param:
@@ -172,10 +196,15 @@ def step_8bit_reference(
     """`adamw_8bit_` in PyTorch."""
     maps = dynamic_map(param.device), unsigned_map(param.device)
     states = (codes1, absmax1), (codes2, absmax2)
-    m, v = (decode(*state, codes) for state, codes in zip(states, maps, strict=True))
-    _step(param, grad.float(), m, v, update, seed)
-    for moment, (codes, absmax), values in zip((m, v), states, maps, strict=True):
-        encode(moment, codes, absmax, values)
+    m, v = (decode(*state, values) for state, values in zip(states, maps, strict=True))
+    g, wide = grad.float(), param.float()
+    sound = g.isfinite()
+    _moments(g, m, v, update)
+    step_size, eps = update.corrected
+    moved = wide.addcdiv(m, v.sqrt().add_(eps), value=-step_size).mul_(update.decay)
+    _store(param, torch.where(sound, moved, wide), seed)
+    for moment, (codes, absmax), signed in zip((m, v), states, (True, False), strict=True):
+        encode(moment.masked_fill_(~sound, 0), codes, absmax, signed)
 
 
 @functools.cache
@@ -190,10 +219,27 @@ def unsigned_map(device: torch.device) -> Tensor:
 
 @functools.cache
 def midpoints(signed: bool, device: torch.device) -> Tensor:
-    """fp32 [256]: code i is nearest between numbers i - 1 and i; the last is infinite."""
+    """fp32 [256], ascending: code i is nearest between numbers i - 1 and i; the last is infinite.
+
+    The one below the signed map's zero lies as near to zero as a normal number does, so that a sign is kept.
+    """
     values = (dynamic_map if signed else unsigned_map)(torch.device("cpu")).double()
     between = ((values[:-1] + values[1:]) / 2).float()
+    if signed:
+        between[int((values < 0).sum()) - 1] = -TINY
     return torch.cat([between, torch.tensor([math.inf])]).to(device)
+
+
+@functools.cache
+def first_codes(signed: bool, device: torch.device) -> Tensor:
+    """uint8 [65536]: the code of the least fp32 number whose upper 16 bits are the index.
+
+    No two midpoints share their upper 16 bits, so any other such number has this code or the next one.
+    """
+    index = torch.arange(1 << 16, dtype=torch.int64)
+    least = (index << 16) | torch.where(index >= 1 << 15, 0xFFFF, 0)  # of negative numbers the one with most bits set
+    least = torch.where(least >= 1 << 31, least - (1 << 32), least).to(torch.int32).view(torch.float32)
+    return torch.bucketize(least, midpoints(signed, least.device)[:-1]).to(torch.uint8).to(device)
 
 
 def decode(codes: Tensor, absmax: Tensor, values: Tensor) -> Tensor:
@@ -203,11 +249,11 @@ def decode(codes: Tensor, absmax: Tensor, values: Tensor) -> Tensor:
     return (values[codes.view(-1).int()] * peaks).view(codes.shape)
 
 
-def encode(moment: Tensor, codes: Tensor, absmax: Tensor, values: Tensor) -> None:
+def encode(moment: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
     """The nearest codes, ties to the lower, and the blocks' maxima, in place."""
     count = moment.numel()
     blocks = torch.nn.functional.pad(moment.view(-1), (0, -count % BLOCK)).view(-1, BLOCK)
     torch.amax(blocks.abs(), dim=1, out=absmax)
-    scaled = blocks * torch.where(absmax > 0, absmax, 1).reciprocal()[:, None]
-    found = torch.bucketize(scaled, midpoints(bool(values[0] < 0), moment.device)[:-1])
+    scaled = blocks * absmax.clamp(min=TINY).reciprocal()[:, None]
+    found = torch.bucketize(scaled, midpoints(signed, moment.device)[:-1])
     codes.copy_(found.view(-1)[:count].view(codes.shape).to(torch.uint8))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jindo_core.kernels import adamw, native
-from jindo_core.kernels.adamw import Update
+from jindo_core.kernels import native
+from jindo_core.kernels.adamw import Update, first_codes, midpoints, unsigned_map
 from jindo_core.kernels.native import FLOAT, INT, LONG, POINTER, TYPES, address
 from jindo_core.kernels.nf4 import dynamic_map
 from jindo_core.kernels.scratch import scratch
@@ -61,14 +61,14 @@ def step_8bit(
 ) -> None:
     """`adamw_8bit_`, a block at a time."""
     run = native.function(
-        "jindo_adamw_8bit", POINTER, INT, POINTER, INT, LONG, *[POINTER] * 8, FLOAT, INT, FLOAT, FLOAT, *[FLOAT] * 4,
-        INT, INT,
-    )  # fmt: skip
+        "jindo_adamw_8bit", POINTER, INT, POINTER, INT, LONG, *[POINTER] * 10, FLOAT, INT, *[FLOAT] * 5, INT, INT
+    )
     device = param.device
-    maps = dynamic_map(device), adamw.unsigned_map(device)
-    middles = adamw.midpoints(True, device), adamw.midpoints(False, device)
+    maps = dynamic_map(device), unsigned_map(device)
+    tables = [table(signed, device) for signed in (True, False) for table in (midpoints, first_codes)]
+    step_size, eps = update.corrected
     run(
         address(param), TYPES[param.dtype], address(grad), TYPES[grad.dtype], param.numel(),
-        *(address(t) for t in (codes1, codes2, absmax1, absmax2, *maps, *middles)),
-        *_moments(update), *_applied(update, seed),
+        *(address(t) for t in (codes1, codes2, absmax1, absmax2, *maps, *tables)),
+        *_moments(update), update.decay, eps, -step_size, int(seed is not None), seed or 0,
     )  # fmt: skip

@@ -125,89 +125,110 @@ EXPORT void jindo_adamw_apply(
 /* --- 8-bit moments ------------------------------------------------------------------------------------ */
 
 #define BLOCK 256
+#define TINY 0x1p-126f
 
-/* How many of the ascending middles (the last infinite) lie below x: the nearest code. */
-static inline int nearest(const float *middles, float x)
-{
-    int code = 0;
-    for (int step = 128; step; step >>= 1) code += middles[code + step - 1] < x ? step : 0;
-    return code;
-}
-
-static inline __attribute__((always_inline)) void encode_block(
-    const float *x, int64_t n, const float *middles, uint8_t *codes, float *absmax)
-{
-    float peak = 0;
-    for (int64_t i = 0; i < n; i++) {
-        float size = fabsf(x[i]);
-        peak = size > peak || size != size ? size : peak;
-    }
-    *absmax = peak;
-    float by = peak > 0 ? 1 / peak : 1;
-    for (int64_t i = 0; i < n; i++) codes[i] = (uint8_t)nearest(middles, x[i] * by);
-}
+typedef struct { const float *map, *middles; const uint8_t *first; uint8_t *codes; float *absmax; } state_t;
 
 typedef struct {
     void *p; const void *grad; int type, grad_type;
-    uint8_t *codes1, *codes2; float *absmax1, *absmax2;
-    const float *map1, *map2, *middles1, *middles2;
-} states_t;
+    state_t m, v;
+    moments_t moments;
+    float decay, eps, step_size;
+    int stochastic; uint32_t seed;
+} job_t;
 
-static inline __attribute__((always_inline)) void block_8bit(
-    const states_t *s, int64_t first, int64_t n, int64_t block, const moments_t *mc, const apply_t *ac, int type,
-    int grad_type)
+static inline __attribute__((always_inline)) void widen(const void *from, int64_t at, int64_t n, int type, float *to)
 {
-    float m[BLOCK], v[BLOCK], root[BLOCK];
+    if (type == FP32) memcpy(to, (const float *)from + at, (size_t)n * 4);
+    else if (type == BF16) for (int64_t i = 0; i < n; i++) to[i] = bf16_to_float(((const uint16_t *)from)[at + i]);
+    else for (int64_t i = 0; i < n; i++) to[i] = fp16_to_float(((const uint16_t *)from)[at + i]);
+}
+
+static inline __attribute__((always_inline)) void narrow(const job_t *j, int64_t at, int64_t n, const float *from)
+{
+    const apply_t c = {.stochastic = 1, .seed = j->seed};
+    if (j->type == FP32) memcpy((float *)j->p + at, from, (size_t)n * 4);
+    else if (j->stochastic) for (int64_t i = 0; i < n; i++) put(j->p, at + i, BF16, from[i], at + i, &c);
+    else if (j->type == BF16) for (int64_t i = 0; i < n; i++) store_float(j->p, at + i, BF16, from[i]);
+    else for (int64_t i = 0; i < n; i++) store_float(j->p, at + i, FP16, from[i]);
+}
+
+static inline __attribute__((always_inline)) void decode(const state_t *s, int64_t at, int64_t n, float *to)
+{
+    const uint8_t *codes = s->codes + at;
+    const float *map = s->map, peak = s->absmax[at / BLOCK];
+    for (int64_t i = 0; i < n; i++) to[i] = map[codes[i]] * peak;
+}
+
+/* The nearest code is the first one of the number's upper 16 bits, or the next. Magnitudes compare as integers. */
+static inline __attribute__((always_inline)) void encode(const state_t *s, int64_t at, int64_t n, const float *from)
+{
+    uint8_t *codes = s->codes + at;
+    const float *middles = s->middles;
+    const uint8_t *first = s->first;
+    int32_t most = 0;
     for (int64_t i = 0; i < n; i++) {
-        m[i] = s->map1[s->codes1[first + i]] * s->absmax1[block];
-        v[i] = s->map2[s->codes2[first + i]] * s->absmax2[block];
-        moment(m + i, v + i, load_as_float(s->grad, first + i, grad_type), mc);
-        root[i] = sqrtf(v[i]);
+        int32_t size = (int32_t)(float_to_bits(from[i]) & 0x7fffffffu);
+        most = size > most ? size : most;
     }
-    apply_to((char *)s->p + first * (type == FP32 ? 4 : 2), type, m, root, n, first, ac);
-    encode_block(m, n, s->middles1, s->codes1 + first, s->absmax1 + block);
-    encode_block(v, n, s->middles2, s->codes2 + first, s->absmax2 + block);
+    float peak = bits_to_float((uint32_t)most), by = 1 / (peak > TINY ? peak : TINY);
+    s->absmax[at / BLOCK] = peak;
+    for (int64_t i = 0; i < n; i++) {
+        float x = from[i] * by;
+        int code = first[float_to_bits(x) >> 16];
+        codes[i] = (uint8_t)(code + (middles[code] < x));
+    }
 }
 
-static void block_portable(
-    const states_t *s, int64_t first, int64_t n, int64_t block, const moments_t *mc, const apply_t *ac)
+static inline __attribute__((always_inline)) void block_of(const job_t *j, int64_t at, int64_t n)
 {
-    block_8bit(s, first, n, block, mc, ac, s->type, s->grad_type);
+    float p[BLOCK], g[BLOCK], m[BLOCK], v[BLOCK];
+    const job_t own = *j; /* for the compiler: nothing that is stored changes it */
+    widen(j->p, at, n, j->type, p);
+    widen(j->grad, at, n, j->grad_type, g);
+    decode(&own.m, at, n, m);
+    decode(&own.v, at, n, v);
+    for (int64_t i = 0; i < n; i++) {
+        moment(m + i, v + i, g[i], &own.moments);
+        float moved = (p[i] + own.step_size * m[i] / (sqrtf(v[i]) + own.eps)) * own.decay;
+        uint32_t sound = (float_to_bits(g[i]) & 0x7f800000u) != 0x7f800000u ? ~0u : 0;
+        p[i] = bits_to_float((float_to_bits(moved) & sound) | (float_to_bits(p[i]) & ~sound));
+        m[i] = bits_to_float(float_to_bits(m[i]) & sound);
+        v[i] = bits_to_float(float_to_bits(v[i]) & sound);
+    }
+    narrow(&own, at, n, p);
+    encode(&own.m, at, n, m);
+    encode(&own.v, at, n, v);
 }
+
+static void block_portable(const job_t *j, int64_t at, int64_t n) { block_of(j, at, n); }
 
 #ifdef JINDO_X86
-AVX2 static void block_avx2(
-    const states_t *s, int64_t first, int64_t n, int64_t block, const moments_t *mc, const apply_t *ac)
-{
-    if (s->type == FP32 && n == BLOCK) block_8bit(s, first, BLOCK, block, mc, ac, FP32, FP32);
-    else block_8bit(s, first, n, block, mc, ac, s->type, s->grad_type);
+#define BLOCKS(NAME, TARGET) \
+TARGET static void block_##NAME(const job_t *j, int64_t at, int64_t n) \
+{ \
+    if (n == BLOCK) block_of(j, at, BLOCK); \
+    else block_of(j, at, n); \
 }
-
-AVX512 static void block_avx512(
-    const states_t *s, int64_t first, int64_t n, int64_t block, const moments_t *mc, const apply_t *ac)
-{
-    if (s->type == FP32 && n == BLOCK) block_8bit(s, first, BLOCK, block, mc, ac, FP32, FP32);
-    else block_8bit(s, first, n, block, mc, ac, s->type, s->grad_type);
-}
+BLOCKS(avx2, AVX2)
+BLOCKS(avx512, AVX512)
 #endif
 
+/* decay, eps and step_size (negated): of the 8-bit form. */
 EXPORT void jindo_adamw_8bit(
     void *p, int type, const void *grad, int grad_type, int64_t n, uint8_t *codes1, uint8_t *codes2, float *absmax1,
-    float *absmax2, const float *map1, const float *map2, const float *middles1, const float *middles2, float lerp,
-    int from_end, float beta2, float rest2, float decay, float correction, float eps, float step_size, int stochastic,
-    int seed)
+    float *absmax2, const float *map1, const float *map2, const float *middles1, const uint8_t *first1,
+    const float *middles2, const uint8_t *first2, float lerp, int from_end, float beta2, float rest2, float decay,
+    float eps, float step_size, int stochastic, int seed)
 {
-    const states_t s = {p, grad, type, grad_type, codes1, codes2, absmax1, absmax2, map1, map2, middles1, middles2};
-    const moments_t mc = {lerp, beta2, rest2, from_end};
-    const apply_t ac = {decay, correction, eps, step_size, stochastic, (uint32_t)seed};
-    void (*run)(const states_t *, int64_t, int64_t, int64_t, const moments_t *, const apply_t *) = block_portable;
+    const job_t j = {
+        p, grad, type, grad_type, {map1, middles1, first1, codes1, absmax1}, {map2, middles2, first2, codes2, absmax2},
+        {lerp, beta2, rest2, from_end}, decay, eps, step_size, stochastic, (uint32_t)seed};
+    void (*run)(const job_t *, int64_t, int64_t) = block_portable;
 #ifdef JINDO_X86
     if (jindo_level_in_use == LEVEL_AVX512) run = block_avx512;
     else if (jindo_level_in_use == LEVEL_AVX2) run = block_avx2;
 #endif
 #pragma omp parallel for schedule(static) if (n > PIECE)
-    for (int64_t block = 0; block < (n + BLOCK - 1) / BLOCK; block++) {
-        int64_t first = block * BLOCK;
-        run(&s, first, n - first < BLOCK ? n - first : BLOCK, block, &mc, &ac);
-    }
+    for (int64_t at = 0; at < n; at += BLOCK) run(&j, at, n - at < BLOCK ? n - at : BLOCK);
 }
