@@ -23,7 +23,7 @@ from jindo_core.kernels.adamw import (
 from jindo_core.kernels.nf4 import dynamic_map
 
 CPU = torch.device("cpu")
-SIZES = [1, 15, 16, 33, 8192 + 5, (1 << 18) + 77]
+SIZES = [1, 15, 16, 33, 8192 + 5, adamw_cpu.CHUNK + 77]
 
 
 def make_states(param):
