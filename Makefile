@@ -40,7 +40,7 @@ test-slow: $(VENV)/.installed-dev ## the long tests: real training runs against 
 bench: $(VENV)/.installed-dev ## kernel throughput beside the peers that are installed
 	$(BIN)/python -m pytest -q bench
 
-plots: $(VENV)/.installed-dev ## docs/roofline.png and docs/ratios.png from the newest results of make bench
+plots: $(VENV)/.installed-dev ## docs/roofline-*.png and docs/ratios-*.png from the newest results of make bench
 	$(BIN)/python -m bench.plot
 
 gpu: ## on a machine with a GPU, no network needed: correctness, benchmarks, memory (under 8 minutes)

@@ -1,4 +1,5 @@
-"""`python -m bench.plot [FILE]`: the newest results as docs/roofline.png and docs/ratios.png."""
+"""`python -m bench.plot [FILE]`: the newest results as docs/roofline-DEVICE.png and docs/ratios-DEVICE.png, DEVICE
+cpu or cuda."""
 
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ def main(argv: Sequence[str], docs: Path = DOCS) -> int:
     results = json.loads(path.read_text(encoding="utf-8"))
     for name, draw in {"roofline": roofline, "ratios": ratios}.items():
         figure = draw(results)
-        figure.savefig(docs / f"{name}.png", dpi=120, bbox_inches="tight")
-        print(docs / f"{name}.png")
+        file = docs / f"{name}-{results['device']}.png"
+        figure.savefig(file, dpi=120, bbox_inches="tight")
+        print(file)
     return 0
 
 

@@ -111,6 +111,6 @@ def test_the_table_and_the_plots(bench, case, ceilings, tmp_path, capsys):
     assert json.loads(path.read_text())["measured"] is True
     assert report.newest(tmp_path) == path
     assert plot.main([str(path)], tmp_path) == 0
-    assert {"roofline.png", "ratios.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert {"roofline-cpu.png", "ratios-cpu.png"} <= {p.name for p in tmp_path.iterdir()}
     assert plot.main([str(tmp_path / "none.json")], tmp_path) == 2
     assert "expected a .json of `make bench`" in capsys.readouterr().err
