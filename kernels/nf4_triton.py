@@ -39,7 +39,7 @@ QUANTIZE_WARPS = 8
 MAX_ROW = 64
 """Longest row of `dequantize`'s tiles, in elements."""
 
-SASS_PER_ELEMENT = {"dequantize": 10, "quantize, whole": 26, "quantize, partial": 46}
+SASS_PER_ELEMENT = {"dequantize": 10, "quantize, whole": 28, "quantize, partial": 46}
 """SASS instructions an element on sm_80 and later, at most; dequantize is bound by bytes below 22 (H100, bf16). Of
 quantize's, the loop over thresholds is counted once."""
 
@@ -121,6 +121,7 @@ def quantize_kernel(
     count,
     byte_count,
     block_count,
+    threshold_count,  # 15, but not a constant: unrolled, all thresholds at once in registers would make it spill
     BLOCK_SIZE: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,  # BLOCK_SIZE rounded up to a power of two
     BLOCKS: tl.constexpr,  # quantization blocks of a program
@@ -150,7 +151,7 @@ def quantize_kernel(
 
     # Clamping to [-1, 1] is left out: the outermost thresholds lie inside it.
     code = tl.zeros((BLOCKS, BLOCK_WIDTH), tl.int32)
-    for index in range(15):  # a real loop: unrolled, fifteen thresholds at once in registers make it spill
+    for index in range(threshold_count):
         code += (scaled > tl.load(thresholds_ptr + index)).to(tl.int32)
     code = tl.where(inside, code, ZERO_CODE)
     high, low = tl.split(tl.reshape(code, (BLOCKS, BLOCK_WIDTH // 2, 2)))
@@ -189,7 +190,7 @@ def quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     blocks = max(QUANTIZE_ELEMENTS // (2 if count % 16 else 1) // width, 1)
     launch(
         quantize_kernel, (triton.cdiv(block_count, blocks),),
-        packed, absmax, flat, nf4.thresholds(weight.device), count, packed.numel(), block_count,
+        packed, absmax, flat, nf4.thresholds(weight.device), count, packed.numel(), block_count, 15,
         BLOCK_SIZE=block_size, BLOCK_WIDTH=width, BLOCKS=blocks,
         PARTIAL=partial, SMALLEST=nf4.SMALLEST_ABSMAX,
         ZERO_CODE=nf4.ZERO_CODE, num_warps=QUANTIZE_WARPS, **EXACT,
