@@ -7,6 +7,7 @@ an H100. Here a layer is one node of the graph.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +18,7 @@ def recomputed(run: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[
     """run(x), of which nothing but x is kept; differentiable once in x and the parameters that take gradients.
 
     Args:
-        run: the layer; what it draws from the random generator of x's device, it draws again.
+        run: the layer; what it draws from the random generator of x's device, it draws again, and autocast is as it was.
         parameters: all that `run` uses.
     """
     return _Recomputed.apply(run, x, *(p for p in parameters if p.requires_grad))
@@ -27,6 +28,8 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, x, *trained):  # type: ignore[no-untyped-def]
         ctx.run, ctx.random = run, _random_state(x.device)
+        kind = x.device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
         ctx.save_for_backward(x, *trained)
         return run(x)
 
@@ -37,7 +40,7 @@ class _Recomputed(torch.autograd.Function):
         inputs = [x.detach().requires_grad_(ctx.needs_input_grad[1]), *trained]
         now = _random_state(x.device)
         _set_random_state(x.device, ctx.random)
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(*ctx.autocast) if ctx.autocast else contextlib.nullcontext():
             y = ctx.run(inputs[0])
         _set_random_state(x.device, now)
         wanted = [t for t in inputs if t.requires_grad]

@@ -74,3 +74,16 @@ def test_an_input_without_gradient_gets_none():
     recomputed(layer, x, tuple(layer.parameters())).sum().backward()
     assert x.grad is None
     assert torch.equal(layer.weight.grad, x.sum(0).expand(4, 4))
+
+
+def test_autocast_is_as_it_was():
+    layer = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 8))
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    results = []
+    for run in (layer, lambda t: recomputed(layer, t, tuple(layer.parameters()))):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = run(x)
+        assert y.dtype == torch.bfloat16
+        results.append(torch.autograd.grad(y.float().sum(), [x, *layer.parameters()]))
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
