@@ -18,7 +18,7 @@ def recomputed(run: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[
     """run(x), of which nothing but x is kept; differentiable once in x and the parameters that take gradients.
 
     Args:
-        run: the layer; what it draws from the random generator of x's device, it draws again, and autocast is as it was.
+        run: the layer; what it draws from the random generator of x's device, it draws again. Autocast is as it was.
         parameters: all that `run` uses.
     """
     return _Recomputed.apply(run, x, *(p for p in parameters if p.requires_grad))
