@@ -49,9 +49,10 @@ class Setup:
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, dtype=self.dtype, device=self.device)
 
-    def which(self, operator: str, *, rows: int | None = None) -> str:
+    def which(self, operator: str, *, rows: int | None = None, width: int = 0) -> str:
         """The name of our implementation that runs."""
-        return dispatch.choose(operator, torch.empty(0, dtype=self.dtype, device=self.device), rows=rows)
+        probe = torch.empty(0, dtype=self.dtype, device=self.device)
+        return dispatch.choose(operator, probe, rows=rows, width=width)
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -133,7 +134,7 @@ def lora_linear(setup: Setup, shape: Shape, matrix: str, rows: int, *, backward:
     return Case(
         "lora_matmul", f"lora_matmul {'forward + backward' if backward else 'forward'}",
         f"{shape.name} {n}x{k} M={rows}", moved if decoding else flops, "GB/s" if decoding else "TFLOP/s",
-        "read" if decoding else "gemm", calls, rows=rows, implementation=setup.which("lora_matmul", rows=rows),
+        "read" if decoding else "gemm", calls, rows=rows, implementation=setup.which("lora_matmul", rows=rows, width=n),
         tolerance=BF16_AGREES, graph=True,
     )  # fmt: skip
 

@@ -153,7 +153,8 @@ def _operators(device: Any) -> dict[str, str]:
     probe = torch.empty(0, dtype=pick_dtype("auto", device), device=device)
     chosen = {}
     for operator in dispatch.IMPLEMENTATIONS:
-        by_rows = {rows: dispatch.choose(operator, probe, rows=rows) for rows in (1, 16, 2048)}
+        # 14336: the width of an 8B's MLP.
+        by_rows = {rows: dispatch.choose(operator, probe, rows=rows, width=14336) for rows in (1, 16, 2048)}
         plain = dispatch.choose(operator, probe)
         if not operator.startswith("lora_matmul"):
             chosen[operator] = plain
