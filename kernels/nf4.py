@@ -163,11 +163,17 @@ def nf4_dequantize(
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"nf4_dequantize got dtype {dtype}, expected a floating one")
     check_layout(packed, absmax, nested_absmax, offset, shape, block_size)
+    if out is not None and (out.shape != torch.Size(shape) or out.dtype != dtype or not out.is_contiguous()):
+        raise ValueError(
+            f"nf4_dequantize got out {out.dtype} {tuple(out.shape)}, expected {dtype} {tuple(shape)}, contiguous"
+        )
+    if not dispatch.recorded(packed):
+        filled = torch.empty(shape, dtype=dtype, device=packed.device) if out is None else out
+        run = dispatch.implementation("nf4_dequantize", packed)
+        run(filled, packed, absmax, nested_absmax, offset, block_size)
+        torch.autograd.graph.increment_version(filled)  # a kernel writes behind autograd's back
+        return filled
     if out is not None:
-        if out.shape != torch.Size(shape) or out.dtype != dtype or not out.is_contiguous():
-            raise ValueError(
-                f"nf4_dequantize got out {out.dtype} {tuple(out.shape)}, expected {dtype} {tuple(shape)}, contiguous"
-            )
         torch.ops.jindo.nf4_dequantize_(out, packed, absmax, nested_absmax, offset, block_size)
         return out
     return torch.ops.jindo.nf4_dequantize(packed, absmax, nested_absmax, offset, list(shape), block_size, dtype)

@@ -310,3 +310,14 @@ def test_dequantize_refuses(change, error, message):
     }
     with pytest.raises(error, match=message):
         nf4.nf4_dequantize(**(good | change))
+
+
+def test_a_filled_buffer_is_known_to_autograd():
+    """A buffer that was saved for a backward pass must not pass for unchanged: kernels write behind autograd's back."""
+    weight = torch.randn(4, 64)
+    packed, absmax = nf4.nf4_quantize(weight)
+    out = torch.zeros(4, 64)
+    y = (torch.ones(4, 64, requires_grad=True) * out).sum()
+    nf4.nf4_dequantize(packed, absmax, None, None, (4, 64), dtype=torch.float32, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
