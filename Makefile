@@ -43,7 +43,7 @@ bench: $(VENV)/.installed-dev ## kernel throughput beside the peers that are ins
 plots: $(VENV)/.installed-dev ## docs/roofline-*.png and docs/ratios-*.png from the newest results of make bench
 	$(BIN)/python -m bench.plot
 
-gpu: ## on a machine with a GPU, no network needed: correctness, benchmarks, memory (under 8 minutes)
+gpu: ## on a machine with a GPU, no network needed: correctness, benchmarks, memory (within 8 minutes; what does not fit is named)
 	$(GPU_PYTHON) bench/gpu.py
 
 lint: $(VENV)/.installed-dev

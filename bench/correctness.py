@@ -25,7 +25,7 @@ from jindo_core.kernels import adamw, dispatch, native, nf4
 from jindo_core.kernels.attention import causal_attention
 from jindo_core.kernels.dropout import keep_mask, mask
 from jindo_core.kernels.linear_cross_entropy import linear_cross_entropy
-from jindo_core.kernels.lora_matmul import lora_matmul
+from jindo_core.kernels.lora_matmul import Projection, lora_matmul, lora_matmul_group
 from jindo_core.kernels.rms_norm import rms_norm
 from jindo_core.kernels.rope import rope
 from jindo_core.kernels.swiglu import swiglu
@@ -187,11 +187,55 @@ def check_lora_matmul(device: torch.device, quick: bool) -> Iterator[Finding]:
             "lora_matmul", device, label, ours, oracle, leaves, [randn(device, rows, n)], also=["lora_matmul_backward"],
             terms=max(k, n),
         )  # fmt: skip
+    yield from _check_group(device)
     x, seed = randn(device, 64, 1024).float(), torch.tensor([7], dtype=torch.int32, device=device)
     wanted = x * keep_mask(x.shape, 0.3, seed)
     for name in implementations("dropout_mask", device):
         with dispatch.override(name):
             yield Finding(f"dropout_mask {name}", float((mask(x, 0.3, seed) != wanted).sum()), 0)
+
+
+def _check_group(device: torch.device) -> Iterator[Finding]:
+    """Two layers on one x: with dropout, with W kept for dX, and without double quantization; few rows and many."""
+    k, widths, seed = 320, (48, 33), torch.tensor([7], dtype=torch.int32, device=device)
+    rounded = []
+    for n in widths:
+        with dispatch.override("reference"):
+            rounded.append(nf4.nf4_quantize((randn(torch.device("cpu"), n, k) * 0.02).float()))
+    for rows, dropout, keep_weight, double in [
+        (3, 0.0, False, False), (3, 0.3, False, True), (70, 0.3, False, True), (70, 0.0, True, True),
+        (70, 0.0, False, False),
+    ]:  # fmt: skip
+        parts = [
+            [packed, *(nf4.nf4_quantize_absmax(absmax) if double else (absmax, None, None))]
+            for packed, absmax in rounded
+        ]
+        wide = [
+            nf4.nf4_dequantize(*own, (n, k), dtype=torch.float64).to(device)
+            for own, n in zip(parts, widths, strict=True)
+        ]
+        codes = [[None if part is None else part.to(device) for part in own] for own in parts]
+        kept = keep_mask(torch.Size((rows, k)), dropout, seed).double() / (1 - dropout) if dropout else 1.0
+
+        def ours(x: Tensor, *ab: Tensor, codes: Any = codes, p: float = dropout, w: bool = keep_weight) -> Tensor:
+            layers = [
+                Projection(*own, n, *ab[2 * i : 2 * i + 2], 2.0)
+                for i, (own, n) in enumerate(zip(codes, widths, strict=True))
+            ]
+            return lora_matmul_group(x, layers, dropout=p, seed=seed, keep_weight=w)
+
+        def oracle(x: Tensor, *ab: Tensor, wide: Any = wide, kept: Any = kept) -> Tensor:
+            sides = [x @ w.t() + 2.0 * ((x * kept) @ ab[2 * i].t()) @ ab[2 * i + 1].t() for i, w in enumerate(wide)]
+            return torch.cat(sides, dim=1)
+
+        leaves = [randn(device, rows, k)]
+        for n in widths:
+            leaves += [randn(device, 8, k) / math.sqrt(k), randn(device, n, 8) * 0.1]
+        label = f"group, M={rows} dropout={dropout} keep_weight={keep_weight} double={double}"
+        yield from against_fp64(
+            "lora_matmul", device, label, ours, oracle, leaves, [randn(device, rows, sum(widths))],
+            also=["lora_matmul_backward"],
+        )  # fmt: skip
 
 
 def check_rms_norm(device: torch.device, quick: bool) -> Iterator[Finding]:
@@ -231,27 +275,28 @@ def check_rope(device: torch.device, quick: bool) -> Iterator[Finding]:
 
 
 def check_linear_cross_entropy(device: torch.device, quick: bool) -> Iterator[Finding]:
-    """The loss and dH; as in training, the head is frozen."""
+    """The loss and dH, and dW of a trained head, with label smoothing and without."""
     for m, h, v in [(9, 64, 50), (33, 96, 257)] + ([] if quick else [(600, 2048, 32000)]):
         head = randn(device, v, h) / math.sqrt(h)
         labels = torch.arange(m, device=device) * 7 % v
         labels[::4] = -100
         for dtype in DTYPES:
-            hidden, weight = randn(device, m, h).to(dtype), head.to(dtype)
-            wanted = differentiate(
-                lambda x, w=weight, y=labels: F.cross_entropy(x @ w.double().t(), y), [hidden.double()],
-                [torch.ones((), dtype=torch.float64, device=device)],
-            )  # fmt: skip
-            for name in implementations("linear_cross_entropy", device):
-                with dispatch.override(name):
-                    results = differentiate(
-                        lambda x, w=weight, y=labels: linear_cross_entropy(x, w, y), [hidden],
-                        [torch.ones((), device=device)],
-                    )  # fmt: skip
-                what = f"linear_cross_entropy {name} {str(dtype).removeprefix('torch.')} {m}x{h}x{v}"
-                # The loss is fp32 whatever its logits were rounded to.
-                results = [result.to(dtype) for result in results]
-                yield from compare(what, "linear_cross_entropy", results, wanted, terms=v)
+            leaves, one = [randn(device, m, h).to(dtype), head.to(dtype)], torch.ones((), device=device)
+            for smoothing in (0.0, 0.1):
+                wanted = differentiate(
+                    lambda x, w, y=labels, e=smoothing: F.cross_entropy(x @ w.t(), y, label_smoothing=e),
+                    [leaf.double() for leaf in leaves], [one.double()],
+                )  # fmt: skip
+                for name in implementations("linear_cross_entropy", device):
+                    with dispatch.override(name):
+                        results = differentiate(
+                            lambda x, w, y=labels, e=smoothing: linear_cross_entropy(x, w, y, label_smoothing=e),
+                            leaves, [one],
+                        )  # fmt: skip
+                    what = f"linear_cross_entropy {name} {str(dtype).removeprefix('torch.')} {m}x{h}x{v} e={smoothing}"
+                    # The loss is fp32 whatever its logits were rounded to.
+                    results = [result.to(dtype) for result in results]
+                    yield from compare(what, "linear_cross_entropy", results, wanted, terms=v)
 
 
 def check_attention(device: torch.device, quick: bool) -> Iterator[Finding]:
@@ -358,12 +403,16 @@ def check_opcheck(device: torch.device, quick: bool) -> Iterator[Finding]:
     heads = randn(device, 1, 5, 2, 8).float()
     angle = torch.rand(1, 5, 4, device=device)
     head, labels = randn(device, 50, 64).float(), torch.tensor([1, -100, 3], device=device)
+    seed = torch.tensor([7], dtype=torch.int32, device=device)
     cases: dict[str, tuple[Any, ...]] = {
         "nf4_quantize": (weight, 64),
         "nf4_quantize_absmax": (absmax, offset),
         "nf4_dequantize": (packed, quantized, nested, offset, [24, 64], 64, torch.float32),
         "nf4_dequantize_": (torch.empty_like(weight), packed, quantized, nested, offset, 64),
         "lora_matmul": (x.clone().requires_grad_(), *parts, [a], [b], [2.0], 0.0, None, False),
+        "lora_matmul, dropout": (x.clone().requires_grad_(), *parts, [a], [b], [2.0], 0.3, seed, False),
+        "lora_matmul, keep_weight": (x.clone().requires_grad_(), *parts, [a], [b], [2.0], 0.0, None, True),
+        "causal_attention": tuple(heads.roll(i, 1).requires_grad_() for i in range(3)),
         "rms_norm": (x.clone().requires_grad_(), torch.ones(64, device=device), 1e-5),
         "swiglu": (x.clone().requires_grad_(), x.flip(0).contiguous().requires_grad_()),
         "rope": (heads.clone().requires_grad_(), heads.flip(1).requires_grad_(), angle.cos(), angle.sin(), False),
@@ -374,7 +423,8 @@ def check_opcheck(device: torch.device, quick: bool) -> Iterator[Finding]:
         more = {"test_utils": tests} if tests else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            said = torch.library.opcheck(getattr(ops, name).default, arguments, raise_exception=False, **more)
+            operator = getattr(ops, name.partition(",")[0]).default
+            said = torch.library.opcheck(operator, arguments, raise_exception=False, **more)
         failed = {test: str(result)[:200] for test, result in said.items() if result != "SUCCESS"}
         yield Finding(f"opcheck {name} {failed or ''}".strip(), float(len(failed)), 0)
 

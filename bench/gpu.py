@@ -243,6 +243,10 @@ def supervise(section: str, given: argparse.Namespace, end: float, wrong: Sequen
             return [*lines, {"piece": section, "error": f"the section could not start (exit code {code})"}]
 
 
+def _verdict(checks: list[dict[str, Any]]) -> bool:
+    return bool(checks) and all("checks" in line and not line["failed"] for line in checks)
+
+
 def gather(lines: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """What all sections found, as it is written."""
     from bench.report import settle
@@ -261,7 +265,7 @@ def gather(lines: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     ]  # fmt: skip
     ceilings = {f"{section}: {key}": value for section, line in flat for key, value in line.get("ceilings", {}).items()}
     return facts | {
-        "correct": bool(checks) and all("checks" in line and not line["failed"] for line in checks),
+        "correct": _verdict(checks) if "correctness" in lines else None,  # None: it was not asked for
         "correctness": [line for line in checks if "checks" in line],
         "errors": errors,
         "ceilings": ceilings,

@@ -41,8 +41,8 @@ def write(folder: Path, content: Mapping[str, Any]) -> Path:
 
 
 def newest(folder: Path = RESULTS) -> Path | None:
-    """The file written last, by the time in its name."""
-    files = sorted(folder.glob("*.json"), key=lambda path: (path.stem[-17:], path.name))
+    """The run written last, by the time in its name; other files of the folder (gates.json) are none."""
+    files = sorted(folder.glob("*-????-??-??-??????.json"), key=lambda path: (path.stem[-17:], path.name))
     return files[-1] if files else None
 
 

@@ -113,7 +113,7 @@ class GraphedStep:
         self._fill(tokens)
         self._step.run()  # compiles; what it writes to the cache, the first replay writes again
         self._captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._captured):
+        with torch.cuda.device(tokens.device), torch.cuda.graph(self._captured):  # a graph is of the current device
             self._logits = self._step.run()
 
 

@@ -143,6 +143,10 @@ def _gpu(index: int) -> dict[str, Any]:
     }
 
 
+WIDTH = 14336
+"""Of an 8B's MLP, for the choices that depend on the result's width."""
+
+
 def _operators(device: Any) -> dict[str, str]:
     """Operator -> implementation; by rows where that decides."""
     import torch
@@ -153,8 +157,7 @@ def _operators(device: Any) -> dict[str, str]:
     probe = torch.empty(0, dtype=pick_dtype("auto", device), device=device)
     chosen = {}
     for operator in dispatch.IMPLEMENTATIONS:
-        # 14336: the width of an 8B's MLP.
-        by_rows = {rows: dispatch.choose(operator, probe, rows=rows, width=14336) for rows in (1, 16, 2048)}
+        by_rows = {rows: dispatch.choose(operator, probe, rows=rows, width=WIDTH) for rows in (1, 16, 2048)}
         plain = dispatch.choose(operator, probe)
         if not operator.startswith("lora_matmul"):
             chosen[operator] = plain
@@ -163,6 +166,8 @@ def _operators(device: Any) -> dict[str, str]:
             chosen[operator] = (
                 by_rows[1] if same else ", ".join(f"{name} (M = {rows})" for rows, name in by_rows.items())
             )
+            if device.type == "cuda" and not same:
+                chosen[operator] += f"; of a result {WIDTH} wide"
     return chosen
 
 

@@ -7,7 +7,6 @@ an H100. Here a layer is one node of the graph.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -29,7 +28,7 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx, run, x, *trained):  # type: ignore[no-untyped-def]
         ctx.run, ctx.random = run, _random_state(x.device)
         kind = x.device.type
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.save_for_backward(x, *trained)
         return run(x)
 
@@ -40,9 +39,11 @@ class _Recomputed(torch.autograd.Function):
         inputs = [x.detach().requires_grad_(ctx.needs_input_grad[1]), *trained]
         now = _random_state(x.device)
         _set_random_state(x.device, ctx.random)
-        with torch.enable_grad(), torch.autocast(*ctx.autocast) if ctx.autocast else contextlib.nullcontext():
-            y = ctx.run(inputs[0])
-        _set_random_state(x.device, now)
+        try:
+            with torch.enable_grad(), torch.autocast(*ctx.autocast):
+                y = ctx.run(inputs[0])
+        finally:
+            _set_random_state(x.device, now)
         wanted = [t for t in inputs if t.requires_grad]
         found = iter(torch.autograd.grad(y, wanted, dy, allow_unused=True))
         return (None, *(next(found) if t.requires_grad else None for t in inputs))

@@ -163,19 +163,22 @@ class _SentencePiece(Tokenizer):
         return str(self._processor.decode(kept)) if kept else ""
 
 
-def _load_sentencepiece(folder: Path) -> Tokenizer:
+def _processor(file: Path) -> SentencePieceProcessor:
     from sentencepiece import SentencePieceProcessor
 
-    file = folder / "tokenizer.model"
     data = file.read_bytes()
     if not data:  # the library takes no bytes for a call without a model, and fails at the first use
         raise InputError(f"{file} is empty, expected a SentencePiece model: copy it again from the model's source")
     try:
-        processor = SentencePieceProcessor(model_proto=data)
+        return SentencePieceProcessor(model_proto=data)
     except RuntimeError as error:
         raise InputError(
             f"{file} is no whole SentencePiece model ({len(data)} bytes): copy it again from the model's source"
         ) from error
+
+
+def _load_sentencepiece(folder: Path) -> Tokenizer:
+    processor = _processor(folder / "tokenizer.model")
     config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
     added = _added_tokens(folder, config)
     size = processor.get_piece_size()

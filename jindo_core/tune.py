@@ -201,7 +201,7 @@ def timer(call: Callable[[int], object], device: torch.device, *, graph: bool = 
         return lambda turn: elapsed(functools.partial(call, turn), device)
     torch.cuda.synchronize(device)
     captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
+    with torch.cuda.device(device), torch.cuda.graph(captured):  # a graph, as an event, is of the current device
         for turn in range(GRAPHED_CALLS):
             call(turn)
     captured.replay()
@@ -214,12 +214,13 @@ def elapsed(call: Callable[[], object], device: torch.device) -> float:
         started = time.perf_counter()
         call()
         return time.perf_counter() - started
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(1_000_000)  # the launches queue up behind it: the kernels' time is meant, not Python's
-    first.record()
-    call()
-    last.record()
-    last.synchronize()
+    with torch.cuda.device(device):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(1_000_000)  # the launches queue up behind it: the kernels' time is meant, not Python's
+        first.record()
+        call()
+        last.record()
+        last.synchronize()
     return first.elapsed_time(last) / 1e3
 
 

@@ -106,6 +106,8 @@ def _row(path: Path, key: str, row: object) -> Crossover:
         raise CrossoverError(f"{path}: got the row {key!r}, expected cpu, cuda or cuda-8.0: delete the row or the file")
     if not isinstance(row, dict) or LIMITS[0] not in row:
         raise CrossoverError(f"{path}: {key} has no {LIMITS[0]}: delete the row, or the file")
+    if key != "cpu" and LIMITS[1] not in row:  # as an earlier version wrote it
+        raise CrossoverError(f"{path}: {key} has no {LIMITS[1]}: delete the file and run jindo-core tune again")
     for name in LIMITS:
         value = row.get(name, 0)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -122,11 +122,11 @@ class DecodeStep:
         Returns:
             fp32 [B, V], overwritten by the next call.
         Raises:
-            RuntimeError: the cache is full, or torch's number of threads has changed.
+            ValueError: the cache is full. RuntimeError: torch's number of threads has changed.
         """
         step, x = self._step, x.float().contiguous().clone()
         if length >= step.capacity:
-            raise RuntimeError(f"the cache holds {step.capacity} tokens, {length + 1} are needed: make it larger")
+            raise ValueError(f"the cache holds {step.capacity} tokens, {length + 1} are needed: make it larger")
         step.length, step.x, step.cos, step.sin = length, address(x), address(cos), address(sin)
         if torch.get_num_threads() != self._threads or not self._run(step):
             raise RuntimeError(f"a decoding step was prepared for {self._threads} threads: prepare another")

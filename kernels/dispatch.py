@@ -1,8 +1,8 @@
 """The only place that chooses which implementation of an operator runs.
 
-The choice depends on the device, its compute capability and the number of rows (crossovers.py); `override` forces
-one for tests and benchmarks. Triton is imported only when a kernel of it was chosen, so that everything imports and
-runs without Triton and without a GPU.
+The choice depends on the device, its compute capability, the number of rows (crossovers.py) and the width of the
+result; `override` forces one for tests and benchmarks. Triton is imported only when a kernel of it was chosen, so
+that everything imports and runs without Triton and without a GPU.
 """
 
 from __future__ import annotations
@@ -165,12 +165,17 @@ def implementation(
 
 
 def recorded(x: Tensor) -> bool:
-    """Whether something other than autograd follows the call: torch.compile, export, a subclass of Tensor.
+    """Whether something other than autograd follows the call: torch.compile, export, a subclass of Tensor, a dispatch
+    mode. (The transforms of torch.func take neither road.)
 
     Then it goes through the operator registered in torch.ops. Else straight to an autograd.Function: the registered
     operator's own cost in Python is several times a small kernel's time (docs/log.md).
     """
-    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 @functools.cache

@@ -59,15 +59,23 @@ def linear_cross_entropy(
     Returns:
         fp32 scalar (fp64 for fp64 input); NaN when no label counts, as torch's cross_entropy.
     Raises:
-        ValueError: shapes that do not fit together, or a label smoothing outside [0, 1].
+        ValueError: shapes, dtypes or devices that do not fit together, or a label smoothing outside [0, 1].
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"linear_cross_entropy got hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}, "
             "expected [M, H] and [V, H]"
         )
-    if labels.shape != hidden.shape[:1]:
-        raise ValueError(f"linear_cross_entropy got labels {tuple(labels.shape)}, expected [{hidden.shape[0]}]")
+    if weight.dtype != hidden.dtype or weight.device != hidden.device:
+        raise ValueError(
+            f"linear_cross_entropy got a weight in {weight.dtype} on {weight.device}, expected hidden's "
+            f"{hidden.dtype} on {hidden.device}"
+        )
+    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"linear_cross_entropy got {labels.dtype} labels {tuple(labels.shape)}, expected [{hidden.shape[0]}] "
+            "in torch.int64"
+        )
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"linear_cross_entropy got label_smoothing {label_smoothing}, expected 0 <= e <= 1")
     grad = torch.is_grad_enabled()
@@ -174,10 +182,14 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 def _backward(ctx, dtotal: Tensor, _dh: Tensor, _dw: Tensor):  # type: ignore[no-untyped-def]
     dhidden, dweight = ctx.saved_tensors
     gave_hidden, gave_weight = ctx.given
-    scale = dtotal.to(dhidden.dtype)
+
+    def scaled(gradient: Tensor) -> Tensor:
+        """The product in fp32: a dtotal rounded to 16 bits first would put its error into every element."""
+        return torch.mul(gradient, dtotal.view(1, 1), out=torch.empty_like(gradient))
+
     return (
-        dhidden * scale if gave_hidden else None,
-        dweight * scale if gave_weight else None,
+        scaled(dhidden) if gave_hidden else None,
+        scaled(dweight) if gave_weight else None,
         None, None, None, None, None,
     )  # fmt: skip
 

@@ -216,6 +216,13 @@ def splits_of(out_features: int, in_features: int, tile: Tiles) -> tuple[int, in
     return triton.cdiv(steps, each), each * tile.k
 
 
+def _tile(x: Tensor, paired: bool) -> Tiles:
+    """Of the rows of x; fewer where registers are short."""
+    turing = x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0)
+    tiles = NARROW_TILES if turing or x.dtype == torch.float32 else PAIRED_TILES
+    return tiles[len(x)] if paired else UNPAIRED_TILES
+
+
 def gemv(
     x: Tensor,
     packed: Tensor,
@@ -244,9 +251,7 @@ def gemv(
     rank = 0 if lora_A is None else lora_A.shape[0]
     x = x.contiguous()
     paired = is_paired(in_features, block_size)
-    turing = x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0)
-    tiles = NARROW_TILES if turing or x.dtype == torch.float32 else PAIRED_TILES
-    tile = tiles[rows] if paired else UNPAIRED_TILES
+    tile = _tile(x, paired)
     (*weight, _, absmax_map), nested = weight_arguments(packed, absmax, nested_absmax, offset)
     splits, split_k = splits_of(out_features, in_features, tile)
     if down is None:

@@ -14,6 +14,7 @@ Shapes: M rows (any leading dimensions, flattened), K = in_features, N = out_fea
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -299,7 +300,13 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = min(layer.out_features for layer in layers)
     run = dispatch.implementation("lora_matmul", x, rows=x.numel() // x.shape[-1], width=width)
-    return run(x, layers, block_size, dropout, seed, keep_weight)
+    with _as_given(x.device.type):
+        return run(x, layers, block_size, dropout, seed, keep_weight)
+
+
+def _as_given(kind: str) -> contextlib.AbstractContextManager[None]:
+    """No autocast: the products are in x's dtype, and autocast would give another one to results already allocated."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 class _LoraMatmul(torch.autograd.Function):
@@ -324,9 +331,10 @@ class _LoraMatmul(torch.autograd.Function):
             "lora_matmul_backward", dy, rows=dy.numel() // dy.shape[-1], width=in_features
         )  # fmt: skip
         need_dx = ctx.needs_input_grad[0]
-        dx, grads_a, grads_b = run(
-            dy.contiguous(), x, layers, in_features, block_size, down, kept, dropout, seed, need_dx
-        )  # fmt: skip
+        with _as_given(dy.device.type):
+            dx, grads_a, grads_b = run(
+                dy.contiguous(), x, layers, in_features, block_size, down, kept, dropout, seed, need_dx
+            )  # fmt: skip
         trained = [g for pair in zip(grads_a, grads_b, strict=True) for g in pair] or [None] * len(adapters)
         return (dx if need_dx else None, None, None, None, None, None, *trained)
 

@@ -73,8 +73,6 @@ def mask(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
         return mask_reference(x, dropout, seed)
     x = x.contiguous()
     out = torch.empty_like(x)
-    drop = native.function("jindo_drop", POINTER, POINTER, FLOAT, LONG, INT, INT, INT, POINTER)
-    drop(
-        address(x), None, 1.0, x.numel(), int(seed), drop_threshold(dropout), TYPES[x.dtype], address(out)
-    )  # fmt: skip
+    drop = native.function("jindo_drop", POINTER, LONG, INT, INT, INT, POINTER)
+    drop(address(x), x.numel(), int(seed), drop_threshold(dropout), TYPES[x.dtype], address(out))
     return out

@@ -212,7 +212,7 @@ def drop_kernel(
     GOLDEN: tl.constexpr, MIX_1: tl.constexpr, MIX_2: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """x * factor where kept, else 0."""
-    index = tl.program_id(0) * TILE + tl.arange(0, TILE)[None, :]
+    index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[None, :]
     x = tl.load(x_ptr + index, mask=index < count, other=0.0)
     kept = keep(tl.zeros((1, 1), tl.int32), index, 0, seed_ptr, threshold, GOLDEN, MIX_1, MIX_2)
     dropped = tl.where(kept, x.to(tl.float32) * factor, 0.0)
@@ -286,7 +286,7 @@ def forward(
         rank, out_features = layer.rank, layer.out_features
         b = flat if layer.lora_B is None else layer.lora_B.contiguous()
         mine = down[:, r : r + rank]
-        if layer.lora_A is not None:
+        if layer.rank and layer.lora_A is not None:
             down_product(flat, layer.lora_A, dropout, seed, mine)
         weight, nested = weight_arguments(layer.packed, layer.absmax, layer.nested_absmax, layer.offset)
         launch(
@@ -329,7 +329,7 @@ def backward(
     for layer in layers:
         part = flat[:, first : first + layer.out_features].contiguous()
         through_b = None
-        if layer.lora_A is not None and layer.lora_B is not None:
+        if layer.rank and layer.lora_A is not None and layer.lora_B is not None:
             through_b = part @ layer.lora_B.to(dy.dtype)
             if seen is not None and down is not None:
                 mine = down[:, r : r + layer.rank]

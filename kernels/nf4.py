@@ -163,9 +163,12 @@ def nf4_dequantize(
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"nf4_dequantize got dtype {dtype}, expected a floating one")
     check_layout(packed, absmax, nested_absmax, offset, shape, block_size)
-    if out is not None and (out.shape != torch.Size(shape) or out.dtype != dtype or not out.is_contiguous()):
+    if out is not None and (
+        out.shape != torch.Size(shape) or out.dtype != dtype or not out.is_contiguous() or out.device != packed.device
+    ):
         raise ValueError(
-            f"nf4_dequantize got out {out.dtype} {tuple(out.shape)}, expected {dtype} {tuple(shape)}, contiguous"
+            f"nf4_dequantize got out {out.dtype} {tuple(out.shape)} on {out.device}, "
+            f"expected {dtype} {tuple(shape)}, contiguous, on {packed.device}"
         )
     if not dispatch.recorded(packed):
         filled = torch.empty(shape, dtype=dtype, device=packed.device) if out is None else out
@@ -207,10 +210,18 @@ def check_layout(
                 f"nested_absmax is {nested_absmax.dtype} with {nested_absmax.numel()} values, "
                 f"expected fp32 with {-(-blocks // NESTED_BLOCK)}"
             )
+        if offset.dtype != torch.float32 or offset.numel() != 1:
+            raise ValueError(f"offset is {offset.dtype} with {offset.numel()} values, expected fp32 with one")
     elif absmax.dtype != torch.float32:
         raise TypeError(f"absmax is {absmax.dtype}, expected fp32, or uint8 when double-quantized")
     elif nested_absmax is not None:
         raise ValueError("nested_absmax came with an fp32 absmax: expected a uint8 one")
+    for name, part in (("packed", packed), ("absmax", absmax), ("nested_absmax", nested_absmax), ("offset", offset)):
+        # The kernels read the parts by their addresses.
+        if part is not None and (not part.is_contiguous() or part.device != packed.device):
+            raise ValueError(
+                f"{name} has strides {part.stride()} on {part.device}, expected contiguous on {packed.device}"
+            )
 
 
 # --- reference ------------------------------------------------------------------------------------------

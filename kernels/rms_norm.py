@@ -22,10 +22,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x: [..., C], bf16, fp16, fp32 or fp64. weight: [C], the same dtype.
         eps: added to the mean of squares.
     Raises:
-        ValueError: weight does not fit the last dimension of x.
+        ValueError: weight does not fit x: its last dimension, dtype or device.
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm got weight {tuple(weight.shape)} for x {tuple(x.shape)}, expected [{x.shape[-1]}]")
+    if weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(
+            f"rms_norm got weight in {weight.dtype} on {weight.device}, expected x's {x.dtype} on {x.device}"
+        )
     if dispatch.recorded(x):
         return torch.ops.jindo.rms_norm(x, weight, eps)[0]
     return _RMSNorm.apply(x, weight, eps)

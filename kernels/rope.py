@@ -23,13 +23,20 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     Returns:
         The turned q and k, contiguous.
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes, dtypes or devices that do not fit together.
     """
     b, t, _, d = q.shape
     if k.shape[:2] != (b, t) or k.shape[3] != d or d % 2:
         raise ValueError(f"rope got q {tuple(q.shape)} and k {tuple(k.shape)}, expected [B, T, heads, D], D even")
     if cos.shape != sin.shape or cos.shape[0] not in (1, b) or cos.shape[1:] != (t, d // 2):
         raise ValueError(f"rope got cos {tuple(cos.shape)} for q {tuple(q.shape)}, expected [{b} or 1, {t}, {d // 2}]")
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if k.dtype != q.dtype or cos.dtype != wide or sin.dtype != wide:
+        raise ValueError(
+            f"rope got q {q.dtype}, k {k.dtype}, cos {cos.dtype}, sin {sin.dtype}, expected k as q, cos and sin {wide}"
+        )
+    if len({t.device for t in (q, k, cos, sin)}) > 1:
+        raise ValueError(f"rope got q on {q.device}, k on {k.device}, cos on {cos.device}: expected one device")
     if dispatch.recorded(q):
         turned_q, turned_k = torch.ops.jindo.rope(q, k, cos, sin, False)
         return turned_q, turned_k

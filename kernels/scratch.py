@@ -29,8 +29,3 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
         del held  # the old one goes before the new one comes
         held = buffers[key] = torch.empty(count, dtype=torch.uint8, device=device)
     return held[:count].view(dtype).view(shape)
-
-
-def release() -> None:
-    """Give this thread's buffers back."""
-    _kept.__dict__.pop("buffers", None)

@@ -107,6 +107,7 @@ def test_the_table_and_the_plots(bench, case, ceilings, tmp_path, capsys):
     assert row["share"] == 0.5
     older = tmp_path / "zzz-2025-01-01-000000.json"
     older.write_text("{}")
+    (tmp_path / "gates.json").write_text("{}")
     path = report.write(tmp_path, report.facts(CPU) | {"ceilings": {}, "rows": [row]})
     assert json.loads(path.read_text())["measured"] is True
     assert report.newest(tmp_path) == path

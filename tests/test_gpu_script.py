@@ -135,7 +135,8 @@ def test_unfinished_correctness_is_not_correct(gpu):
     assert gpu.gather({"correctness": [done]})["correct"]
     assert not gpu.gather({"correctness": [done, {"piece": "rope", "late": True}]})["correct"]
     assert not gpu.gather({"correctness": [done, {"piece": "rope", "error": "x"}]})["correct"]
-    assert not gpu.gather({"correctness": []})["correct"]
+    assert gpu.gather({"correctness": []})["correct"] is False
+    assert gpu.gather({"operators": []})["correct"] is None, "it was not asked for"
 
 
 def test_the_sections_end_within_eight_minutes(gpu):

@@ -1,5 +1,5 @@
 /* What lies between the matrix products, in one pass each: RMSNorm, SwiGLU, RoPE, dropout, softmax cross entropy.
- * Contracts: ../rms_norm.py, ../swiglu.py, ../rope.py, ../lora_matmul.py, ../linear_cross_entropy.py.
+ * Contracts: ../rms_norm.py, ../swiglu.py, ../rope.py, ../dropout.py, ../linear_cross_entropy.py.
  * fp32 inside, one rounding at the end. */
 #include "common.h"
 #include "exp.h"
@@ -208,7 +208,7 @@ EXPORT void jindo_rope(
 
 /* --- dropout ------------------------------------------------------------------------------------------ */
 
-/* The counter-based mask of ../lora_matmul.py, element by element. */
+/* The counter-based mask of ../dropout.py, element by element. */
 static inline int keep(uint32_t i, uint32_t seed, int32_t threshold)
 {
     uint32_t h = i * 0x9E3779B1u + seed;
@@ -217,19 +217,19 @@ static inline int keep(uint32_t i, uint32_t seed, int32_t threshold)
     return (int32_t)h >= threshold;
 }
 
-/* add null: out = kept ? x : 0. Else out = add + factor * (kept ? x : 0), each product and sum in fp32. */
+/* out = kept ? x : 0 */
 #define DROP_RANGE \
-    for (int64_t i = from; i < to; i++) { \
-        float v = keep((uint32_t)i, seed, threshold) ? load_as_float(x, i, type) : 0; \
-        store_float(out, i, type, add ? load_as_float(add, i, type) + factor * v : v); \
-    }
+    for (int64_t i = from; i < to; i++) \
+        store_float(out, i, type, keep((uint32_t)i, seed, threshold) ? load_as_float(x, i, type) : 0);
 
-static void drop_range(const void *x, const void *add, float factor, int64_t from, int64_t to, uint32_t seed,
-                       int32_t threshold, int type, void *out) { DROP_RANGE }
+static void drop_range(const void *x, int64_t from, int64_t to, uint32_t seed, int32_t threshold, int type, void *out)
+{
+    DROP_RANGE
+}
 
 #ifdef JINDO_X86
-AVX512 static void drop_range_avx512(const void *x, const void *add, float factor, int64_t from, int64_t to,
-                                     uint32_t seed, int32_t threshold, int type, void *out)
+AVX512 static void drop_range_avx512(const void *x, int64_t from, int64_t to, uint32_t seed, int32_t threshold,
+                                     int type, void *out)
 {
     const __m512i step = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     for (; from + 16 <= to; from += 16) {
@@ -238,25 +238,23 @@ AVX512 static void drop_range_avx512(const void *x, const void *add, float facto
         h = _mm512_mullo_epi32(_mm512_xor_si512(h, _mm512_srli_epi32(h, 16)), _mm512_set1_epi32((int32_t)0x85EBCA6Bu));
         h = _mm512_mullo_epi32(_mm512_xor_si512(h, _mm512_srli_epi32(h, 13)), _mm512_set1_epi32((int32_t)0xC2B2AE35u));
         __mmask16 kept = _mm512_cmpge_epi32_mask(h, _mm512_set1_epi32(threshold));
-        __m512 v = _mm512_maskz_mov_ps(kept, load16(x, from, type));
-        if (add) v = _mm512_add_ps(load16(add, from, type), _mm512_mul_ps(_mm512_set1_ps(factor), v));
-        store16(out, from, type, v);
+        store16(out, from, type, _mm512_maskz_mov_ps(kept, load16(x, from, type)));
     }
     DROP_RANGE
 }
 #endif
 
 EXPORT void jindo_drop(
-    const void *x, const void *add, float factor, int64_t count, int32_t seed, int32_t threshold, int type, void *out)
+    const void *x, int64_t count, int32_t seed, int32_t threshold, int type, void *out)
 {
-    void (*run)(const void *, const void *, float, int64_t, int64_t, uint32_t, int32_t, int, void *) = drop_range;
+    void (*run)(const void *, int64_t, int64_t, uint32_t, int32_t, int, void *) = drop_range;
 #ifdef JINDO_X86
     if (WIDE) run = drop_range_avx512;
 #endif
     const int64_t step = 16384;
 #pragma omp parallel for schedule(static) if (count > step)
     for (int64_t from = 0; from < count; from += step)
-        run(x, add, factor, from, from + step < count ? from + step : count, (uint32_t)seed, threshold, type, out);
+        run(x, from, from + step < count ? from + step : count, (uint32_t)seed, threshold, type, out);
 }
 
 /* --- softmax cross entropy of rows of logits ----------------------------------------------------------- */

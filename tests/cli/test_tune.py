@@ -78,7 +78,7 @@ def test_shapes_are_averaged_geometrically():
 
 
 def test_rows_of_other_devices_stay(seconds, own_cache):
-    (own_cache / "crossovers.json").write_text('{"cuda-8.6": {"gemv_max_rows": 3, "measured": true}}')
+    (own_cache / "crossovers.json").write_text('{"cuda-8.6": {"gemv_max_rows": 3, "fused_max_rows": 8, "measured": true}}')
     seconds(lambda name, rows: 1.0)
     found = tune.tune("cpu")
     assert found.crossover == crossovers.Crossover(0, measured=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
-from jindo_core.decoding import Decoder, FixedStep, _capturable
+from jindo_core.decoding import Decoder, FixedStep, GraphedStep, _capturable
 from jindo_core.kernels import native
 from jindo_core.lora import attach_lora
 from jindo_core.model import KVCache, LlamaConfig, LlamaForCausalLM
@@ -93,17 +95,6 @@ def test_head_size_and_widths_that_are_no_multiples_of_a_register():
             assert (prepared - plain).abs().max() <= allowed * plain.abs().max()
 
 
-def test_a_full_cache_is_an_error():
-    model = make_model(torch.float32)
-    cache = KVCache(CONFIG, 1, 3, torch.float32, torch.device("cpu"))
-    with torch.no_grad():
-        model.model(torch.tensor([[1, 2]]), cache=cache)
-        decoder = Decoder(model, cache)
-        decoder(torch.tensor([3]))
-        with pytest.raises(RuntimeError, match="holds 3 tokens, 4 are needed"):
-            decoder(torch.tensor([4]))
-
-
 def test_another_number_of_threads_is_an_error():
     model = make_model(torch.float32)
     cache = KVCache(CONFIG, 1, 8, torch.float32, torch.device("cpu"))
@@ -164,3 +155,60 @@ def test_the_step_that_a_gpu_captures_gives_the_model_s_logits(batch, size):
 
 def test_only_a_model_on_a_gpu_is_captured():
     assert not _capturable(make_model(torch.float32))
+
+
+@pytest.fixture
+def graphs_on_the_cpu(monkeypatch):
+    """CUDA graphs whose replay runs the step again into the same logits; what was captured is listed."""
+    captured = []
+
+    class Graph:
+        def replay(self):
+            self.owner._logits.copy_(self.owner._step.run())
+
+    real = GraphedStep._capture
+
+    def capture(self, tokens):
+        real(self, tokens)
+        self._captured.owner = self
+        captured.append(self._size)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(GraphedStep, "_capture", capture)
+    monkeypatch.setattr(GraphedStep, "WINDOW", 8)
+    return captured
+
+
+def test_a_graph_is_captured_for_each_window(graphs_on_the_cpu):
+    model = make_model(torch.float32, rank=4)
+    caches = [KVCache(model.config, 2, 20, torch.float32, torch.device("cpu")) for _ in range(2)]
+    for cache in caches:  # as fresh memory may be
+        cache.keys.fill_(float("nan"))
+        cache.values.fill_(float("nan"))
+    ids = torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for cache in caches:
+            model.model(ids[:, :5], cache=cache)
+        step = GraphedStep(model, caches[0])
+        for _ in range(2):
+            caches[0].length = caches[1].length = 5
+            for i in range(5, 20):
+                wanted = model.lm_head(model.model(ids[:, i : i + 1], cache=caches[1])[:, -1])
+                torch.testing.assert_close(step(ids[:, i]), wanted, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="the cache holds 20 tokens, 21 are needed"):
+            step(ids[:, 0])
+    assert graphs_on_the_cpu == [8, 16, 20], "set back, the widest window serves on"
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_full_cache_is_refused_alike(prepared):
+    model = make_model(torch.float32) if prepared else LlamaForCausalLM(CONFIG).eval()
+    cache = KVCache(CONFIG, 1, 2, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        model.model(torch.tensor([[1, 2]]), cache=cache)
+        decoder = Decoder(model, cache)
+        assert (decoder._step is not None) == prepared
+        with pytest.raises(ValueError, match="the cache holds 2 tokens, 3 are needed"):
+            decoder(torch.tensor([3]))

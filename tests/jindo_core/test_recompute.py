@@ -87,3 +87,36 @@ def test_autocast_is_as_it_was():
         results.append(torch.autograd.grad(y.float().sum(), [x, *layer.parameters()]))
     for plain, again in zip(*results, strict=True):
         assert torch.equal(plain, again)
+
+
+def test_no_autocast_is_as_it_was():
+    """backward inside an autocast that forward did not run under"""
+    layer = nn.Linear(8, 8)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    results = []
+    for y in (layer(x), recomputed(layer, x, tuple(layer.parameters()))):
+        loss = y.square().sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(torch.autograd.grad(loss, [x, *layer.parameters()]))
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_a_failure_leaves_the_random_generator_alone():
+    calls = []
+
+    def once(x):
+        calls.append(x)
+        if len(calls) > 1:
+            torch.rand(3)
+            raise RuntimeError("second time")
+        return x * 2
+
+    y = recomputed(once, torch.ones(2, requires_grad=True), ()).sum()
+    before = torch.get_rng_state()
+    torch.rand(5)
+    after = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward()
+    assert torch.equal(torch.get_rng_state(), after)
+    assert not torch.equal(before, after)

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jindo_core.kernels import crossovers, dispatch, nf4
+from jindo_core.kernels.swiglu import swiglu
 
 CUDA = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
 CPU = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16)
@@ -75,10 +77,14 @@ def test_few_rows_are_fused_up_to_the_crossover(operator, capability, limit, gpu
 @pytest.mark.parametrize("operator", FUSED)
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
 def test_no_dot_of_triton_before_sm_80(operator, capability, gpu, own_table):
-    own_table.write_text('{"cuda-7.5": {"gemv_max_rows": 4, "fused_max_rows": 64}}')
+    row = {"gemv_max_rows": 4, "fused_max_rows": 64}
+    own_table.write_text(json.dumps({"cuda-7.0": row, "cuda-7.5": row, "cuda-8.0": row}))
+    gpu(8, 0)
+    assert dispatch.choose(operator, CUDA, rows=16, width=6400) == "triton", "else the test could not fail"
     gpu(*capability)
     for rows in (1, 2, 4, 16, 64, 4096):
-        assert dispatch.choose(operator, CUDA, rows=rows) in ("gemv" if rows <= 4 else "reference", "reference")
+        chosen = dispatch.choose(operator, CUDA, rows=rows, width=6400)
+        assert chosen == ("gemv" if rows <= 4 and operator == "lora_matmul" else "reference")
 
 
 def test_the_gemv_of_triton_runs_up_to_its_crossover(gpu):
@@ -202,3 +208,23 @@ assert not any(name.startswith("jindo_core.kernels.") and name.endswith("_triton
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/", check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_user_s_table_of_an_earlier_version_is_refused(gpu, own_table):
+    own_table.write_text(json.dumps({"cuda-8.0": {"gemv_max_rows": 4, "fused_dx_max_rows": 3}}))
+    gpu(8, 0)
+    with pytest.raises(crossovers.CrossoverError, match="no fused_max_rows: delete the file and run jindo-core tune"):
+        dispatch.choose("lora_matmul", CUDA, rows=1)
+
+
+def test_a_dispatch_mode_sees_the_operators():
+    seen = []
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Listener():
+        swiglu(torch.ones(2, 8), torch.ones(2, 8))
+    assert "jindo.swiglu.default" in seen

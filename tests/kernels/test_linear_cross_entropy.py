@@ -210,3 +210,25 @@ def test_refuses(hidden, weight, labels, message):
 def test_refuses_a_label_smoothing_outside_0_to_1(smoothing):
     with pytest.raises(ValueError, match="expected 0 <= e <= 1"):
         linear_cross_entropy(*make_case(4, 8, 10, torch.float32), label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.zeros(4, dtype=torch.int32)}, "torch.int32 labels"),
+        ({"weight": torch.zeros(10, 8, dtype=torch.bfloat16)}, "weight in torch.bfloat16"),
+        ({"weight": torch.zeros(10, 8, device="meta")}, "on meta"),
+    ],
+)
+def test_refuses_what_the_kernels_would_misread(change, message):
+    good = {"hidden": torch.zeros(4, 8), "weight": torch.zeros(10, 8), "labels": torch.zeros(4, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**(good | change))
+
+
+def test_the_upstream_gradient_is_not_rounded():
+    """1/3 in bf16 is 0.2% off; so would be every element."""
+    hidden, weight, labels = make_case(64, 32, 50, torch.bfloat16, ignored=0)
+    once = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, count=1.0), hidden)[0].double()
+    third = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, count=3.0), hidden)[0].double()
+    assert abs((third.abs().sum() * 3 / once.abs().sum()).item() - 1) < 5e-4

@@ -284,3 +284,16 @@ def test_refuses(change, message):
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         lora_matmul(**(good | change))
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_autocast_changes_nothing_inside(rows):
+    """x decides the products' dtype; the modules cast it."""
+    x, parts, a, b = make_case((rows,), 64, 32, 4, torch.float32)
+    results = []
+    for on in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            y = lora_matmul(x, *parts, 32, a, b, scale=2.0)
+            results.append([y, *torch.autograd.grad(y.square().sum(), (x, a, b))])
+    for plain, autocast in zip(*results, strict=True):
+        assert torch.equal(plain, autocast)

@@ -321,3 +321,21 @@ def test_a_filled_buffer_is_known_to_autograd():
     nf4.nf4_dequantize(packed, absmax, None, None, (4, 64), dtype=torch.float32, out=out)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offset": torch.zeros(1, dtype=torch.float64)}, "offset is torch.float64"),
+        ({"offset": torch.zeros(2)}, "offset is torch.float32 with 2 values"),
+        ({"absmax": torch.zeros(1, dtype=torch.uint8).expand(256)}, "absmax has strides"),
+        ({"nested_absmax": torch.zeros(1, device="meta")}, "on meta, expected contiguous on cpu"),
+        ({"out": torch.zeros(256, 64, device="meta")}, "on meta, expected"),
+    ],
+)
+def test_dequantize_refuses_what_the_kernels_would_misread(change, message):
+    packed, absmax = nf4.nf4_quantize(torch.ones(256, 64))
+    quantized, nested, offset = nf4.nf4_quantize_absmax(absmax)
+    good = {"packed": packed, "absmax": quantized, "nested_absmax": nested, "offset": offset}
+    with pytest.raises(ValueError, match=message):
+        nf4.nf4_dequantize(**(good | change), shape=(256, 64), dtype=torch.float32)

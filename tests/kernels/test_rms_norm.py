@@ -94,3 +94,9 @@ def test_compiles_into_one_graph():
 def test_refuses(weight):
     with pytest.raises(ValueError, match=r"expected \[8\]"):
         rms_norm(torch.zeros(4, 8), torch.zeros(weight), EPS)
+
+
+@pytest.mark.parametrize("other", [{"dtype": torch.bfloat16}, {"device": "meta"}])
+def test_refuses_a_weight_of_another_kind(other):
+    with pytest.raises(ValueError, match=r"expected x's torch.float32 on cpu"):
+        rms_norm(torch.zeros(4, 8), torch.zeros(8, **other), EPS)

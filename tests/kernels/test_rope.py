@@ -107,3 +107,12 @@ def test_compiles_into_one_graph():
 def test_refuses(q, k, angle, message):
     with pytest.raises(ValueError, match=message):
         rope(torch.zeros(q), torch.zeros(k), torch.zeros(angle), torch.zeros(angle))
+
+
+@pytest.mark.parametrize("wrong", ["k", "cos", "sin"])
+@pytest.mark.parametrize("other", [{"dtype": torch.bfloat16}, {"device": "meta"}])
+def test_refuses_other_dtypes_and_devices(wrong, other):
+    shapes = {"q": (1, 2, 2, 8), "k": (1, 2, 1, 8), "cos": (1, 2, 4), "sin": (1, 2, 4)}
+    given = {name: torch.zeros(shape, **(other if name == wrong else {})) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=r"expected k as q|expected one device"):
+        rope(**given)
