@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jindo_core.loader import load_model
     from jindo_core.lora import LoraLinear, attach_lora
     from jindo_core.nf4 import NF4Linear, NF4Weight, quantize_nf4
+    from jindo_core.paged_adamw import PagedAdamW
     from jindo_core.tokenizer import load_tokenizer
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "LoraLinear",
     "NF4Linear",
     "NF4Weight",
+    "PagedAdamW",
     "TrainingError",
     "attach_lora",
     "generate",
@@ -47,6 +49,7 @@ _HOME = {
     "LoraLinear": "lora",
     "NF4Linear": "nf4",
     "NF4Weight": "nf4",
+    "PagedAdamW": "paged_adamw",
     "TrainingError": "errors",
     "attach_lora": "lora",
     "generate": "generation",

@@ -250,7 +250,9 @@ class TrainConfig:
     warmup_steps: int = _setting(100, _RUN, "warmup, at most a tenth of the run", at_least=0)
     weight_decay: float = _setting(0.0, _RUN, "AdamW's weight decay", at_least=0)
     max_grad_norm: float = _setting(1.0, _RUN, "clip the gradient's norm (0: off)", at_least=0)
-    optim: Literal["adamw_torch"] = _setting("adamw_torch", _RUN, "the optimizer")
+    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch"] = _setting(
+        "paged_adamw_32bit", _RUN, "AdamW: paged (fp32 or 8-bit moments), or torch's", metavar="NAME"
+    )
     seed: int = _setting(42, _RUN, "of split, order and LoRA", at_least=0, at_most=_SEED_LIMIT)
 
     cutoff_len: int = _setting(256, _DATA, "longest row in tokens", at_least=2)

@@ -1,7 +1,4 @@
-"""Optimizers by name, and learning-rate schedules.
-
-`adamw_torch` is the only optimizer yet; the paged ones take their place beside it in `build_optimizer`.
-"""
+"""Optimizers by name, and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -12,17 +9,33 @@ import torch
 from torch import nn
 
 from jindo_core.errors import InputError, nearest
+from jindo_core.paged_adamw import PagedAdamW
 
-OPTIMIZERS = ("adamw_torch",)
+OPTIMIZERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch")
 SCHEDULES = ("linear", "cosine", "constant")
 
 
 def build_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    *,
+    lr: float,
+    weight_decay: float,
+    resident_bytes: int | str = "auto",
+    store: str = "host",
 ) -> torch.optim.Optimizer:
-    """The optimizer called `name` (one of `OPTIMIZERS`), with betas (0.9, 0.999) and eps 1e-8."""
+    """The optimizer called `name` (one of `OPTIMIZERS`), with betas (0.9, 0.999) and eps 1e-8.
+
+    Args:
+        resident_bytes, store: of the paged ones, as in `PagedAdamW`.
+    """
     if name not in OPTIMIZERS:
-        raise InputError(f"optim is {name!r}, expected {' or '.join(OPTIMIZERS)}.{nearest(name, OPTIMIZERS)}")
+        raise InputError(f"optim is {name!r}, expected one of {', '.join(OPTIMIZERS)}.{nearest(name, OPTIMIZERS)}")
+    if name != "adamw_torch":
+        return PagedAdamW(
+            list(parameters), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay,
+            state_bits=8 if name == "paged_adamw_8bit" else 32, resident_bytes=resident_bytes, store=store,
+        )  # fmt: skip
     return torch.optim.AdamW(list(parameters), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
 
 

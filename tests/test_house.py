@@ -17,14 +17,15 @@ ENGINE_ROWS = [
     {"errors"},
     {"config"},
     {"nf4"},
-    {"lora", "recompute"},
-    {"model"},
+    {"lora", "recompute", "pages"},
+    {"pager"},
+    {"model", "paged_adamw"},
     {"embedded", "hub", "checkpoint", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation"},
     {"evaluate", "progress", "tune", "doctor"},
     {"train"},
 ]
-NEVER_THE_MODEL = {"data", "optim", "tokenizer", "config", "errors"}
+NEVER_THE_MODEL = {"data", "optim", "paged_adamw", "pager", "pages", "tokenizer", "config", "errors"}
 
 
 def modules(root, part):

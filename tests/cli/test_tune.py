@@ -78,7 +78,8 @@ def test_shapes_are_averaged_geometrically():
 
 
 def test_rows_of_other_devices_stay(seconds, own_cache):
-    (own_cache / "crossovers.json").write_text('{"cuda-8.6": {"gemv_max_rows": 3, "fused_max_rows": 8, "measured": true}}')
+    row = '{"gemv_max_rows": 3, "fused_max_rows": 8, "measured": true}'
+    (own_cache / "crossovers.json").write_text(f'{{"cuda-8.6": {row}}}')
     seconds(lambda name, rows: 1.0)
     found = tune.tune("cpu")
     assert found.crossover == crossovers.Crossover(0, measured=True)

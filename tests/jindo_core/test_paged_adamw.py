@@ -1,0 +1,349 @@
+"""PagedAdamW: torch.optim.AdamW and bitsandbytes' AdamW8bit are the oracles."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+
+import jindo_core
+from jindo_core.errors import InputError
+from jindo_core.kernels import native
+from jindo_core.paged_adamw import WRAPPED, PagedAdamW, capacity
+from jindo_core.pages import PAGE_BYTES
+
+# Small and odd ones, one larger than a page of fp32 moments, and an empty one.
+SHAPES = [(8, 576), (33, 7), (), (3,), (1000, 1003), (192, 8), (0, 4), (64, 64)]
+BUDGETS = {"all": "auto", "half": PAGE_BYTES, "none": 0}
+
+
+def make_params(dtype=torch.float32, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def set_gradients(params, step, *, without=()):
+    generator = torch.Generator().manual_seed(100 + step)
+    for i, param in enumerate(params):
+        gradient = torch.randn(param.shape, generator=generator).to(param.dtype)
+        param.grad = None if i in without else gradient
+
+
+def groups(params):
+    return [
+        {"params": params[:3], "lr": 3e-3, "weight_decay": 0.1},
+        {"params": params[3:], "betas": (0.8, 0.99)},
+    ]
+
+
+def run(optimizer, params, steps, first=1, **more):
+    for step in range(first, first + steps):
+        for i, group in enumerate(optimizer.param_groups):
+            group["lr"] = 1e-2 / step * (i + 1)
+        set_gradients(params, step, **more)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("store", ["host", "file"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_trajectory_is_torch_s_bit_for_bit(budget, store, dtype, tmp_path):
+    """Groups, a changing lr, clipping, parameters without a gradient; in 16 bits torch computes in fp32 copies."""
+    ours, theirs = make_params(dtype), make_params(torch.float32)
+    if dtype != torch.float32:
+        for param, wide in zip(ours, theirs, strict=True):
+            wide.data = param.detach().float()
+    place = tmp_path if store == "file" else "host"
+    optimizer = PagedAdamW(groups(ours), resident_bytes=BUDGETS[budget], store=place)
+    reference = torch.optim.AdamW(groups(theirs))
+    if dtype == torch.float32:
+        for first in (1, 4):
+            for side, params in ((optimizer, ours), (reference, theirs)):
+                run(side, params, 3, first, without=(1, 4) if first == 4 else ())
+        for param, wanted in zip(ours, theirs, strict=True):
+            assert torch.equal(param, wanted)
+        return
+    set_gradients(ours, 1)
+    for param, wide in zip(ours, theirs, strict=True):
+        wide.grad = param.grad.float()
+    optimizer.step()
+    reference.step()
+    for param, wanted in zip(ours, theirs, strict=True):
+        assert torch.equal(param, wanted.to(dtype))
+
+
+@pytest.mark.parametrize("level", native.LEVELS)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_8_bit_moments_are_bitsandbytes(budget, level):
+    """Its CPU kernel differs from its CUDA one, which ours follows, by less than a code a step."""
+    ours, theirs = make_params(), make_params()
+    with native.level(level):
+        optimizer = PagedAdamW(groups(ours), state_bits=8, resident_bytes=BUDGETS[budget])
+        reference = bnb.optim.AdamW8bit(groups(theirs))
+        run(optimizer, ours, 5)
+        run(reference, theirs, 5)
+    start = make_params()
+    for param, wanted, before in zip(ours, theirs, start, strict=True):
+        if param.numel() == 0:
+            continue
+        moved = (wanted - before).abs().mean()
+        assert (param - wanted).abs().mean() <= 0.02 * moved
+    wide = [state[WRAPPED]["state1"].dtype == torch.float32 for state in optimizer.state_dict()["state"].values()]
+    assert wide == [p.numel() < 4096 for p in ours if p.numel()]
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_the_budget_changes_nothing(bits, tmp_path):
+    results = []
+    for budget, store in [("auto", "host"), (PAGE_BYTES, tmp_path), (0, "host"), (1 << 40, "host")]:
+        params = make_params()
+        optimizer = PagedAdamW(groups(params), state_bits=bits, resident_bytes=budget, store=store)
+        run(optimizer, params, 2)
+        optimizer.evict()
+        run(optimizer, params, 2, 3)
+        optimizer.regrow(2 * PAGE_BYTES)
+        run(optimizer, params, 2, 5)
+        results.append(params)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_small_tensors_share_pages():
+    params = make_params(shapes=[(8, 64)] * 300)
+    optimizer = PagedAdamW(params, resident_bytes=0)
+    set_gradients(params, 1)
+    optimizer.step()
+    assert optimizer.state_bytes == PAGE_BYTES
+    assert (optimizer.counters.pages_in, optimizer.counters.pages_out) == (1, 1)
+    assert optimizer.resident_bytes == 0
+
+
+def test_joined_updates_are_the_same(monkeypatch):
+    """What a GPU does: neighbours in a page in one call."""
+    import jindo_core.paged_adamw as module
+
+    results, calls = [], []
+    real_runs, real_step = module._runs, module._step_flat
+    monkeypatch.setattr(module, "_step_flat", lambda *given: (calls.append(1), real_step(*given)))
+    for joined in (False, True):
+        monkeypatch.setattr(module, "_runs", lambda page, steps, j=joined, **_: real_runs(page, steps, joined=j))
+        params = make_params(shapes=[(8, 64), (32, 8), (5, 5), (16, 16), (16, 32)])
+        for bits in (32, 8):
+            optimizer = PagedAdamW(params, state_bits=bits)
+            run(optimizer, params, 2)
+            run(optimizer, params, 1, 3, without=(1,))
+        results.append((params, len(calls)))
+        calls.clear()
+    assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
+    assert results[1][1] < results[0][1]
+
+
+def torch_reference(steps=3):
+    params = make_params()
+    optimizer = torch.optim.AdamW(groups(params))
+    run(optimizer, params, steps, without=(1,))
+    return params, optimizer
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_torch_s_state_is_loaded_and_gone_on_with(budget):
+    theirs, reference = torch_reference()
+    ours = [nn.Parameter(p.detach().clone()) for p in theirs]
+    optimizer = PagedAdamW(groups(ours), resident_bytes=BUDGETS[budget])
+    optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
+    for side, params in ((optimizer, ours), (reference, theirs)):
+        run(side, params, 2, 4)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_torch_loads_ours(budget):
+    ours, theirs = make_params(), make_params()
+    optimizer = PagedAdamW(groups(ours), resident_bytes=BUDGETS[budget])
+    reference = torch.optim.AdamW(groups(theirs))
+    for side, params in ((optimizer, ours), (reference, theirs)):
+        run(side, params, 3, without=(1,))
+    saved, wanted = optimizer.state_dict(), reference.state_dict()
+    assert set(saved["state"]) == set(wanted["state"]) - {6}, "torch counts the empty tensor"
+    for i, state in saved["state"].items():
+        assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(state[name], wanted["state"][i][name]) for name in state)
+    assert [set(group) for group in saved["param_groups"]] == [set(group) for group in wanted["param_groups"]]
+    fresh = torch.optim.AdamW(groups(ours))
+    fresh.load_state_dict(saved)
+    for side, params in ((fresh, ours), (reference, theirs)):
+        run(side, params, 2, 4)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_8_bit_state_comes_back_bit_for_bit_and_from_bitsandbytes():
+    params = make_params()
+    optimizer = PagedAdamW(groups(params), state_bits=8)
+    run(optimizer, params, 3)
+    saved, twin = optimizer.state_dict(), [nn.Parameter(p.detach().clone()) for p in params]
+    other = PagedAdamW(groups(twin), state_bits=8, resident_bytes=0)
+    other.load_state_dict(saved)
+    for side, own in ((optimizer, params), (other, twin)):
+        run(side, own, 2, 4)
+    assert all(torch.equal(a, b) for a, b in zip(params, twin, strict=True))
+
+    theirs = make_params()
+    reference = bnb.optim.AdamW8bit(groups(theirs))
+    run(reference, theirs, 3)
+    ours = [nn.Parameter(p.detach().clone()) for p in theirs]
+    loaded = PagedAdamW(groups(ours), state_bits=8)
+    loaded.load_state_dict(reference.state_dict())
+    found = loaded.state_dict()["state"]
+    for i, state in reference.state_dict()["state"].items():
+        if i in found:  # the empty tensor is not
+            assert all(torch.equal(found[i][WRAPPED][name], value) for name, value in state[WRAPPED].items())
+
+    twin = [nn.Parameter(p.detach().clone()) for p in ours]
+    back = bnb.optim.AdamW8bit(groups(twin))
+    back.load_state_dict(loaded.state_dict())
+    for side, own in ((back, twin), (reference, theirs)):
+        run(side, own, 2, 4)
+    assert all(torch.equal(a, b) for a, b in zip(twin, theirs, strict=True))
+
+
+def test_moments_of_one_kind_load_into_the_other():
+    _, reference = torch_reference()
+    narrow = PagedAdamW(groups(make_params()), state_bits=8)
+    narrow.load_state_dict(reference.state_dict())
+    wide = PagedAdamW(groups(make_params()))
+    wide.load_state_dict(narrow.state_dict())
+    found, wanted = wide.state_dict()["state"], reference.state_dict()["state"]
+    for i, state in found.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert (state[name] - wanted[i][name]).abs().max() <= 0.04 * wanted[i][name].abs().max()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_step_with_gradients_that_are_not_finite_is_skipped(wrong):
+    params = make_params()
+    optimizer = PagedAdamW(groups(params), resident_bytes=0)
+    run(optimizer, params, 2)
+    before, states = [p.detach().clone() for p in params], optimizer.state_dict()
+    set_gradients(params, 3)
+    params[4].grad.view(-1)[77] = wrong
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+    for i, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(state[name], states["state"][i][name]) for name in state)
+    run(optimizer, params, 1, 3)
+    assert not torch.equal(params[0], before[0])
+
+
+def test_parameters_that_come_later():
+    ours, theirs = make_params(), make_params()
+    for params in (ours, theirs):
+        params[1].requires_grad_(False)
+    sides = (PagedAdamW(ours[:5], resident_bytes=0), ours), (torch.optim.AdamW(theirs[:5]), theirs)
+    for optimizer, params in sides:
+        set_gradients(params[:5], 1, without=(1,))
+        optimizer.step()
+        optimizer.add_param_group({"params": params[5:], "lr": 0.1})
+        params[1].requires_grad_(True)
+        set_gradients(params, 2)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_schedule_and_a_closure():
+    ours, theirs = make_params(), make_params()
+    sides = (PagedAdamW(ours, lr=0.1), ours), (torch.optim.AdamW(theirs, lr=0.1), theirs)
+    for optimizer, params in sides:
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+        for step in range(3):
+
+            def closure(params=params, optimizer=optimizer):
+                optimizer.zero_grad()
+                loss = sum(p.square().sum() for p in params)
+                loss.backward()
+                return loss
+
+            assert optimizer.step(closure) is not None
+            schedule.step()
+            assert step >= 0
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_full_store_is_an_error_before_the_step(tmp_path, monkeypatch):
+    params = make_params()
+    optimizer = PagedAdamW(groups(params), resident_bytes=0, store=tmp_path)
+    before = [p.detach().clone() for p in params]
+
+    def full(fd, start, length):
+        raise OSError(28, "No space left on device")
+
+    set_gradients(params, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(InputError, match="no room"):
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+    assert optimizer.state_dict()["state"] == {}
+    optimizer.step()
+    reference = make_params()
+    other = torch.optim.AdamW(groups(reference))
+    set_gradients(reference, 1)
+    other.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, reference, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": -1.0}, "got lr -1.0"),
+        ({"betas": (1.0, 0.9)}, "betas"),
+        ({"state_bits": 16}, "state_bits 16, expected 32 or 8"),
+        ({"resident_bytes": -1}, "resident_bytes -1"),
+        ({"resident_bytes": "some"}, "resident_bytes 'some'"),
+        ({"store": "/nowhere/at/all"}, "can't be written to"),
+    ],
+)
+def test_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        PagedAdamW(make_params(), **change)
+
+
+def test_refuses_a_parameter_that_is_not_contiguous():
+    with pytest.raises(ValueError, match=r"strides \(1, 4\).*make it .contiguous\(\)"):
+        PagedAdamW([nn.Parameter(torch.zeros(3, 4).t())])
+
+
+@pytest.mark.parametrize("fault", ["groups", "shape", "keys", "amsgrad"])
+def test_a_state_that_does_not_fit_changes_nothing(fault):
+    params = make_params()
+    optimizer = PagedAdamW(groups(params))
+    run(optimizer, params, 2)
+    good, bad = optimizer.state_dict(), optimizer.state_dict()
+    if fault == "groups":
+        bad["param_groups"] = bad["param_groups"][:1]
+    elif fault == "shape":
+        bad["state"][4]["exp_avg"] = torch.zeros(3)
+    elif fault == "keys":
+        del bad["state"][4]["exp_avg_sq"]
+    else:
+        bad["param_groups"][0]["amsgrad"] = True
+    with pytest.raises(ValueError, match="the state"):
+        optimizer.load_state_dict(bad)
+    for i, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(state[name], good["state"][i][name]) for name in state)
+
+
+def test_the_pages_capacity():
+    assert capacity(32) * 8 == PAGE_BYTES
+    assert capacity(8) % 256 == 0
+    assert capacity(8) // 256 * (512 + 8) <= PAGE_BYTES
+
+
+def test_it_is_exported():
+    assert jindo_core.PagedAdamW is PagedAdamW
