@@ -130,6 +130,8 @@ def _prepare(model: LlamaForCausalLM, cache: KVCache) -> DecodeStep | None:
     """The prepared step, or None where the model is not all NF4 on a CPU, or is watched by hooks."""
     stack = model.model
     kinds = {(p.dtype, p.device.type) for p in (stack.norm.weight, model.lm_head.weight, cache.keys)}
+    if stack.stream is not None:
+        return None
     if len(kinds) != 1 or stack.norm.weight.device.type != "cpu" or type(model.lm_head) is not nn.Linear:
         return None
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):

@@ -3,6 +3,7 @@ and one tensor."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from jindo_core.hub import resolve_model
 from jindo_core.memory import give_back_freed
 from jindo_core.model import LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear, quantize_nf4
+from jindo_core.streaming import LayerStream, spread
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -25,6 +27,9 @@ def load_model(
     double_quant: bool = True,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
+    offload_layers: int = 0,
+    offload_embedding: bool = False,
+    offload_folder: str | Path = "host",
 ) -> LlamaForCausalLM:
     """Load a LLaMA, ready for `attach_lora`, `load_adapter` or `generate`.
 
@@ -36,6 +41,10 @@ def load_model(
         dtype: of activations, embedding, norms and head: "bf16", "fp32", "fp16", a torch dtype, or "auto":
             bf16 where the hardware computes in it, fp32 elsewhere.
         device: "cpu", "cuda", "cuda:1", or "auto": the GPU if there is one.
+        offload_layers: so many layers' NF4 weights lie in the host's memory and are streamed (`LayerStream`), so that a
+            model may be larger than the device.
+        offload_embedding: the input embedding stays in the host's memory; not where it is the head too.
+        offload_folder: where streamed layers lie: "host" (RAM), or a folder for a memory-mapped file.
     Returns:
         The model in eval mode, all parameters frozen.
     Raises:
@@ -50,7 +59,12 @@ def load_model(
     with torch.device("meta"):
         model = LlamaForCausalLM(checkpoint.config)
     _check_tensors(model, checkpoint, resolved)
-    _fill(model, checkpoint, quantize == "nf4", double_quant, dtype, device)
+    if offload_layers:
+        _check_offload(offload_layers, model.config.num_hidden_layers, quantize)
+        model.model.stream = LayerStream(device, offload_folder)
+    streamed = spread(offload_layers, model.config.num_hidden_layers)
+    on_host = offload_embedding and not model.config.tie_word_embeddings
+    _fill(model, checkpoint, quantize == "nf4", double_quant, dtype, device, streamed, on_host)
     give_back_freed()
     return model.requires_grad_(False).eval()
 
@@ -103,6 +117,19 @@ def _check_tensors(model: nn.Module, checkpoint: Checkpoint, source: Path) -> No
         raise InputError(f"{source}: {faults[0]}{more}: the checkpoint does not fit its configuration")
 
 
+def _layer_of(name: str) -> int:
+    """Of a parameter's name; -1 where it is in no layer."""
+    pieces = name.split(".")
+    return int(pieces[2]) if pieces[:2] == ["model", "layers"] else -1
+
+
+def _check_offload(layers: int, available: int, quantize: str | None) -> None:
+    if not 0 <= layers <= available:
+        raise InputError(f"offload_layers is {layers}, expected 0 to {available}, the model's layers")
+    if quantize != "nf4":
+        raise InputError("offload_layers needs quantize 'nf4': only NF4 layers are streamed")
+
+
 def _fill(
     model: LlamaForCausalLM,
     checkpoint: Checkpoint,
@@ -110,13 +137,19 @@ def _fill(
     double_quant: bool,
     dtype: torch.dtype,
     device: torch.device,
+    streamed: Sequence[int],
+    embedding_on_host: bool,
 ) -> None:
-    """Replace every meta parameter by its tensor, and the layers' linears by quantized ones."""
+    """Replace every meta parameter by its tensor, and the layers' linears by quantized ones; a layer that is to be
+    streamed leaves the device as soon as it is complete."""
     quantized = {
         f"{path}.weight" for path, module in model.model.named_modules(prefix="model") if isinstance(module, nn.Linear)
     }
-    for name in [name for name, _ in model.named_parameters()]:
-        value: Tensor = checkpoint.read(name).to(device)
+    names = [name for name, _ in model.named_parameters()]
+    last_of = {_layer_of(name): name for name in names}
+    for name in names:
+        on_host = embedding_on_host and name == "model.embed_tokens.weight"
+        value: Tensor = checkpoint.read(name).to("cpu" if on_host else device)
         path, _, leaf = name.rpartition(".")
         if nf4 and name in quantized:
             new = NF4Linear(quantize_nf4(value, double_quant=double_quant))
@@ -128,5 +161,10 @@ def _fill(
             # A copy even where nothing changes: `value` may lie in the checkpoint's mapped file.
             copied = value.to(dtype, copy=True)
             setattr(model.get_submodule(path), leaf, nn.Parameter(copied, requires_grad=False))
+        layer = _layer_of(name)
+        if layer in streamed and last_of[layer] == name and model.model.stream is not None:
+            model.model.stream.take(layer, model.model.layers[layer])
+    if model.model.stream is not None:
+        model.model.stream.lay_out()
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

@@ -6,6 +6,7 @@ H query heads, G key/value heads, D head size, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Mapping
@@ -23,7 +24,8 @@ from jindo_core.kernels.rms_norm import rms_norm
 from jindo_core.kernels.rope import rope
 from jindo_core.kernels.swiglu import swiglu
 from jindo_core.lora import project
-from jindo_core.recompute import recomputed
+from jindo_core.recompute import CheckpointOffload, recomputed
+from jindo_core.streaming import LayerStream
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
@@ -280,7 +282,19 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gradient_checkpointing = False
+        self.checkpointed_layers = 0
+        self.checkpoint_offload: CheckpointOffload | None = None
+        self.stream: LayerStream | None = None
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether every layer is checkpointed in training. `checkpointed_layers` says how many of the first are: the
+        activations of the others are gone again by the time the first ones run a second time."""
+        return self.checkpointed_layers >= len(self.layers)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, every: bool) -> None:
+        self.checkpointed_layers = len(self.layers) if every else 0
 
     def forward(
         self,
@@ -294,19 +308,34 @@ class LlamaModel(nn.Module):
         new = input_ids.shape[1]
         if position_ids is None:
             position_ids = torch.arange(past, past + new, device=input_ids.device)[None]
-        x = self.embed_tokens(input_ids)
+        x = self._embed(input_ids)
         cos, sin = self.angles(position_ids, past + new)
         mask = _attention_mask(attention_mask, past, new, x.device)
         causal = mask is None and new > 1
-        for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                run = functools.partial(layer, cos=cos, sin=sin, mask=mask, causal=causal, cache=cache)
-                x = recomputed(run, x, tuple(layer.parameters()))
+        for i, layer in enumerate(self.layers):
+            run = functools.partial(layer, cos=cos, sin=sin, mask=mask, causal=causal, cache=cache)
+            if self._checkpointed(i):
+                around = functools.partial(self._weights, i)
+                x = recomputed(run, x, tuple(layer.parameters()), around=around, offload=self.checkpoint_offload)
             else:
-                x = layer(x, cos, sin, mask, causal, cache)
+                with self._weights(i, False):
+                    x = run(x)
         if cache is not None:
             cache.length += new
         return self.norm(x)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """The table may lie on the CPU while the layers do not."""
+        weight = self.embed_tokens.weight
+        return self.embed_tokens(input_ids.to(weight.device)).to(self.norm.weight.device)
+
+    def _checkpointed(self, layer: int) -> bool:
+        # A streamed layer's weights are gone when its backward pass comes: it has to run again.
+        streamed = self.stream is not None and layer in self.stream
+        return torch.is_grad_enabled() and (streamed or (self.training and layer < self.checkpointed_layers))
+
+    def _weights(self, layer: int, again: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.stream is None else self.stream.use(layer, backwards=again)
 
     def angles(self, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin, fp32 [B or 1, T, D/2]."""

@@ -87,6 +87,16 @@ class Pager:
         """The unit's pages in the store; a resident unit's hold nothing of worth. Call `flush` before reading."""
         return [self.store.page(unit * self._pages + i) for i in range(self._pages)]
 
+    def write(self, unit: int, start: int, value: Tensor) -> None:
+        """Put a CPU tensor's bytes at byte `start` of a unit that is in the store only."""
+        flat, size = value.contiguous().view(-1).view(torch.uint8), self.store.page_bytes
+        pages, done = self.pages_of(unit), 0
+        while done < flat.numel():
+            page, place = divmod(start + done, size)
+            count = min(size - place, flat.numel() - done)
+            pages[page][place : place + count] = flat[done : done + count]
+            done += count
+
     def ahead(self, unit: int) -> None:
         """Begin to bring a unit, if there is a buffer for it; a number that is none is no unit."""
         if self.resident <= unit < self.units and self._find(unit) is None:
@@ -95,8 +105,12 @@ class Pager:
             if slot is not None:
                 self._load(unit, slot)
 
-    def get(self, unit: int) -> Tensor:
-        """uint8 [unit_bytes] on the device, good for what is launched on the current stream until `done`."""
+    def get(self, unit: int, *, load: bool = True) -> Tensor:
+        """uint8 [unit_bytes] on the device, good for what is launched on the current stream until `done`.
+
+        Args:
+            load: False where all of it will be overwritten; it holds anything then.
+        """
         if unit < self.resident:
             return self._resident[unit]
         slot = self._find(unit)
@@ -104,7 +118,7 @@ class Pager:
             slot = next((slot for slot in self._slots if not slot.held), None)
             if slot is None:
                 raise RuntimeError(f"all {len(self._slots)} buffers are in use: call done before the next get")
-            self._load(unit, slot)
+            self._load(unit, slot, copy=load)
         slot.held, slot.fresh = True, False
         self._copier.wait(slot.ready)
         assert slot.buffer is not None
@@ -122,6 +136,11 @@ class Pager:
         if changed:
             slot.free = self._saved[unit] = self._copier.copy(self._cuts(unit, slot.buffer, False), [slot.free], True)
             self._count(out=True)
+
+    def extend(self, units: int) -> None:
+        """Let there be so many units. InputError where the store has no room; nothing has changed then."""
+        self.store.reserve(units * self._pages)
+        self.units = max(units, self.units)
 
     def flush(self) -> None:
         """Wait until the store holds all that was changed outside the resident prefix."""
@@ -162,15 +181,16 @@ class Pager:
     def _find(self, unit: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.unit == unit), None)
 
-    def _load(self, unit: int, slot: _Slot) -> None:
+    def _load(self, unit: int, slot: _Slot, *, copy: bool = True) -> None:
         if slot.buffer is None:
             slot.buffer = self._new_buffer()
             slot.free = self._copier.mark()  # its zeros
         slot.unit, slot.fresh = unit, True
         # Behind the slot's last user, and behind the unit's own way back.
         before = [event for event in (slot.free, self._saved.get(unit)) if event is not None]
-        slot.ready = self._copier.copy(self._cuts(unit, slot.buffer, True), before, False)
-        self._count(out=False)
+        slot.ready = self._copier.copy(self._cuts(unit, slot.buffer, True) if copy else [], before, False)
+        if copy:
+            self._count(out=False)
 
     def _cuts(self, unit: int, buffer: Tensor, inwards: bool) -> list[tuple[Tensor, Tensor]]:
         """(from, to), page by page."""

@@ -1,5 +1,5 @@
 """Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174): only a layer's input is kept, and the layer runs again
-in the backward pass.
+in the backward pass. The inputs themselves may be kept outside the device.
 
 torch.utils.checkpoint does the same by hooks on every saved tensor, whose Python took half of a 2,048-token step on
 an H100. Here a layer is one node of the graph.
@@ -7,37 +7,70 @@ an H100. Here a layer is one node of the graph.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from jindo_core.pager import Counters, Pager
+from jindo_core.pages import PageStore
 
-def recomputed(run: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+Around = Callable[[bool], contextlib.AbstractContextManager[None]]
+
+
+def recomputed(
+    run: Callable[[Tensor], Tensor],
+    x: Tensor,
+    parameters: Sequence[nn.Parameter],
+    *,
+    around: Around | None = None,
+    offload: CheckpointOffload | None = None,
+) -> Tensor:
     """run(x), of which nothing but x is kept; differentiable once in x and the parameters that take gradients.
 
     Args:
         run: the layer; what it draws from the random generator of x's device, it draws again. Autocast is as it was.
         parameters: all that `run` uses.
+        around: entered about each of the two runs, with True for the one of the backward pass and its gradients.
+        offload: keeps x instead of the device.
     """
-    return _Recomputed.apply(run, x, *(p for p in parameters if p.requires_grad))
+    return _Recomputed.apply(run, around or _nothing, offload, x, *(p for p in parameters if p.requires_grad))
+
+
+def _nothing(_again: bool) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run, x, *trained):  # type: ignore[no-untyped-def]
-        ctx.run, ctx.random = run, _random_state(x.device)
+    def forward(ctx, run, around, offload, x, *trained):  # type: ignore[no-untyped-def]
+        ctx.run, ctx.around, ctx.random = run, around, _random_state(x.device)
         kind = x.device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        ctx.save_for_backward(x, *trained)
-        return run(x)
+        ctx.kept = None if offload is None else offload.put(x)
+        ctx.save_for_backward(*([x] if offload is None else []), *trained)
+        with around(False):
+            return run(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        x, *trained = ctx.saved_tensors
-        inputs = [x.detach().requires_grad_(ctx.needs_input_grad[1]), *trained]
-        now = _random_state(x.device)
+        if ctx.kept is None:
+            x, *trained = ctx.saved_tensors
+            found = _gradients(ctx, dy, x, trained)
+        else:
+            with ctx.kept as x:
+                found = _gradients(ctx, dy, x, ctx.saved_tensors)
+        return (None, None, None, *found)
+
+
+def _gradients(ctx, dy: Tensor, x: Tensor, trained: Sequence[Tensor]) -> list[Tensor | None]:  # type: ignore[no-untyped-def]
+    """Runs the layer again; the gradients of x and of what is trained."""
+    inputs = [x.detach().requires_grad_(ctx.needs_input_grad[3]), *trained]
+    now = _random_state(x.device)
+    with ctx.around(True):
         _set_random_state(x.device, ctx.random)
         try:
             with torch.enable_grad(), torch.autocast(*ctx.autocast):
@@ -46,7 +79,100 @@ class _Recomputed(torch.autograd.Function):
             _set_random_state(x.device, now)
         wanted = [t for t in inputs if t.requires_grad]
         found = iter(torch.autograd.grad(y, wanted, dy, allow_unused=True))
-        return (None, *(next(found) if t.requires_grad else None for t in inputs))
+    return [next(found) if t.requires_grad else None for t in inputs]
+
+
+class CheckpointOffload:
+    """Keeps layers' inputs outside the device: each goes there while its layer runs, and comes back while the layer
+    above it runs again.
+
+    Args:
+        store: "host", or a folder for a memory-mapped file.
+    """
+
+    def __init__(self, store: str | Path = "host") -> None:
+        self._place = store
+        self._pagers: list[Pager] = []  # the last one is in use; earlier ones, of smaller units, drain
+        self._stack: list[tuple[Pager, int]] = []  # what is away, in the order it went
+        self._free: dict[Pager, list[int]] = {}
+
+    @property
+    def counters(self) -> Counters:
+        """Of the pager in use."""
+        return self._pagers[-1].counters if self._pagers else Counters()
+
+    def put(self, x: Tensor) -> Kept:
+        """Begin to move a copy of x away."""
+        pager = self._pager_for(x)
+        free = self._free[pager]
+        if not free:
+            pager.extend(pager.units + 1)
+            free.append(pager.units - 1)
+        unit = free.pop()
+        buffer = pager.get(unit, load=False)
+        _view(buffer, x.shape, x.dtype).copy_(x)
+        pager.done(unit, changed=True)
+        kept = Kept(self, pager, unit, x)
+        self._stack.append((pager, unit))
+        return kept
+
+    def _pager_for(self, x: Tensor) -> Pager:
+        last = self._pagers[-1] if self._pagers else None
+        if last is None or last.unit_bytes < x.nbytes or last.device != x.device:
+            last = Pager(
+                PageStore(self._place, pin=x.device.type == "cuda"), x.device, units=0, unit_bytes=x.nbytes, resident=0
+            )
+            self._pagers.append(last)
+            self._free[last] = []
+            self._drop_drained()
+        return last
+
+    def _drop_drained(self) -> None:
+        used = {pager for pager, _ in self._stack} | {self._pagers[-1]}
+        self._free = {pager: free for pager, free in self._free.items() if pager in used}
+        self._pagers = [pager for pager in self._pagers if pager in used]
+
+    def _bring_before(self, pager: Pager, unit: int) -> None:
+        place = self._stack.index((pager, unit))
+        if place:
+            before, its_unit = self._stack[place - 1]
+            before.ahead(its_unit)
+
+    def _give_back(self, pager: Pager, unit: int) -> None:
+        if (pager, unit) in self._stack:
+            self._stack.remove((pager, unit))
+            self._free[pager].append(unit)
+            self._drop_drained()
+
+
+class Kept:
+    """One input that is away; as a context it is back on the device."""
+
+    def __init__(self, owner: CheckpointOffload, pager: Pager, unit: int, x: Tensor) -> None:
+        self.pager, self.unit = pager, unit
+        self._owner, self._shape, self._dtype = owner, x.shape, x.dtype
+        self._gone = False
+
+    def __enter__(self) -> Tensor:
+        buffer = self.pager.get(self.unit)
+        self._owner._bring_before(self.pager, self.unit)
+        return _view(buffer, self._shape, self._dtype)
+
+    def __exit__(self, *_: object) -> None:
+        self.pager.done(self.unit, changed=False)
+        self._give_back()
+
+    def __del__(self) -> None:
+        self._give_back()  # of a graph that was dropped
+
+    def _give_back(self) -> None:
+        if not self._gone:
+            self._gone = True
+            self._owner._give_back(self.pager, self.unit)
+
+
+def _view(buffer: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return buffer[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -104,7 +104,7 @@ def lora_matmul_group(
     Raises:
         ValueError: shapes that do not fit together, a dropout outside [0, 1), or dropout without a seed.
     """
-    _check(x.shape[-1], layers, dropout, seed, block_size)
+    _check(x, layers, dropout, seed, block_size)
     adapted = any(layer.lora_A is not None for layer in layers)
     dropout = dropout if adapted else 0.0
     keep_weight = keep_weight and torch.is_grad_enabled() and x.requires_grad
@@ -133,9 +133,13 @@ def lora_matmul_group(
 
 
 def _check(
-    in_features: int, layers: Sequence[Projection], dropout: float, seed: Tensor | None, block_size: int
+    x: Tensor, layers: Sequence[Projection], dropout: float, seed: Tensor | None, block_size: int
 ) -> None:
+    in_features, device = x.shape[-1], x.device
     for layer in layers:
+        for name, part in (("W", layer.packed), ("A", layer.lora_A), ("B", layer.lora_B), ("the seed", seed)):
+            if part is not None and part.device != device:
+                raise ValueError(f"lora_matmul got x on {device} and {name} on {part.device}: expected one device")
         check_layout(
             layer.packed, layer.absmax, layer.nested_absmax, layer.offset, (layer.out_features, in_features), block_size
         )

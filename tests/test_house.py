@@ -17,9 +17,10 @@ ENGINE_ROWS = [
     {"errors"},
     {"config"},
     {"nf4"},
-    {"lora", "recompute", "pages"},
+    {"lora", "pages"},
     {"pager"},
-    {"model", "paged_adamw"},
+    {"recompute", "streaming", "paged_adamw"},
+    {"model"},
     {"embedded", "hub", "checkpoint", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation"},
     {"evaluate", "progress", "tune", "doctor"},

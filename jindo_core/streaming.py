@@ -1,0 +1,140 @@
+"""Frozen layers that do not fit on the device: they lie in a page store and come one layer ahead of their turn.
+
+QLoRA's base never changes, so a layer is read only: in the forward pass, and again, downwards, where gradient
+checkpointing runs it a second time for the backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from jindo_core.nf4 import NF4Linear
+from jindo_core.pager import Counters, Pager
+from jindo_core.pages import PageStore
+
+ALIGNMENT = 256
+"""Bytes at whose multiples a tensor starts within its layer: what 128-bit loads and a device's lines like."""
+
+
+class _Part(NamedTuple):
+    """A tensor of a layer: where it belongs, and where it lies in the layer's bytes."""
+
+    owner: nn.Module
+    name: str
+    start: int
+    placeholder: Tensor  # on the meta device: shape and dtype, no bytes
+
+    def view(self, buffer: Tensor) -> Tensor:
+        shape, dtype = self.placeholder.shape, self.placeholder.dtype
+        return buffer[self.start : self.start + self.placeholder.nbytes].view(dtype).view(shape)
+
+    def put(self, value: Tensor) -> None:
+        if self.name in self.owner._parameters:
+            self.owner._parameters[self.name] = nn.Parameter(value, requires_grad=False)
+        else:
+            self.owner._buffers[self.name] = value
+
+
+class LayerStream:
+    """The NF4 weights of some of a model's layers.
+
+    Outside `use` a streamed layer's weights are placeholders on the meta device, which no operator takes.
+
+    Args:
+        device: where layers are used. store: "host", or a folder for a memory-mapped file.
+    """
+
+    def __init__(self, device: torch.device, store: str | Path = "host") -> None:
+        self._device, self._place = device, store
+        self._parts: dict[int, list[_Part]] = {}
+        self._waiting: dict[int, list[Tensor]] = {}
+        self._pager: Pager | None = None
+        self._units: dict[int, int] = {}
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._parts
+
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the layers that are streamed."""
+        return sorted(self._parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the streamed weights."""
+        return sum(part.placeholder.nbytes for parts in self._parts.values() for part in parts)
+
+    @property
+    def counters(self) -> Counters:
+        return Counters() if self._pager is None else self._pager.counters
+
+    def take(self, number: int, layer: nn.Module) -> None:
+        """Move the NF4 weights of layer `number` from the device to the host; before the first `use`."""
+        if self._pager is not None:
+            raise RuntimeError("LayerStream.take came after the first use: take every layer before it")
+        parts, held, start = [], [], 0
+        for module in layer.modules():
+            if not isinstance(module, NF4Linear):
+                continue
+            for name in ("weight", "absmax", "nested_absmax", "offset"):
+                value = getattr(module, name)
+                if value is None:
+                    continue
+                value = value.detach()
+                parts.append(_Part(module, name, start, torch.empty_like(value, device="meta")))
+                held.append(value.cpu() if value.device.type != "cpu" else value)
+                start += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
+        for part in parts:
+            part.put(part.placeholder)
+        self._parts[number], self._waiting[number] = parts, held
+
+    def lay_out(self) -> None:
+        """Put what was taken into the store. InputError where it has no room."""
+        sizes = [parts[-1].start + parts[-1].placeholder.nbytes for parts in self._parts.values()]
+        store = PageStore(self._place, pin=self._device.type == "cuda")
+        pager = Pager(store, self._device, units=len(sizes), unit_bytes=max(sizes), resident=0)
+        for unit, number in enumerate(self.layers):
+            self._units[number] = unit
+            for part, value in zip(self._parts[number], self._waiting.pop(number), strict=True):
+                pager.write(unit, part.start, value)
+        self._pager = pager
+
+    @contextlib.contextmanager
+    def use(self, number: int, *, backwards: bool = False) -> Iterator[None]:
+        """Layer `number` has its weights on the device inside; the next one, upwards or `backwards`, is on its way."""
+        if number not in self:
+            yield
+            return
+        if self._pager is None:
+            self.lay_out()
+        pager, unit = self._pager, self._units[number]
+        assert pager is not None
+        buffer = pager.get(unit)
+        pager.ahead(unit - 1 if backwards else unit + 1)
+        try:
+            for part in self._parts[number]:
+                part.put(part.view(buffer))
+            yield
+        finally:
+            for part in self._parts[number]:
+                part.put(part.placeholder)
+            pager.done(unit, changed=False)
+
+    def restore(self) -> None:
+        """Bring every layer back to the device for good."""
+        for number in self.layers:
+            with self.use(number):
+                values = [getattr(part.owner, part.name).detach().clone() for part in self._parts[number]]
+            for part, value in zip(self._parts.pop(number), values, strict=True):
+                part.put(value)
+
+
+def spread(streamed: int, layers: int) -> list[int]:
+    """The numbers of the layers to stream, evenly among `layers`: each copy has the layers between to run beside."""
+    return [(2 * i + 1) * layers // (2 * streamed) for i in range(streamed)]
