@@ -89,6 +89,9 @@ def adamw_(
     """
     _check(param, grad, update, exp_avg=(exp_avg, param.shape), exp_avg_sq=(exp_avg_sq, param.shape))
     with torch.no_grad():
+        if dispatch.recorded(param):
+            torch.ops.jindo.adamw_(param, grad, exp_avg, exp_avg_sq, *update[:5], update.step, _seed(param, seed))
+            return
         dispatch.implementation("adamw", param)(param, grad, exp_avg, exp_avg_sq, update, _seed(param, seed))
 
 
@@ -117,6 +120,10 @@ def adamw_8bit_(
         if codes.device != param.device:
             raise ValueError(f"adamw_8bit_ got {name} on {codes.device}, the parameter on {param.device}")
     with torch.no_grad():
+        if dispatch.recorded(param):
+            states = (codes1, codes2, absmax1, absmax2)
+            torch.ops.jindo.adamw_8bit_(param, grad, *states, *update[:5], update.step, _seed(param, seed))
+            return
         run = dispatch.implementation("adamw_8bit", param)
         run(param, grad, codes1, codes2, absmax1, absmax2, update, _seed(param, seed))
 
@@ -257,3 +264,54 @@ def encode(moment: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
     scaled = blocks * absmax.clamp(min=TINY).reciprocal()[:, None]
     found = torch.bucketize(scaled, midpoints(signed, moment.device)[:-1])
     codes.copy_(found.view(-1)[:count].view(codes.shape).to(torch.uint8))
+
+
+# --- registration ---------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("jindo::adamw_", mutates_args=("param", "exp_avg", "exp_avg_sq"))
+def _adamw_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    seed: int | None,
+) -> None:
+    update = Update(lr, beta1, beta2, eps, weight_decay, step)
+    dispatch.implementation("adamw", param)(param, grad, exp_avg, exp_avg_sq, update, seed)
+
+
+@torch.library.custom_op("jindo::adamw_8bit_", mutates_args=("param", "codes1", "codes2", "absmax1", "absmax2"))
+def _adamw_8bit_(
+    param: Tensor,
+    grad: Tensor,
+    codes1: Tensor,
+    codes2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    seed: int | None,
+) -> None:
+    update = Update(lr, beta1, beta2, eps, weight_decay, step)
+    dispatch.implementation("adamw_8bit", param)(param, grad, codes1, codes2, absmax1, absmax2, update, seed)
+
+
+@_adamw_.register_fake
+def _(*_: object) -> None:
+    return None
+
+
+@_adamw_8bit_.register_fake
+def _(*_: object) -> None:
+    return None

@@ -49,6 +49,14 @@ def workspace_bytes(batch: int, tokens: int, heads: int, itemsize: int) -> int:
     return batch * heads * rows * tokens * (8 + 2 * itemsize)
 
 
+def cuda_workspace_bytes(batch: int, tokens: int, heads: int, groups: int, size: int, itemsize: int) -> int:
+    """Bytes of temporaries of the backward pass of torch's FlashAttention-2: dQ summed in fp32, a number a row, and,
+    where heads share keys, dK and dV of every head before they are summed. Rows padded to 128, heads to 32."""
+    rows, padded = -(-tokens // 128) * 128, -(-size // 32) * 32
+    expanded = 2 * tokens * heads * size * itemsize if heads != groups else 0
+    return batch * (rows * heads * (padded + 1) * 4 + expanded)
+
+
 def block_rows(heads: int, tokens: int) -> int:
     """Queries worked on at once: 2^20 scores, so that they stay in the cache, but 16 queries at least."""
     rows = max((1 << 20) // max(heads * tokens, 1), 16)

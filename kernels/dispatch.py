@@ -14,7 +14,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,6 +119,26 @@ def override(name: str | None, *, only: str | None = None) -> Iterator[None]:
         _override.reset(token)
 
 
+class Pretended(NamedTuple):
+    """A GPU that is not here."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+
+
+_pretended: ContextVar[Pretended | None] = ContextVar("jindo_pretended", default=None)
+
+
+@contextlib.contextmanager
+def pretend_cuda(capability: tuple[int, int] = (8, 6), multiprocessors: int = 40) -> Iterator[None]:
+    """Choose for every tensor as on a GPU with Triton, to reckon with one; what is chosen can't be run."""
+    token = _pretended.set(Pretended(capability, multiprocessors))
+    try:
+        yield
+    finally:
+        _pretended.reset(token)
+
+
 FUSED_TILE = 64
 """Columns of the result that a program of the fused products makes."""
 
@@ -136,17 +156,18 @@ def choose(operator: str, tensor: Tensor, *, rows: int | None = None, width: int
     forced, only = _override.get()
     if forced is not None and forced in available and only in (None, operator):
         return forced
-    if tensor.device.type == "cpu":
+    pretended = _pretended.get()
+    if tensor.device.type == "cpu" and pretended is None:
         if rows is not None and rows > crossovers.find("cpu").gemv_max_rows:
             return "reference"
         # fp64 is the oracle's dtype: only the reference takes it.
         usable = "cpu" in available and tensor.dtype != torch.float64 and native.library() is not None
         return "cpu" if usable else "reference"
-    if tensor.device.type != "cuda" or "triton" not in available or not _triton_found():
+    if "triton" not in available or (pretended is None and (tensor.device.type != "cuda" or not _triton_found())):
         return "reference"
     if rows is None:
         return "triton"
-    capability = _capability(tensor.device)
+    capability = pretended.capability if pretended else _capability(tensor.device)
     crossover = crossovers.find("cuda-{}.{}".format(*capability))
     if "gemv" in available and rows <= crossover.gemv_max_rows:
         return "gemv"
@@ -154,7 +175,8 @@ def choose(operator: str, tensor: Tensor, *, rows: int | None = None, width: int
     # crossover. That path is the reference, whose dequantize is the Triton kernel.
     fused = capability >= (8, 0) and rows <= crossover.fused_max_rows
     # With fewer tiles than multiprocessors it takes twice as long as dequantize + GEMM, with enough of them 0.6 times.
-    return "triton" if fused and width >= FUSED_TILE * _multiprocessors(tensor.device) else "reference"
+    multiprocessors = pretended.multiprocessors if pretended else _multiprocessors(tensor.device)
+    return "triton" if fused and width >= FUSED_TILE * multiprocessors else "reference"
 
 
 def implementation(

@@ -31,13 +31,17 @@ def chunk_rows(vocab_size: int, *, in_place: bool = False) -> int:
     return rows // 128 * 128 if in_place and rows >= 128 else rows
 
 
-def workspace_bytes(rows: int, vocab_size: int, dtype: torch.dtype, *, in_place: bool = False) -> int:
-    """Bytes of temporaries inside one call: a chunk's logits in `dtype` and fp32, and their gradient.
+def workspace_bytes(
+    rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, *, in_place: bool = False
+) -> int:
+    """Bytes of temporaries inside one call with a frozen head: a chunk's hidden states and their gradient, and its logits
+    in `dtype` and fp32 and their gradient.
 
-    With `in_place`, of the GPU kernel: the logits in `dtype` and nothing else, rows padded to 16.
+    With `in_place`, of the GPU kernel: the logits in `dtype` alone, rows padded to 16.
     """
     rows = min(rows, chunk_rows(vocab_size, in_place=in_place))
-    return rows * (-(-vocab_size // 16) * 16 * dtype.itemsize if in_place else vocab_size * (4 + 2 * dtype.itemsize))
+    logits = -(-vocab_size // 16) * 16 * dtype.itemsize if in_place else vocab_size * (4 + 2 * dtype.itemsize)
+    return rows * (logits + 2 * hidden_size * dtype.itemsize)
 
 
 def linear_cross_entropy(

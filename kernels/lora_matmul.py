@@ -160,11 +160,37 @@ def _check(
         raise ValueError("lora_matmul got dropout without a seed: the mask could not be rebuilt in backward")
 
 
-def workspace_bytes(rows: int, in_features: int, out_features: int, dtype: torch.dtype, dropout: float) -> int:
-    """Bytes of temporaries inside one call: the scratch copy of W, and D(x) where dropout needs one."""
-    scratch_copy = in_features * out_features
-    dropped = rows * in_features if dropout > 0 else 0
-    return (scratch_copy + dropped) * dtype.itemsize
+def workspace_bytes(
+    rows: int,
+    in_features: int,
+    out_features: Sequence[int],
+    ranks: Sequence[int],
+    dtype: torch.dtype,
+    dropout: float,
+    *,
+    backward: bool,
+) -> int:
+    """Bytes of temporaries inside one call of the reference, fp32 adapters, x and all adapters taking gradients.
+
+    W's scratch buffer is not among them: it stays (`scratch_bytes`).
+
+    Args:
+        out_features, ranks: N and r of each layer.
+    """
+    rank, item = sum(ranks), dtype.itemsize
+    dropped = rows * in_features * item if dropout > 0 and rank else 0
+    cast = 0 if dtype == torch.float32 else item
+    stacked = rank * in_features * ((4 if len(ranks) > 1 else 0) + cast)  # all A, then cast
+    one_b = max((n * r for n, r in zip(out_features, ranks, strict=True)), default=0)
+    if not backward:
+        return max(stacked + dropped, one_b * cast)
+    gradients = dropped + rank * in_features * item + one_b * item  # D(x), dA and one dB in dtype
+    return rows * rank * item + max(one_b * cast, gradients, stacked + dropped)
+
+
+def scratch_bytes(in_features: int, out_features: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes of the scratch buffer that the largest W of a call needs; it is kept from call to call."""
+    return in_features * max(out_features) * dtype.itemsize
 
 
 # --- reference ------------------------------------------------------------------------------------------
@@ -240,28 +266,42 @@ def backward_reference(
         mine = through_b[:, r : r + layer.rank]
         torch.addmm(mine, part, layer.lora_B.to(dy.dtype), beta=0, alpha=layer.scale, out=mine)
         r += layer.rank
-    grads_a, grads_b = [], []
+    grads_a: list[Tensor] = []
+    grads_b: list[Tensor] = []
     if x is not None and down is not None and adapted:
         seen = x.reshape(-1, in_features)
-        seen = mask(seen, dropout, seed) if masked and seed is not None else seen
-        grad_a = through_b.t() @ seen
-        r = 0
-        for layer, part in adapted:
-            assert layer.lora_A is not None
-            assert layer.lora_B is not None
-            columns = slice(r, r + layer.rank)
-            own = grad_a[columns].to(layer.lora_A.dtype, copy=True)
-            grads_a.append(own.mul_(growth(dropout)) if masked else own)
-            # (d^T dY)^T, not dY^T d: the long side stays contiguous.
-            grad_b = part.new_empty(layer.rank, part.shape[1])
-            torch.addmm(grad_b, down[:, columns].t(), part, beta=0, alpha=layer.scale, out=grad_b)
-            grads_b.append(torch.empty_like(layer.lora_B).copy_(grad_b.t()))
-            r = columns.stop
+        grads_a, grads_b = _adapter_gradients(seen, adapted, through_b, down, dropout if masked else 0.0, seed)
     dx = dy.new_empty(0)
     if need_dx:
         dx = _dx(parts, layers, in_features, block_size, through_b, kept, dropout if masked else 0.0, seed)
         dx = dx.view(*dy.shape[:-1], in_features)
     return dx, grads_a, grads_b
+
+
+def _adapter_gradients(
+    x: Tensor,
+    adapted: Sequence[tuple[Projection, Tensor]],
+    through_b: Tensor,
+    down: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """dA and dB of each layer and its part of dY; D(x) is gone again when dX is made."""
+    masked = dropout > 0 and seed is not None
+    grad_a = through_b.t() @ (mask(x, dropout, seed) if masked and seed is not None else x)
+    grads_a, grads_b, r = [], [], 0
+    for layer, part in adapted:
+        assert layer.lora_A is not None
+        assert layer.lora_B is not None
+        columns = slice(r, r + layer.rank)
+        own = grad_a[columns].to(layer.lora_A.dtype, copy=True)
+        grads_a.append(own.mul_(growth(dropout)) if masked else own)
+        # (d^T dY)^T, not dY^T d: the long side stays contiguous.
+        grad_b = part.new_empty(layer.rank, part.shape[1])
+        torch.addmm(grad_b, down[:, columns].t(), part, beta=0, alpha=layer.scale, out=grad_b)
+        grads_b.append(torch.empty_like(layer.lora_B).copy_(grad_b.t()))
+        r = columns.stop
+    return grads_a, grads_b
 
 
 def _dx(

@@ -1,0 +1,283 @@
+"""The peak memory of a real training step, measured with no GPU.
+
+Our model, our optimizer, our pager and our operators' fake implementations run on fake *cpu* tensors (shapes without
+bytes; the dispatcher told to choose as on CUDA), under a mode that adds up the storages that are alive. What an operator
+needs inside itself no mode can see: each declares it (`workspace_bytes` in its contract), and each declaration is held
+to what its reference really allocates (tests/test_simulation.py). The planner's arithmetic shares nothing with this.
+
+    python -m bench.simulation --shape 7b --tokens 512 --lora_r 8 --checkpointed_layers 32
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.shapes import SHAPES, Shape
+from bench.steps import random_weights
+from jindo_core import paged_adamw, pager, pages
+from jindo_core.kernels import attention, dispatch, linear_cross_entropy, lora_matmul
+from jindo_core.lora import attach_lora
+from jindo_core.model import LlamaForCausalLM
+from jindo_core.nf4 import NF4Linear, NF4Weight
+from jindo_core.paged_adamw import PagedAdamW
+from jindo_core.recompute import CheckpointOffload
+from jindo_core.streaming import LayerStream, spread
+from jindo_core.train import backward
+
+ROUNDING = 512
+"""Bytes to whose multiples CUDA's caching allocator rounds a block."""
+
+
+class Step(NamedTuple):
+    """The settings of a training step whose memory is asked for."""
+
+    tokens: int = 512
+    micro_batch: int = 1
+    lora_r: int = 8
+    targets: Sequence[str] | str = "all-linear"
+    dropout: float = 0.0
+    state_bits: int = 32
+    resident_states: bool = True
+    checkpointed_layers: int = 0
+    offload_checkpoints: bool = False
+    offload_layers: int = 0
+    offload_embedding: bool = False
+    accumulation: int = 2
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operators make, as long as they live.
+
+    Attributes:
+        live, peak: bytes. at_peak: category -> bytes, of what was named, and "other". workspace: of the operator that
+            set the peak. scratch: of the dequantized W, which stays once it is made.
+    """
+
+    def __init__(self, workspace: Callable[[str, tuple[Any, ...]], tuple[int, int]]) -> None:
+        super().__init__()
+        self.live = self.peak = self.scratch = self.workspace = 0
+        self.at_peak: dict[str, int] = {}
+        self._declared = workspace
+        self._seen: dict[int, str] = {}
+        self._sizes: dict[int, int] = {}
+        self._by_category: dict[str, int] = {}
+
+    def name(self, category: str, tensors: Sequence[Tensor]) -> None:
+        """Count these tensors' storages, from now on, under a category."""
+        for tensor in tensors:
+            self._see(tensor, "other")
+            key = tensor.untyped_storage()._cdata
+            old, size = self._seen[key], self._sizes[key]
+            self._by_category[old] -= size
+            self._by_category[category] = self._by_category.get(category, 0) + size
+            self._seen[key] = category
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            for one in tensor if isinstance(tensor, tuple | list) else (tensor,):
+                if isinstance(one, Tensor) and one.device.type != "meta":
+                    self._see(one, "other")
+        workspace, scratch = self._declared(func.name(), args)
+        self.scratch = max(self.scratch, scratch)
+        total = self.live + self.scratch + workspace
+        if total > self.peak:
+            self.peak, self.workspace = total, workspace
+            self.at_peak = {k: v for k, v in self._by_category.items() if v}
+            self.at_peak |= {"scratch": self.scratch, "workspace": workspace}
+        return result
+
+    def _see(self, tensor: Tensor, category: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        size = -(-storage.nbytes() // ROUNDING) * ROUNDING
+        self._seen[key], self._sizes[key] = category, size
+        self.live += size
+        self._by_category[category] = self._by_category.get(category, 0) + size
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        size, category = self._sizes.pop(key), self._seen.pop(key)
+        self.live -= size
+        self._by_category[category] -= size
+
+
+def cuda_workspace(name: str, args: tuple[Any, ...]) -> tuple[int, int]:
+    """(temporaries, scratch of a dequantized W) of one of our operators on CUDA; of torch's, (0, 0)."""
+    match name:
+        case "jindo::lora_matmul":
+            x, widths, lora_A, dropout, keep = args[0], args[5], args[7], args[10], args[12]
+            return _lora_workspace(x, x, widths, lora_A, dropout, "lora_matmul", kept=keep)
+        case "jindo::lora_matmul_backward":
+            dy, widths, in_features, lora_A, kept, dropout = args[0], args[6], args[7], args[9], args[13], args[14]
+            x = dy.new_empty(0).expand(*dy.shape[:-1], 0) if args[1] is None else args[1]
+            return _lora_workspace(
+                dy, x, widths, lora_A, dropout, "lora_matmul_backward", kept=kept is not None, in_features=in_features
+            )  # fmt: skip
+        case "jindo::linear_cross_entropy":
+            hidden, weight = args[:2]
+            rows, size = hidden.shape
+            held = linear_cross_entropy.workspace_bytes(rows, size, weight.shape[0], hidden.dtype, in_place=True)
+            return held, 0
+        case "jindo::causal_attention_backward":
+            (b, t, h, d), groups, item = args[1].shape, args[2].shape[2], args[1].dtype.itemsize
+            return attention.cuda_workspace_bytes(b, t, h, groups, d, item), 0
+    return 0, 0
+
+
+def _lora_workspace(
+    probe: Tensor, x: Tensor, widths: Sequence[int], lora_A: Sequence[Tensor], dropout: float, operator: str, *,
+    kept: bool, in_features: int | None = None,
+) -> tuple[int, int]:  # fmt: skip
+    in_features = in_features or x.shape[-1]
+    rows, again = math.prod(probe.shape[:-1]), operator.endswith("backward")
+    width = in_features if again else min(widths)
+    if dispatch.choose(operator, probe, rows=rows, width=width) != "reference":
+        return 0, 0  # fused: W is never made. (Its D(x) and dY B are a few rows.)
+    ranks = [a.shape[0] if a.numel() else 0 for a in lora_A] or [0] * len(widths)
+    held = lora_matmul.workspace_bytes(rows, in_features, widths, ranks, probe.dtype, dropout, backward=again)
+    return held, 0 if kept else lora_matmul.scratch_bytes(in_features, widths, probe.dtype)
+
+
+# --- a step on fake tensors -----------------------------------------------------------------------------
+
+
+class _NoCopies:
+    """In place of the pager's thread: there are no bytes to copy."""
+
+    def mark(self) -> None:
+        return None
+
+    def copy(self, cuts: Any, before: Any, out: bool) -> Future[None]:
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def wait(self, event: Future[None]) -> None:
+        event.result()
+
+    def stalled(self) -> float:
+        return 0.0
+
+
+def _meta_pages(self: pages.PageStore, count: int) -> list[Tensor]:
+    return [torch.empty(self.page_bytes, dtype=torch.uint8, device="meta")] * count  # the host's memory, not counted
+
+
+@contextlib.contextmanager
+def fake_world() -> Iterator[None]:
+    """Fake tensors, a pretended GPU, and stores without bytes."""
+    with (
+        FakeTensorMode(),
+        dispatch.pretend_cuda(),
+        mock.patch.object(pager, "_Thread", _NoCopies),
+        mock.patch.object(pages.PageStore, "_in_ram", _meta_pages),
+        mock.patch.object(pager.Pager, "write", lambda *_: None),
+        mock.patch.object(paged_adamw, "_all_finite", lambda _: True),  # fake gradients have no values
+    ):
+        yield
+
+
+def simulate(shape: Shape, step: Step, *, dtype: torch.dtype = torch.bfloat16, steps: int = 2) -> LiveBytes:
+    """Run `steps` real training steps without bytes; the counter tells the peak of all of them, model included."""
+    with fake_world():
+        counter = LiveBytes(cuda_workspace)
+        with counter:
+            model = _build(shape, step, dtype)
+            _name(counter, model)
+            counter.peak = 0
+            trained = [p for p in model.parameters() if p.requires_grad]
+            budget = 1 << 60 if step.resident_states else 0
+            optimizer = PagedAdamW(trained, state_bits=step.state_bits, resident_bytes=budget)
+            ids = torch.zeros(step.micro_batch, step.tokens, dtype=torch.int64)
+            for _ in range(steps):
+                for _ in range(step.accumulation):
+                    loss = model(ids, labels=ids).loss
+                    assert loss is not None
+                    backward(loss)
+                    del loss
+                    counter.name("gradients", [p.grad for p in trained if p.grad is not None])
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                counter.name("optimizer", _buffers(optimizer))
+                optimizer.zero_grad(set_to_none=True)
+        return counter
+
+
+def _build(shape: Shape, step: Step, dtype: torch.dtype) -> LlamaForCausalLM:
+    weights = random_weights(shape, dtype, torch.device("cpu"))
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape.config())
+    stack = model.model
+    for name, weight in weights.items():
+        path, _, leaf = name.rpartition(".")
+        if isinstance(weight, NF4Weight):
+            parent, _, attribute = path.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, NF4Linear(weight))
+        elif step.offload_embedding and name == "model.embed_tokens.weight":
+            held = nn.Parameter(weight.to("meta"), requires_grad=False)  # the host's
+            stack.embed_tokens.weight = held
+        else:
+            setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
+    attach_lora(model, step.lora_r, 16, step.dropout, step.targets)
+    stack.checkpointed_layers = step.checkpointed_layers
+    if step.offload_checkpoints:
+        stack.checkpoint_offload = CheckpointOffload()
+    if step.offload_layers:
+        stack.stream = LayerStream(torch.device("cpu"))
+        for number in spread(step.offload_layers, len(stack.layers)):
+            stack.stream.take(number, stack.layers[number])
+        stack.stream.lay_out()
+    return model.train()
+
+
+def _name(counter: LiveBytes, model: LlamaForCausalLM) -> None:
+    stack = model.model
+    linears = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    real = [m for m in linears if not m.weight.is_meta]
+    counter.name("weights", [m.weight for m in real])
+    counter.name("constants", [b for m in real for b in m.buffers() if b is not None])
+    counter.name("adapters", [p for p in model.parameters() if p.requires_grad])
+    counter.name("head", [model.lm_head.weight])
+    if not stack.embed_tokens.weight.is_meta:
+        counter.name("embedding", [stack.embed_tokens.weight])
+
+
+def _buffers(optimizer: PagedAdamW) -> list[Tensor]:
+    found = []
+    for own in optimizer._pagers.values():
+        found += own._resident + [slot.buffer for slot in own._slots if slot.buffer is not None]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench.simulation", allow_abbrev=False)
+    parser.add_argument("--shape", default="7b", choices=list(SHAPES))
+    for name, default in Step._field_defaults.items():
+        if isinstance(default, bool):
+            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default)
+        else:
+            parser.add_argument(f"--{name}", type=type(default), default=default)
+    given = vars(parser.parse_args())
+    found = simulate(SHAPES[given.pop("shape")], Step(**given))
+    for category, size in sorted(found.at_peak.items(), key=lambda item: -item[1]):
+        print(f"{category:12} {size / 1e6:12,.1f} MB")
+    print(f"{'peak':12} {found.peak / 1e6:12,.1f} MB (1e6 bytes), no CUDA context, no fragmentation")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""What a training step will hold in memory, by arithmetic on a model's sizes alone; and what to change until it fits.
+
+Held to a simulation of the real step (bench/simulation.py), with which it shares no code. Bytes throughout; MB and GB
+are powers of ten.
+
+A step has two moments that can be its peak. At the head, everything that the forward pass keeps is there, and a chunk of
+the loss. In a layer's backward pass, what the layers below keep is there, and that layer's activations with the
+gradients of its MLP, the widest of what is alive at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+CONTEXT = 500_000_000
+"""What a CUDA process occupies before its first tensor; no allocator's cap sees it."""
+
+PAGE = 4 << 20
+STAGING_PAGES = 3
+CHUNK_LOGITS = 2 * (1 << 24)
+NF4_CODES = 0.5
+BLOCK, NESTED_BLOCK = 64, 256
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CUBLAS_WORKSPACE = 32 << 20
+FRAGMENTATION = 0.03
+"""Of what is not weights: what the allocator holds beyond what is asked of it. An H100 held 240 MB (checkpointed) and
+270 MB more than the simulation of the same 8B steps, with torch's AdamW, whose temporaries were 170 of them."""
+
+
+class Sizes(NamedTuple):
+    """A LLaMA's numbers."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    groups: int
+    head_dim: int
+    vocab: int
+    tied: bool = False
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Name -> [out, in] of a layer's linear layers."""
+        queries, keys = self.heads * self.head_dim, self.groups * self.head_dim
+        c, i = self.hidden, self.inner
+        shapes = ((queries, c), (keys, c), (keys, c), (c, queries), (i, c), (i, c), (c, i))
+        return dict(zip(LINEARS, shapes, strict=True))
+
+
+SHAPES: dict[str, Sizes] = {
+    "llama-7b": Sizes(4096, 11008, 32, 32, 32, 128, 32000),
+    "llama-13b": Sizes(5120, 13824, 40, 40, 40, 128, 32000),
+    "llama-33b": Sizes(6656, 17920, 60, 52, 52, 128, 32000),
+    "llama-65b": Sizes(8192, 22016, 80, 64, 64, 128, 32000),
+    "llama2-7b": Sizes(4096, 11008, 32, 32, 32, 128, 32000),
+    "llama2-13b": Sizes(5120, 13824, 40, 40, 40, 128, 32000),
+    "llama2-70b": Sizes(8192, 28672, 80, 64, 8, 128, 32000),
+    "llama3-8b": Sizes(4096, 14336, 32, 32, 8, 128, 128256),
+    "llama3-70b": Sizes(8192, 28672, 80, 64, 8, 128, 128256),
+    "tinyllama-1.1b": Sizes(2048, 5632, 22, 32, 4, 64, 32000),
+    "smollm2-135m": Sizes(576, 1536, 30, 9, 3, 64, 49152, True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training step.
+
+    Attributes:
+        length: tokens of a sequence. micro_batch: sequences at once. accumulation: micro-batches to a step.
+        targets: names of the adapted linears. itemsize: bytes of an activation's element.
+        state_bits: of AdamW's moments, 32 or 8. resident_states: bytes of them that stay on the device; None: all.
+        checkpointed_layers: how many keep only their input. offload_checkpoints: those inputs lie on the host.
+        offload_layers: how many layers' weights are streamed (those are checkpointed, too).
+        context: bytes outside the allocator.
+    """
+
+    sizes: Sizes
+    length: int = 256
+    micro_batch: int = 4
+    accumulation: int = 1
+    lora_r: int = 8
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    dropout: float = 0.05
+    itemsize: int = 2
+    quantized: bool = True
+    double_quant: bool = True
+    state_bits: int = 32
+    resident_states: int | None = None
+    checkpointed_layers: int = 0
+    offload_checkpoints: bool = False
+    offload_embedding: bool = False
+    offload_layers: int = 0
+    context: int = CONTEXT
+
+    @property
+    def tokens(self) -> int:
+        return self.length * self.micro_batch
+
+    @property
+    def checkpoints(self) -> int:
+        """Layers that run again in the backward pass."""
+        extra = [n for n in _spread(self.offload_layers, self.sizes.layers) if n >= self.checkpointed_layers]
+        return self.checkpointed_layers + len(extra)
+
+
+class Plan(NamedTuple):
+    """rows: what is on the device at the peak; they add up to `peak_bytes`. elsewhere: on the host, or on the device at
+    another moment (`loss_chunk` or `recompute`, whichever is not at the peak). All in bytes."""
+
+    rows: dict[str, int]
+    elsewhere: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.rows.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.elsewhere.get(name, 0) for name in HOST_ROWS)
+
+
+HOST_ROWS = ("optimizer_paged", "offloaded_weights", "offloaded_checkpoints", "offloaded_embedding")
+
+
+def plan(job: Job) -> Plan:
+    """The components of a step, and its peak."""
+    sizes, item = job.sizes, job.itemsize
+    embedding = sizes.vocab * sizes.hidden * item
+    on_host = job.offload_embedding and not sizes.tied
+    codes, constants = _layer_weights(job)
+    kept_layers = sizes.layers - job.offload_layers
+    adapters = 4 * _adapter_elements(job) * sizes.layers
+    states, staging = _states(job)
+    resident = states if job.resident_states is None else min(job.resident_states // PAGE * PAGE, states)
+    rows = {
+        "weights": kept_layers * codes,
+        "constants": kept_layers * constants,
+        "embedding": 0 if on_host else embedding,
+        "head": 0 if sizes.tied else embedding,
+        "norms": (2 * sizes.layers + 1) * sizes.hidden * item,
+        "adapters": adapters,
+        "gradients": adapters,
+        "optimizer_resident": resident,
+        "optimizer_staging": staging if resident < states else 0,
+        "streaming_buffers": min(job.offload_layers, 2) * (codes + constants),
+        "scratch": _scratch(job),
+    }
+    moving, other = _moving(job)
+    rows |= moving
+    dynamic = sum(size for name, size in rows.items() if name not in ("weights", "constants", "embedding", "head"))
+    rows["allocator"] = (round(FRAGMENTATION * dynamic) + CUBLAS_WORKSPACE) if job.context else 0
+    rows["context"] = job.context
+    away = job.checkpoints * job.tokens * sizes.hidden * item if job.offload_checkpoints else 0
+    elsewhere = other | {
+        "optimizer_paged": states if resident < states else 0,
+        "offloaded_weights": _pages((codes + constants) if job.offload_layers else 0) * job.offload_layers,
+        "offloaded_checkpoints": away,
+        "offloaded_embedding": embedding if on_host else 0,
+    }
+    return Plan(rows, elsewhere)
+
+
+# --- what stays -----------------------------------------------------------------------------------------
+
+
+def _layer_weights(job: Job) -> tuple[int, int]:
+    """Bytes of a layer's linears: codes and constants; or, not quantized, all of it and 0."""
+    counts = [rows * columns for rows, columns in job.sizes.linears.values()]
+    if not job.quantized:
+        return sum(counts) * job.itemsize, 0
+    constants = 0
+    for count in counts:
+        blocks = -(-count // BLOCK)
+        constants += blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if job.double_quant else 4 * blocks
+    return sum(-(-count // 2) for count in counts), constants
+
+
+def _adapter_elements(job: Job) -> int:
+    return sum(job.lora_r * sum(job.sizes.linears[name]) for name in job.targets)
+
+
+def _states(job: Job) -> tuple[int, int]:
+    """Bytes of AdamW's moments in whole pages, and of the buffers that they pass through when they do not stay."""
+    capacity = PAGE // 8 if job.state_bits == 32 else PAGE // 520 * 256
+    elements = 0
+    for name in job.targets:
+        # Each tensor starts at a block of 256.
+        elements += sum(-(-job.lora_r * extent // 256) * 256 for extent in job.sizes.linears[name])
+    pages = -(-elements * job.sizes.layers // capacity)
+    return pages * PAGE, min(pages, STAGING_PAGES) * PAGE
+
+
+def _scratch(job: Job) -> int:
+    """The largest dequantized W."""
+    if not job.quantized:
+        return 0
+    return max(rows * columns for rows, columns in job.sizes.linears.values()) * job.itemsize
+
+
+def _pages(size: int) -> int:
+    return -(-size // PAGE) * PAGE
+
+
+# --- what comes and goes --------------------------------------------------------------------------------
+
+
+def kept_by_a_layer(job: Job) -> int:
+    """Bytes that a layer keeps for its backward pass, its input included."""
+    sizes, m, item = job.sizes, job.tokens, job.itemsize
+    c, queries, keys = sizes.hidden, sizes.heads * sizes.head_dim, sizes.groups * sizes.head_dim
+    adapted = set(job.targets)
+    narrow = 2 * c  # the input of each half: the norms keep it
+    narrow += c * bool(adapted & {"q_proj", "k_proj", "v_proj"}) + c * bool(adapted & {"gate_proj", "up_proj"})
+    # q, k and v side by side (v stays, and holds the others), q and k turned, and the attention's result.
+    narrow += (queries + 2 * keys) + (queries + keys) + queries
+    narrow += 2 * sizes.inner + sizes.inner * ("down_proj" in adapted)
+    narrow += job.lora_r * len(adapted)
+    return m * (narrow * item + 4 * (2 + sizes.heads))
+
+
+def _backward_of_a_layer(job: Job) -> int:
+    """Bytes beyond what the layer keeps, at the worst moment of its backward pass."""
+    sizes, m, item = job.sizes, job.tokens, job.itemsize
+    c, i, rank = sizes.hidden, sizes.inner, job.lora_r
+    down = "down_proj" in job.targets
+    # SwiGLU: dh, d gate and d up, while h is gone, and dY and the layer's result are there.
+    swiglu = 3 * i * m * item - i * m * item * down
+    # Before it, the down projection: dh and what its adapter's gradients take.
+    dropped = job.dropout > 0
+    own = m * rank * item * down + (m * i * item * (1 + 0) if dropped and down else 0)
+    cast = rank * i * item
+    product = i * m * item + own + (max(cast, rank * (i + c) * item) if down else 0)
+    gradients = 4 * _adapter_elements(job) if job.checkpointed_layers or job.offload_layers else 0
+    return max(swiglu, product) + 2 * c * m * item + gradients
+
+
+def _loss(job: Job) -> int:
+    """At the head: the normed hidden states, their gradient, and a chunk of logits with its rows."""
+    sizes, m, item = job.sizes, job.tokens, job.itemsize
+    rows = max(CHUNK_LOGITS // sizes.vocab, 1)
+    rows = min(rows // 128 * 128 if rows >= 128 else rows, m)
+    chunk = rows * (-(-sizes.vocab // 16) * 16 + 2 * sizes.hidden) * item
+    return 3 * m * sizes.hidden * item + chunk
+
+
+def _moving(job: Job) -> tuple[dict[str, int], dict[str, int]]:
+    """(rows of activations at the peak, rows of those at the other moment)"""
+    layers, again = job.sizes.layers, job.checkpoints
+    boundary = job.tokens * job.sizes.hidden * job.itemsize
+    kept, backward, loss = kept_by_a_layer(job), _backward_of_a_layer(job), _loss(job)
+    inputs = min(again, 2) * boundary if job.offload_checkpoints else again * boundary
+    plain = (layers - again) * kept
+    at_head = {"activations": plain, "checkpoints": inputs, "loss_chunk": loss}
+    if again < layers:  # the top layer's backward pass, then the lower ones' with less above them
+        top = {"activations": plain, "checkpoints": inputs, "recompute": backward}
+    else:
+        top = {"activations": 0, "checkpoints": inputs, "recompute": kept - boundary + backward}
+    first = {"activations": 0, "checkpoints": inputs, "recompute": (kept - boundary if again else 0) + backward}
+    moments = [at_head, top, first] if again else [at_head, top]
+    worst = max(moments, key=lambda rows: sum(rows.values()))
+    others = {name: max(rows.get(name, 0) for rows in moments) for name in ("loss_chunk", "recompute")}
+    return worst, {name: size for name, size in others.items() if name not in worst}
+
+
+def _spread(streamed: int, layers: int) -> list[int]:
+    return [(2 * i + 1) * layers // (2 * streamed) for i in range(streamed)]
+
+
+# --- fitting --------------------------------------------------------------------------------------------
+
+
+class Change(NamedTuple):
+    """One way to save memory: what to set, and what it costs."""
+
+    text: str
+    cost: str
+
+
+def fit(job: Job, budget: int) -> tuple[Job, list[Change], bool]:
+    """The cheapest changes, in the order of what they cost in time, that bring the peak within `budget` bytes.
+
+    Returns:
+        The changed job, what was changed, and whether it fits (if not, the job with everything changed).
+    """
+    found = job
+    for make in _LADDER:
+        if plan(found).peak_bytes <= budget:
+            break
+        found = next((tried for tried in make(found) if plan(tried).peak_bytes <= budget), _last(make(found), found))
+    fits = plan(found).peak_bytes <= budget
+    if fits:
+        found = _undone(job, found, budget)
+    return found, list(_told(job, found)), fits
+
+
+def _last(tried: Iterator[Job], otherwise: Job) -> Job:
+    for otherwise in tried:  # noqa: B007 - the last one is wanted
+        pass
+    return otherwise
+
+
+def _paged(job: Job) -> Iterator[Job]:
+    states, _ = _states(job)
+    now = states if job.resident_states is None else job.resident_states
+    for eighths in range(7, -1, -1):
+        if (resident := states * eighths // 8 // PAGE * PAGE) < now:
+            yield replace(job, resident_states=resident)
+
+
+def _embedding(job: Job) -> Iterator[Job]:
+    if not job.sizes.tied:
+        yield replace(job, offload_embedding=True)
+
+
+def _checkpointed(job: Job) -> Iterator[Job]:
+    for layers in range(job.checkpointed_layers + 1, job.sizes.layers + 1):
+        yield replace(job, checkpointed_layers=layers)
+
+
+def _away(job: Job) -> Iterator[Job]:
+    yield replace(job, offload_checkpoints=True)
+
+
+def _smaller(job: Job) -> Iterator[Job]:
+    rows = job.micro_batch
+    while rows > 1:
+        rows //= 2
+        yield replace(job, micro_batch=rows, accumulation=-(-job.accumulation * job.micro_batch // rows))
+
+
+def _streamed(job: Job) -> Iterator[Job]:
+    if job.quantized:
+        for layers in range(job.offload_layers + 1, job.sizes.layers + 1):
+            yield replace(job, offload_layers=layers)
+
+
+_LADDER: tuple[Callable[[Job], Iterator[Job]], ...] = (
+    _paged, _embedding, _checkpointed, _away, _smaller, _streamed,
+)  # fmt: skip
+_FIELDS = ("resident_states", "offload_embedding", "checkpointed_layers", "offload_checkpoints", "micro_batch")
+
+
+def _undone(before: Job, after: Job, budget: int) -> Job:
+    """Without the changes that later, larger ones made needless."""
+    for field in _FIELDS:
+        names = (field, "accumulation") if field == "micro_batch" else (field,)
+        tried = replace(after, **{name: getattr(before, name) for name in names})
+        if plan(tried).peak_bytes <= budget:
+            after = tried
+    return after
+
+
+def _told(before: Job, after: Job) -> Iterator[Change]:
+    if before.resident_states != after.resident_states and after.resident_states is not None:
+        said = f"{after.resident_states / 1e6:.0f} MB of AdamW's moments stay on the device, the rest is paged"
+        yield Change(said, "a copy of the rest each way every step")
+    if after.offload_embedding > before.offload_embedding:
+        yield Change("the embedding stays on the host (--offload_embedding)", "a lookup there every micro-batch")
+    if after.checkpointed_layers > before.checkpointed_layers:
+        layers = after.sizes.layers
+        share = after.checkpointed_layers / layers / 3
+        yield Change(
+            f"{after.checkpointed_layers} of {layers} layers run again in the backward pass (--checkpointed_layers)",
+            f"about {share:.0%} more time",
+        )
+    if after.offload_checkpoints > before.offload_checkpoints:
+        yield Change("checkpoints lie on the host (--offload_checkpoints)", "copies beside the computation")
+    if after.micro_batch < before.micro_batch:
+        said = f"micro-batches of {after.micro_batch} (--micro_batch_size), {after.accumulation} of them to a step"
+        yield Change(said, "smaller matrix products; the same result")
+    if after.offload_layers > before.offload_layers:
+        said = f"{after.offload_layers} of {after.sizes.layers} layers are streamed from the host (--offload_layers)"
+        yield Change(said, "their weights cross the bus twice a micro-batch")
+
+
+def as_json(job: Job, budget: int | None, changes: Sequence[Change] = ()) -> dict[str, object]:
+    """Every row in bytes, and the verdict."""
+    found = plan(job)
+    rows: dict[str, object] = {**found.elsewhere, **found.rows}
+    settings = {k: v for k, v in dataclasses.asdict(job).items() if k != "sizes"}
+    return rows | {
+        "peak_bytes": found.peak_bytes, "host_bytes": found.host_bytes,
+        "fits": None if budget is None else found.peak_bytes <= budget,
+        "at_peak": [name for name, size in found.rows.items() if size],
+        "changes": [change._asdict() for change in changes], "settings": settings,
+    }  # fmt: skip
