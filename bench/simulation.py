@@ -1,9 +1,10 @@
 """The peak memory of a real training step, measured with no GPU.
 
 Our model, our optimizer, our pager and our operators' fake implementations run on fake *cpu* tensors (shapes without
-bytes; the dispatcher told to choose as on CUDA), under a mode that adds up the storages that are alive. What an operator
-needs inside itself no mode can see: each declares it (`workspace_bytes` in its contract), and each declaration is held
-to what its reference really allocates (tests/test_simulation.py). The planner's arithmetic shares nothing with this.
+bytes; the dispatcher told to choose as on CUDA), under a mode that adds up the storages that are alive. What an
+operator needs inside itself no mode can see: each declares it (`workspace_bytes` in its contract), and declarations
+are held to what the reference really allocates (tests/test_simulation.py). The planner's arithmetic shares nothing
+with this.
 
     python -m bench.simulation --shape 7b --tokens 512 --lora_r 8 --checkpointed_layers 32
 """
@@ -178,6 +179,14 @@ def _meta_pages(self: pages.PageStore, count: int) -> list[Tensor]:
     return [torch.empty(self.page_bytes, dtype=torch.uint8, device="meta")] * count  # the host's memory, not counted
 
 
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _true(_: Any) -> bool:
+    return True
+
+
 @contextlib.contextmanager
 def fake_world() -> Iterator[None]:
     """Fake tensors, a pretended GPU, and stores without bytes."""
@@ -186,8 +195,9 @@ def fake_world() -> Iterator[None]:
         dispatch.pretend_cuda(),
         mock.patch.object(pager, "_Thread", _NoCopies),
         mock.patch.object(pages.PageStore, "_in_ram", _meta_pages),
-        mock.patch.object(pager.Pager, "write", lambda *_: None),
-        mock.patch.object(paged_adamw, "_all_finite", lambda _: True),  # fake gradients have no values
+        # Functions, for a Mock remembers its arguments, and so keeps tensors alive.
+        mock.patch.object(pager.Pager, "write", _nothing),
+        mock.patch.object(paged_adamw, "_all_finite", _true),  # fake gradients have no values
     ):
         yield
 

@@ -12,17 +12,9 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from jindo_core.config import (
-    PROFILES,
-    Config,
-    Setting,
-    TrainConfig,
-    did_you_mean,
-    read_config_file,
-    settings,
-    show,
-)
+from jindo_core.config import PROFILES, TrainConfig, did_you_mean, read_config_file
 from jindo_core.errors import InputError
+from jindo_core.settings import Config, Setting, settings, show
 
 HELP = ("-h", "--help")
 _DASHES = "-‐‑‒–—−"  # web pages and word processors turn "--" into these

@@ -22,6 +22,7 @@ jindo-core: fine-tune a LLaMA in 4 bits on a small GPU, or on none, and use the 
 commands:
   train       fine-tune on instructions; without flags: SmolLM2-135M on bundled Korean rows
   generate    answer an instruction with a model and its adapter
+  plan        what a training step will take in memory, and what makes it fit
   doctor      what is there, and whether this machine can train
   tune        measure on this machine where one kernel beats another
 
@@ -44,6 +45,12 @@ def _generate(argv: list[str]) -> int:
     return generate.run(argv)
 
 
+def _plan(argv: list[str]) -> int:
+    from jindo_core.cli import plan
+
+    return plan.run(argv)
+
+
 def _doctor(argv: list[str]) -> int:
     from jindo_core.cli import doctor
 
@@ -57,7 +64,7 @@ def _tune(argv: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train, "generate": _generate, "doctor": _doctor, "tune": _tune,
+    "train": _train, "generate": _generate, "plan": _plan, "doctor": _doctor, "tune": _tune,
 }  # fmt: skip
 
 

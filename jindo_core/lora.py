@@ -25,12 +25,20 @@ class LoraLinear(nn.Module):
         base: the frozen layer, [N, K].
         r: rank. alpha: s = alpha / r, or alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732).
         dropout: probability that D zeroes an element of x, in training only.
+        device: of A and B; the base's by default.
     Attributes:
         lora_A: fp32 [r, K], Kaiming-uniform(sqrt 5). lora_B: fp32 [N, r], zero: y starts as base(x).
     """
 
     def __init__(
-        self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, *, use_rslora: bool = False
+        self,
+        base: nn.Linear,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        *,
+        use_rslora: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         if r < 1:
@@ -40,7 +48,7 @@ class LoraLinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.scale = alpha / (math.sqrt(r) if use_rslora else r)
         self.dropout = dropout
-        device = base.weight.device
+        device = device or base.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -117,10 +125,15 @@ def attach_lora(
     targets = match_targets(model, target_modules)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    # A streamed layer's weights are placeholders; its adapter lies with the rest of the model.
+    places = {parameter.device for parameter in model.parameters()} - {torch.device("meta")}
+    streamed_to = next((device for device in places if device.type != "cpu"), next(iter(places), torch.device("meta")))
     for path in targets:
         parent, _, name = path.rpartition(".")
         owner = model.get_submodule(parent)
-        layer = LoraLinear(getattr(owner, name), r, alpha, dropout, use_rslora=use_rslora)
+        base = getattr(owner, name)
+        device = streamed_to if base.weight.is_meta else base.weight.device
+        layer = LoraLinear(base, r, alpha, dropout, use_rslora=use_rslora, device=device)
         setattr(owner, name, layer.train(owner.training))
     return model
 

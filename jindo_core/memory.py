@@ -1,87 +1,148 @@
-"""What a training run will hold in memory, worked out before it starts."""
+"""Memory of a run: what it is planned to take, what it takes, and what gives way when there is too little."""
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from jindo_core.kernels import linear_cross_entropy, lora_matmul
+from jindo_core.config import TrainConfig
+from jindo_core.errors import InputError
 from jindo_core.model import LlamaConfig, LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear
+from jindo_core.paged_adamw import PagedAdamW
+from jindo_core.plan import CONTEXT, LINEARS, Change, Job, Sizes, fit, plan
+from jindo_core.recompute import CheckpointOffload
+from jindo_core.streaming import LayerStream
 
-CUDA_CONTEXT = 500 << 20
-"""What a CUDA process occupies before its first tensor; no allocator's figures show it."""
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Rows of (what, bytes) that add up to the expected peak."""
-
-    rows: tuple[tuple[str, int], ...]
-
-    @property
-    def total(self) -> int:
-        return sum(size for _, size in self.rows)
+CUDA_CONTEXT = CONTEXT
 
 
-def plan_training(model: LlamaForCausalLM, *, rows: int, length: int, gradient_checkpointing: bool) -> MemoryPlan:
-    """The plan of one training step.
+def sizes_of(config: LlamaConfig) -> Sizes:
+    """A model's numbers as the planner takes them."""
+    return Sizes(
+        config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads,
+        config.num_key_value_heads, config.head_dim, config.vocab_size, config.tie_word_embeddings,
+    )  # fmt: skip
+
+
+def job_of(config: TrainConfig, sizes: Sizes, *, length: int, itemsize: int, context: int) -> Job:
+    """A training run's step as the planner takes it.
 
     Args:
-        model: with its adapter attached.
-        rows: sequences in a micro-batch. length: tokens of the longest one, padding included.
+        length: tokens of the longest sequence. itemsize: bytes of an activation's element.
+        context: bytes that the process holds beside the step.
     """
-    config, itemsize = model.config, model.dtype.itemsize
-    linears = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    packed = sum(linear.nf4.nbytes for linear in linears)
-    trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    dense = sum(p.nbytes for p in model.parameters() if not p.requires_grad and p.dtype != torch.uint8)
-    tokens = rows * length
-    layer = activation_bytes(config, tokens, itemsize)
-    boundary = tokens * config.hidden_size * itemsize
-    if gradient_checkpointing:
-        activations = config.num_hidden_layers * boundary + layer
-    else:
-        activations = config.num_hidden_layers * layer
-    head = linear_cross_entropy.workspace_bytes(tokens, config.vocab_size, model.dtype) + 4 * boundary
-    widest = max(
-        (
-            lora_matmul.workspace_bytes(tokens, m.in_features, m.out_features, model.dtype, dropout=0.1)
-            for m in linears
-        ),
-        default=0,
-    )
-    process = CUDA_CONTEXT if model.device.type == "cuda" else _process_bytes(packed + trainable + dense)
-    return MemoryPlan(
-        (
-            ("weights in NF4", packed),
-            (f"embedding, norms, head ({_short(model.dtype)})", dense),
-            ("adapter (fp32)", trainable),
-            ("its gradients", trainable),
-            ("AdamW states (fp32)", 2 * trainable),
-            (f"activations ({rows} × {length} tokens)", activations),
-            ("loss, a chunk of logits at a time", head),
-            ("scratch for one dequantized layer", widest),
-            ("CUDA context" if model.device.type == "cuda" else "Python and its libraries", process),
+    names = config.lora_target_modules
+    targets = LINEARS if names == ("all-linear",) else tuple(n for n in LINEARS if any(x.endswith(n) for x in names))
+    every = config.gradient_checkpointing
+    layers = sizes.layers if every else min(config.checkpointed_layers, sizes.layers)
+    return Job(
+        sizes=sizes, length=length, micro_batch=config.micro_batch_size, accumulation=config.accumulation_steps,
+        lora_r=config.lora_r, targets=targets, dropout=config.lora_dropout, itemsize=itemsize,
+        quantized=config.quantize == "nf4", double_quant=config.double_quant,
+        state_bits=8 if config.optim == "paged_adamw_8bit" else 32, checkpointed_layers=layers,
+        offload_checkpoints=config.offload_checkpoints, offload_embedding=config.offload_embedding,
+        offload_layers=min(config.offload_layers, sizes.layers), context=context,
+    )  # fmt: skip
+
+
+def within_budget(config: TrainConfig, job: Job) -> tuple[TrainConfig, Job, list[Change]]:
+    """The settings with what --max_memory_MB makes necessary, and what that is.
+
+    Raises:
+        InputError: no settings keep the budget.
+    """
+    if not config.max_memory_MB:
+        return config, job, []
+    budget = config.max_memory_MB * 1_000_000
+    paged = config.optim != "adamw_torch"
+    found, changes, fits = fit(job, budget)
+    if not fits or (not paged and found.resident_states is not None):
+        least = plan(found).peak_bytes / 1e6
+        more = "" if paged else ", or take --optim paged_adamw_32bit"
+        raise InputError(
+            f"--max_memory_MB: got {config.max_memory_MB}, but with everything offloaded a step of "
+            f"{found.length} tokens still takes {least:,.0f} MB: raise it, or lower --cutoff_len{more}"
         )
+    chosen = dataclasses.replace(
+        config, micro_batch_size=found.micro_batch, batch_size=config.micro_batch_size * config.accumulation_steps,
+        gradient_checkpointing=found.checkpointed_layers >= found.sizes.layers,
+        checkpointed_layers=found.checkpointed_layers, offload_checkpoints=found.offload_checkpoints,
+        offload_embedding=found.offload_embedding, offload_layers=found.offload_layers,
+    )  # fmt: skip
+    return chosen, found, changes
+
+
+def keep_budget(device: torch.device, budget_MB: int) -> None:
+    """On CUDA, let the allocator take no more than the budget leaves beside the context."""
+    if device.type == "cuda" and budget_MB:
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = (budget_MB * 1_000_000 - CUDA_CONTEXT) / total
+        torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0), device)
+
+
+# --- too little -----------------------------------------------------------------------------------------
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's allocator has an exception of its own; the CPU's says it in words."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
-def activation_bytes(config: LlamaConfig, tokens: int, itemsize: int) -> int:
-    """Bytes one decoder layer keeps for its backward pass, every linear adapted.
+class Relief:
+    """What gives way when a step runs out of memory, one thing at a time.
 
-    Both norms keep their input in fp32. Of the hidden size: the two norms' outputs. Of the query width: q and
-    the attention's output; of the key/value width: k and v. Of the MLP's width: gate, silu(gate), up and
-    their product.
+    Args:
+        micro_batch: sequences at once. place: where offloaded things go, "host" or a folder.
+    Attributes:
+        micro_batch: what is left of it.
     """
-    queries = config.num_attention_heads * config.head_dim
-    groups = config.num_key_value_heads * config.head_dim
-    narrow = 2 * config.hidden_size + 2 * queries + 2 * groups + 4 * config.intermediate_size
-    return tokens * (narrow * itemsize + 8 * config.hidden_size + 4 * config.num_attention_heads)
+
+    def __init__(
+        self, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, micro_batch: int, place: str = "host"
+    ) -> None:
+        self._model, self._optimizer, self._place = model, optimizer, place
+        self.micro_batch = micro_batch
+
+    def give_way(self) -> str | None:
+        """Free something, and say what; None where nothing is left that could."""
+        stack, optimizer = self._model.model, self._optimizer
+        if isinstance(optimizer, PagedAdamW) and optimizer.resident_bytes:
+            return f"{optimizer.evict() / 1e6:,.0f} MB of AdamW's moments go to the host"
+        if self.micro_batch > 1:
+            self.micro_batch //= 2
+            return f"micro-batches of {self.micro_batch} from now on, more of them to a step"
+        if not stack.gradient_checkpointing:
+            stack.gradient_checkpointing = True
+            return "every layer runs again in the backward pass from now on"
+        if stack.checkpoint_offload is None:
+            stack.checkpoint_offload = CheckpointOffload(self._place)
+            return "layers' inputs go to the host from now on"
+        embedding = stack.embed_tokens.weight
+        if embedding.device.type != "cpu" and embedding is not self._model.lm_head.weight:
+            embedding.data = embedding.data.cpu()
+            return f"the embedding, {embedding.nbytes / 1e6:,.0f} MB, goes to the host"
+        return self._stream()
+
+    def _stream(self) -> str | None:
+        stack = self._model.model
+        if stack.stream is not None or not any(isinstance(m, NF4Linear) for m in stack.modules()):
+            return None
+        stream = LayerStream(self._model.device, self._place)
+        for number, layer in enumerate(stack.layers):
+            stream.take(number, layer)
+        stream.lay_out()
+        stack.stream = stream
+        return f"all layers, {stream.nbytes / 1e6:,.0f} MB, are streamed from the host from now on"
+
+
+# --- what it takes --------------------------------------------------------------------------------------
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -119,12 +180,3 @@ def give_back_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def _process_bytes(model: int) -> int:
-    """What the process holds beyond the model that it has loaded."""
-    return max(current_bytes(torch.device("cpu")) - model, 0)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, str(dtype))

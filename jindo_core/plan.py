@@ -3,7 +3,7 @@
 Held to a simulation of the real step (bench/simulation.py), with which it shares no code. Bytes throughout; MB and GB
 are powers of ten.
 
-A step has two moments that can be its peak. At the head, everything that the forward pass keeps is there, and a chunk of
+A step has two moments that can be its peak. At the head, all that the forward pass keeps is there, and a chunk of
 the loss. In a layer's backward pass, what the layers below keep is there, and that layer's activations with the
 gradients of its MLP, the widest of what is alive at once.
 """
@@ -76,7 +76,7 @@ class Job:
         state_bits: of AdamW's moments, 32 or 8. resident_states: bytes of them that stay on the device; None: all.
         checkpointed_layers: how many keep only their input. offload_checkpoints: those inputs lie on the host.
         offload_layers: how many layers' weights are streamed (those are checkpointed, too).
-        context: bytes outside the allocator.
+        context: bytes outside the allocator: CUDA's, or on a CPU the process's. on_cuda: its kernels' temporaries.
     """
 
     sizes: Sizes
@@ -96,6 +96,7 @@ class Job:
     offload_embedding: bool = False
     offload_layers: int = 0
     context: int = CONTEXT
+    on_cuda: bool = True
 
     @property
     def tokens(self) -> int:
@@ -153,7 +154,7 @@ def plan(job: Job) -> Plan:
     moving, other = _moving(job)
     rows |= moving
     dynamic = sum(size for name, size in rows.items() if name not in ("weights", "constants", "embedding", "head"))
-    rows["allocator"] = (round(FRAGMENTATION * dynamic) + CUBLAS_WORKSPACE) if job.context else 0
+    rows["allocator"] = (round(FRAGMENTATION * dynamic) + CUBLAS_WORKSPACE) if job.on_cuda and job.context else 0
     rows["context"] = job.context
     away = job.checkpoints * job.tokens * sizes.hidden * item if job.offload_checkpoints else 0
     elsewhere = other | {
@@ -223,6 +224,22 @@ def kept_by_a_layer(job: Job) -> int:
     return m * (narrow * item + 4 * (2 + sizes.heads))
 
 
+def _untracked(job: Job) -> int:
+    """Bytes of `kept_by_a_layer` that the first layer does not keep: before an adapter nothing has a gradient."""
+    sizes, adapted = job.sizes, set(job.targets)
+    c, queries, keys = sizes.hidden, sizes.heads * sizes.head_dim, sizes.groups * sizes.head_dim
+    if adapted & {"q_proj", "k_proj", "v_proj"}:
+        return 0
+    narrow, wide = c + 3 * (queries + keys), 1 + sizes.heads
+    if "o_proj" in adapted:
+        narrow -= queries
+    else:
+        narrow, wide = narrow + c, wide + 1
+        if not adapted & {"gate_proj", "up_proj"}:
+            narrow += 2 * sizes.inner
+    return job.tokens * (narrow * job.itemsize + 4 * wide)
+
+
 def _backward_of_a_layer(job: Job) -> int:
     """Bytes beyond what the layer keeps, at the worst moment of its backward pass."""
     sizes, m, item = job.sizes, job.tokens, job.itemsize
@@ -232,7 +249,7 @@ def _backward_of_a_layer(job: Job) -> int:
     swiglu = 3 * i * m * item - i * m * item * down
     # Before it, the down projection: dh and what its adapter's gradients take.
     dropped = job.dropout > 0
-    own = m * rank * item * down + (m * i * item * (1 + 0) if dropped and down else 0)
+    own = m * rank * item * down + (m * i * item if dropped and down else 0)
     cast = rank * i * item
     product = i * m * item + own + (max(cast, rank * (i + c) * item) if down else 0)
     gradients = 4 * _adapter_elements(job) if job.checkpointed_layers or job.offload_layers else 0
@@ -254,14 +271,15 @@ def _moving(job: Job) -> tuple[dict[str, int], dict[str, int]]:
     boundary = job.tokens * job.sizes.hidden * job.itemsize
     kept, backward, loss = kept_by_a_layer(job), _backward_of_a_layer(job), _loss(job)
     inputs = min(again, 2) * boundary if job.offload_checkpoints else again * boundary
-    plain = (layers - again) * kept
+    plain = (layers - again) * kept - (0 if again else _untracked(job))
     at_head = {"activations": plain, "checkpoints": inputs, "loss_chunk": loss}
     if again < layers:  # the top layer's backward pass, then the lower ones' with less above them
         top = {"activations": plain, "checkpoints": inputs, "recompute": backward}
     else:
         top = {"activations": 0, "checkpoints": inputs, "recompute": kept - boundary + backward}
-    first = {"activations": 0, "checkpoints": inputs, "recompute": (kept - boundary if again else 0) + backward}
-    moments = [at_head, top, first] if again else [at_head, top]
+    below = kept - boundary if again else kept
+    first = {"activations": 0, "checkpoints": inputs, "recompute": below + backward}
+    moments = [at_head, top, first]
     worst = max(moments, key=lambda rows: sum(rows.values()))
     others = {name: max(rows.get(name, 0) for rows in moments) for name in ("loss_chunk", "recompute")}
     return worst, {name: size for name, size in others.items() if name not in worst}

@@ -11,7 +11,38 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jindo_core.memory import MemoryPlan
+from jindo_core.plan import HOST_ROWS, Plan
+
+SAID = {
+    "weights": "weights in NF4", "constants": "their second-level constants", "embedding": "embedding",
+    "head": "head", "norms": "norms", "adapters": "adapters (fp32)", "gradients": "their gradients",
+    "optimizer_resident": "AdamW's moments", "optimizer_staging": "buffers for paged moments",
+    "streaming_buffers": "buffers for streamed layers", "scratch": "scratch for a dequantized weight",
+    "activations": "activations", "checkpoints": "inputs of checkpointed layers",
+    "recompute": "a layer's backward pass", "loss_chunk": "loss, a chunk of logits at a time",
+    "allocator": "the allocator's own (estimate)", "optimizer_paged": "AdamW's moments, paged",
+    "offloaded_weights": "streamed layers", "offloaded_checkpoints": "offloaded inputs",
+    "offloaded_embedding": "offloaded embedding",
+}  # fmt: skip
+
+
+def plan_table(plan: Plan, process: str) -> Table:
+    """A memory plan as a table: what is there at the peak, what at another moment, and what lies on the host."""
+    table = Table(title="Memory plan", title_justify="left", title_style="bold")
+    table.add_column("what")
+    table.add_column("MB", justify="right")
+    for name, size in plan.rows.items():
+        if size:
+            table.add_row(SAID.get(name, process), f"{size / 1e6:,.1f}")
+    table.add_section()
+    table.add_row("peak", f"{plan.peak_bytes / 1e6:,.1f}", style="bold")
+    rest = {name: size for name, size in plan.elsewhere.items() if size}
+    if rest:
+        table.add_section()
+    for name, size in rest.items():
+        where = "host" if name in HOST_ROWS else "at another moment"
+        table.add_row(f"{where}: {SAID[name]}", f"{size / 1e6:,.1f}")
+    return table
 
 
 class TrainingView:
@@ -31,15 +62,9 @@ class TrainingView:
         """Something the user should know: a warning that does not stop the run."""
         self.console.print(f"note: {text}", style="yellow", markup=False)
 
-    def plan(self, plan: MemoryPlan) -> None:
-        table = Table(title="Memory plan", title_justify="left", title_style="bold")
-        table.add_column("what")
-        table.add_column("MiB", justify="right")
-        for what, size in plan.rows:
-            table.add_row(what, f"{size / 2**20:,.1f}")
-        table.add_section()
-        table.add_row("planned", f"{plan.total / 2**20:,.1f}")
-        self.console.print(table)
+    def plan(self, plan: Plan, process: str) -> None:
+        """The rows of a plan; `process`: what the row of the context is called here."""
+        self.console.print(plan_table(plan, process))
 
     def start(self, total: int) -> None:
         if self.console.is_terminal:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from jindo_core.adapters import write_atomically
+from jindo_core.adapters import CONFIG, WEIGHTS, write_atomically
 from jindo_core.checkpoint import read_json
+from jindo_core.config import TrainConfig
 from jindo_core.errors import InputError
 
 FILE = "jindo_run.json"
@@ -43,3 +45,27 @@ def read_run(folder: str | Path | None) -> RunRecord | None:
     if not isinstance(base, str | None) or not isinstance(template, str):
         raise InputError(f"{path} has base_model {base!r} and template {template!r}, expected names: it was damaged")
     return RunRecord(**{name: raw[name] for name in names})
+
+
+def choose_output_dir(config: TrainConfig, named: bool) -> Path:
+    """The folder to write to. One that holds a run is refused; a default name gets the next free number."""
+    folder = Path(config.output_dir).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder} is a file, expected a folder")
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"output_dir {folder} can't be made: {nearest} is no folder that can be written to")
+    if config.overwrite_output_dir or not _holds_run(folder):
+        return folder
+    if named:
+        raise InputError(
+            f"output_dir {folder} holds another run: give another folder, or --overwrite_output_dir to replace it"
+        )
+    number = 2
+    while _holds_run(folder.with_name(f"{folder.name}-{number}")):
+        number += 1
+    return folder.with_name(f"{folder.name}-{number}")
+
+
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (WEIGHTS, CONFIG, FILE))

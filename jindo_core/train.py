@@ -19,6 +19,7 @@ from torch import Tensor
 
 from jindo_core import embedded
 from jindo_core.adapters import CONFIG, WEIGHTS, save_adapter
+from jindo_core.checkpoint import open_checkpoint
 from jindo_core.config import TrainConfig
 from jindo_core.data.examples import Example, collate, encode_all, epoch_batches
 from jindo_core.data.records import Record, bundled_path, read_records, split_records
@@ -27,18 +28,33 @@ from jindo_core.errors import InputError, TrainingError
 from jindo_core.evaluate import held_out_loss
 from jindo_core.generation import generate
 from jindo_core.hub import resolve_data, resolve_model
-from jindo_core.loader import load_model
+from jindo_core.loader import load_model, pick_device, pick_dtype
 from jindo_core.lora import attach_lora
-from jindo_core.memory import current_bytes, peak_bytes, plan_training
-from jindo_core.model import LlamaForCausalLM
+from jindo_core.memory import (
+    CUDA_CONTEXT,
+    Relief,
+    current_bytes,
+    is_out_of_memory,
+    job_of,
+    keep_budget,
+    peak_bytes,
+    sizes_of,
+    within_budget,
+)
+from jindo_core.model import LlamaConfig, LlamaForCausalLM
 from jindo_core.optim import build_optimizer, learning_rate_factor
+from jindo_core.plan import Job as MemoryJob
+from jindo_core.plan import plan
 from jindo_core.progress import TrainingView, draw_loss
-from jindo_core.run_record import FILE as RUN_FILE
-from jindo_core.run_record import RunRecord, write_run
+from jindo_core.recompute import CheckpointOffload
+from jindo_core.run_record import RunRecord, choose_output_dir, write_run
 from jindo_core.tokenizer import Tokenizer, load_tokenizer
 
 METRICS = "metrics.jsonl"
 _NOT_FINITE = "no adapter was saved; lower --learning_rate, use --dtype fp32, or look at the data"
+
+MOST_SKIPPED = 5
+"""Steps in a row without a finite gradient that end a run."""
 
 ANSWER_TOKENS = 64
 """Tokens of the sample answers, before and after training."""
@@ -58,8 +74,10 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class _Job:
-    """A run's parts once everything was read and checked."""
+    """A run's parts once everything was read and checked. resident_states: bytes of the optimizer's, or "auto"."""
 
+    config: TrainConfig
+    resident_states: int | str
     model: LlamaForCausalLM
     tokenizer: Tokenizer
     template: Template
@@ -81,15 +99,7 @@ def train(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> TrainR
     view = TrainingView()
     output_dir = choose_output_dir(config, "output_dir" in explicit)
     job = _prepare(config, view)
-    longest = max(len(example.input_ids) for example in job.examples)
-    view.plan(
-        plan_training(
-            job.model,
-            rows=min(config.micro_batch_size, len(job.examples)),
-            length=-(-longest // 8) * 8,
-            gradient_checkpointing=config.gradient_checkpointing,
-        )
-    )
+    config = job.config
     part = output_dir / f"{METRICS}.part"
     with _open_log(part) as log:
         history = _History(log)
@@ -117,30 +127,6 @@ def _open_log(path: Path) -> TextIO:
         raise InputError(f"output_dir {path.parent} can't be written ({error.strerror}): give another folder") from None
 
 
-def choose_output_dir(config: TrainConfig, named: bool) -> Path:
-    """The folder to write to. One that holds a run is refused; a default name gets the next free number."""
-    folder = Path(config.output_dir).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir {folder} is a file, expected a folder")
-    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"output_dir {folder} can't be made: {nearest} is no folder that can be written to")
-    if config.overwrite_output_dir or not _holds_run(folder):
-        return folder
-    if named:
-        raise InputError(
-            f"output_dir {folder} holds another run: give another folder, or --overwrite_output_dir to replace it"
-        )
-    number = 2
-    while _holds_run(folder.with_name(f"{folder.name}-{number}")):
-        number += 1
-    return folder.with_name(f"{folder.name}-{number}")
-
-
-def _holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (WEIGHTS, CONFIG, RUN_FILE))
-
-
 # --- before the first step ------------------------------------------------------------------------------
 
 
@@ -157,12 +143,9 @@ def _prepare(config: TrainConfig, view: TrainingView) -> _Job:
         view.notice(warning)
     path = resolve_model(config.base_model)
     tokenizer = load_tokenizer(path)
-    torch.manual_seed(config.seed)
-    model = load_model(
-        path, quantize=config.quantize, double_quant=config.double_quant, dtype=config.dtype, device=config.device
-    )
-    tokenizer.check(model.config.vocab_size)
-    context = model.config.max_position_embeddings
+    architecture = open_checkpoint(path).config
+    tokenizer.check(architecture.vocab_size)
+    context = architecture.max_position_embeddings
     if config.cutoff_len > context:
         view.notice(f"cutoff_len {config.cutoff_len} is beyond the model's context: {context} is used")
     cutoff = min(config.cutoff_len, context)
@@ -171,6 +154,48 @@ def _prepare(config: TrainConfig, view: TrainingView) -> _Job:
         raise InputError(
             f"no training row has a supervised token within cutoff_len {cutoff}: raise --cutoff_len or check the data"
         )
+    held_out_examples = _encode(held_out, tokenizer, template, config, cutoff, view)
+    config, planned = _plan(config, architecture, examples, view)
+    model = _load(path, config, view)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    view.say(
+        f"{len(examples)} training rows, {len(held_out)} held out; {trainable:,} trainable parameters; "
+        f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
+    )
+    probe = _choose_probe(held_out or training, tokenizer, template, context)
+    resident = "auto" if planned.resident_states is None else planned.resident_states
+    return _Job(config, resident, model, tokenizer, template, examples, held_out_examples, probe)
+
+
+def _plan(
+    config: TrainConfig, architecture: LlamaConfig, examples: Sequence[Example], view: TrainingView
+) -> tuple[TrainConfig, MemoryJob]:
+    """What the budget makes necessary; shows the memory plan."""
+    device = pick_device(config.device)
+    itemsize = pick_dtype(config.dtype, device).itemsize
+    length = -(-max(len(example.input_ids) for example in examples) // 8) * 8
+    process = CUDA_CONTEXT if device.type == "cuda" else current_bytes(device)
+    rows = min(config.micro_batch_size, len(examples))
+    wanted = dataclasses.replace(
+        job_of(config, sizes_of(architecture), length=length, itemsize=itemsize, context=process),
+        micro_batch=rows, on_cuda=device.type == "cuda",
+    )  # fmt: skip
+    config, planned, changes = within_budget(config, wanted)
+    for change in changes:
+        view.notice(f"to keep within {config.max_memory_MB} MB: {change.text} ({change.cost})")
+    view.plan(plan(planned), "CUDA context" if device.type == "cuda" else "Python and its libraries")
+    keep_budget(device, config.max_memory_MB)
+    return config, planned
+
+
+def _load(path: Path, config: TrainConfig, view: TrainingView) -> LlamaForCausalLM:
+    """The model with its adapter attached, as the settings say what is kept where."""
+    torch.manual_seed(config.seed)
+    model = load_model(
+        path, quantize=config.quantize, double_quant=config.double_quant, dtype=config.dtype, device=config.device,
+        offload_layers=config.offload_layers, offload_embedding=config.offload_embedding,
+        offload_folder=_place(config),
+    )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         attach_lora(
@@ -183,15 +208,15 @@ def _prepare(config: TrainConfig, view: TrainingView) -> _Job:
         )
     for message in caught:
         view.notice(str(message.message))
-    model.model.gradient_checkpointing = config.gradient_checkpointing
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    view.say(
-        f"{len(examples)} training rows, {len(held_out)} held out; {trainable:,} trainable parameters; "
-        f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
-    )
-    held_out_examples = _encode(held_out, tokenizer, template, config, cutoff, view)
-    probe = _choose_probe(held_out or training, tokenizer, template, context)
-    return _Job(model, tokenizer, template, examples, held_out_examples, probe)
+    stack = model.model
+    stack.checkpointed_layers = len(stack.layers) if config.gradient_checkpointing else config.checkpointed_layers
+    if config.offload_checkpoints:
+        stack.checkpoint_offload = CheckpointOffload(_place(config))
+    return model
+
+
+def _place(config: TrainConfig) -> str:
+    return config.offload_folder or "host"
 
 
 def _choose_probe(
@@ -243,8 +268,11 @@ def _loop(job: _Job, config: TrainConfig, view: TrainingView, history: _History)
     model = job.model
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(
-        config.optim, parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-    )
+        config.optim, parameters, lr=config.learning_rate, weight_decay=config.weight_decay,
+        resident_bytes=job.resident_states, store=_place(config),
+    )  # fmt: skip
+    relief = Relief(model, optimizer, config.micro_batch_size, _place(config))
+    skipped = _Skipped()
     total = count_steps(len(job.examples), config)
     warmup = min(config.warmup_steps, total // 10)
     model.train()
@@ -257,10 +285,11 @@ def _loop(job: _Job, config: TrainConfig, view: TrainingView, history: _History)
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = _accumulate(job, batches, step)
+            loss = _survive(job, batches, step, relief, view)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-            if not math.isfinite(norm):
-                raise TrainingError(f"the gradient at step {step} is {float(norm)}: {_NOT_FINITE}")
+            if skipped.count(step, float(norm), view):
+                optimizer.zero_grad(set_to_none=True)
+                continue
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             tokens += sum(len(job.examples[i].input_ids) for batch in batches for i in batch)
@@ -271,6 +300,7 @@ def _loop(job: _Job, config: TrainConfig, view: TrainingView, history: _History)
                 "loss": loss,
                 "learning_rate": rate,
                 "grad_norm": float(norm),
+                "skipped_steps": skipped.total,
                 "tokens": tokens,
                 "tokens_per_second": tokens / seconds,
                 "memory_bytes": current_bytes(model.device),
@@ -284,6 +314,8 @@ def _loop(job: _Job, config: TrainConfig, view: TrainingView, history: _History)
                 evaluating += time.perf_counter() - pause
                 view.say(f"step {step}/{total}  held-out loss {view_loss:.4f}")
         seconds = time.perf_counter() - started - evaluating
+        if skipped.total == total:
+            raise TrainingError(f"no step had a finite gradient: {_NOT_FINITE}")
     finally:
         view.stop()
     model.eval()
@@ -315,6 +347,53 @@ def _step_batches(examples: Sequence[Example], config: TrainConfig) -> Iterator[
         for start in range(0, len(batches), size):
             yield batches[start : start + size]
         epoch += 1
+
+
+@dataclass
+class _Skipped:
+    """Steps whose gradient was not finite: they change nothing, and so many in a row end the run."""
+
+    total: int = 0
+    running: int = 0
+
+    def count(self, step: int, norm: float, view: TrainingView) -> bool:
+        """Whether this step is to be skipped."""
+        if math.isfinite(norm):
+            self.running = 0
+            return False
+        self.total, self.running = self.total + 1, self.running + 1
+        if self.running >= MOST_SKIPPED:
+            raise TrainingError(
+                f"the gradient at step {step} is {norm}, as at {self.running - 1} steps before it: {_NOT_FINITE}"
+            )
+        view.notice(f"the gradient at step {step} is {norm}: the step is skipped")
+        return True
+
+
+def _survive(job: _Job, batches: list[list[int]], step: int, relief: Relief, view: TrainingView) -> float:
+    """`_accumulate`, tried again with less in memory each time that it runs out."""
+    while True:
+        try:
+            return _accumulate(job, _cut(batches, relief.micro_batch), step)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Out here the failed step's graph is gone with its exception.
+        job.model.zero_grad(set_to_none=True)
+        done = relief.give_way()
+        if job.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if done is None:
+            raise TrainingError(
+                f"step {step} is out of memory at micro-batch 1 with everything offloaded: lower --cutoff_len or "
+                "--lora_r; jindo-core plan shows what takes it"
+            )
+        view.notice(f"step {step} ran out of memory: {done}; the step is tried again")
+
+
+def _cut(batches: list[list[int]], most: int) -> list[list[int]]:
+    """The same rows in micro-batches of at most `most`."""
+    return [batch[i : i + most] for batch in batches for i in range(0, len(batch), most)]
 
 
 def _accumulate(job: _Job, batches: list[list[int]], step: int) -> float:

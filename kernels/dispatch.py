@@ -38,13 +38,13 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "triton": "nf4_triton:dequantize",
     },
     "lora_matmul": {
-        "reference": "lora_matmul:forward_reference",
+        "reference": "lora_matmul_reference:forward_reference",
         "cpu": "lora_matmul_cpu:forward",
         "triton": "lora_matmul_triton:forward",
         "gemv": "lora_gemv_triton:forward",
     },
     "lora_matmul_backward": {
-        "reference": "lora_matmul:backward_reference",
+        "reference": "lora_matmul_reference:backward_reference",
         "triton": "lora_matmul_triton:backward",
     },
     "dropout_mask": {

@@ -34,13 +34,14 @@ def chunk_rows(vocab_size: int, *, in_place: bool = False) -> int:
 def workspace_bytes(
     rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, *, in_place: bool = False
 ) -> int:
-    """Bytes of temporaries inside one call with a frozen head: a chunk's hidden states and their gradient, and its logits
-    in `dtype` and fp32 and their gradient.
+    """Bytes of temporaries inside one call with a frozen head: a chunk's hidden states and their gradient, and its
+    logits in `dtype` and fp32 and their gradient.
 
     With `in_place`, of the GPU kernel: the logits in `dtype` alone, rows padded to 16.
     """
     rows = min(rows, chunk_rows(vocab_size, in_place=in_place))
-    logits = -(-vocab_size // 16) * 16 * dtype.itemsize if in_place else vocab_size * (4 + 2 * dtype.itemsize)
+    narrow = dtype.itemsize if dtype.itemsize < 4 else 0  # beside fp32 ones, before and after
+    logits = -(-vocab_size // 16) * 16 * dtype.itemsize if in_place else vocab_size * (4 + narrow)
     return rows * (logits + 2 * hidden_size * dtype.itemsize)
 
 
@@ -124,6 +125,8 @@ def forward_reference(
                 dhidden[rows] = narrow @ weight
             if need_dweight:
                 dweight += (narrow.t() @ h).to(wide)
+            del dlogits, narrow
+        del logits  # before the next chunk's are made
     return total, dhidden, dweight.to(weight.dtype)
 
 

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jindo_core.kernels import lora_matmul as contract
+from jindo_core.kernels import lora_matmul_reference as reference
 from jindo_core.kernels import nf4
 from jindo_core.kernels.launch import launch
 from jindo_core.kernels.lora_matmul_triton import is_paired
@@ -294,7 +295,7 @@ def forward(
     rows = x.numel() // in_features
     masked = dropout > 0.0 and any(layer.rank for layer in layers)
     if not 1 <= rows <= MAX_ROWS or x.dtype == torch.float64 or masked or keep_weight:
-        return contract.forward_reference(x, layers, block_size, dropout, seed, keep_weight)
+        return reference.forward_reference(x, layers, block_size, dropout, seed, keep_weight)
     flat = x.reshape(rows, in_features)
     y = x.new_empty(rows, sum(layer.out_features for layer in layers))
     down = x.new_empty(rows, sum(layer.rank for layer in layers))

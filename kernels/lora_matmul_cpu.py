@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from jindo_core.kernels import lora_matmul as contract
+from jindo_core.kernels import lora_matmul_reference as reference
 from jindo_core.kernels import native
 from jindo_core.kernels.dropout import drop_threshold, mask_reference
 from jindo_core.kernels.native import FLOAT, INT, LONG, POINTER, TYPES, address
@@ -35,7 +36,7 @@ def forward(
     rows = x.numel() // in_features
     fits = in_features % 64 == 0 and block_size % 64 == 0 and in_features <= MOST_IN_FEATURES
     if not 1 <= rows <= MOST_ROWS or not fits or x.dtype not in TYPES or dropout > 0 or keep_weight:
-        return contract.forward_reference(x, layers, block_size, dropout, seed, keep_weight)
+        return reference.forward_reference(x, layers, block_size, dropout, seed, keep_weight)
     flat = x.reshape(rows, in_features).contiguous()
     width, kind = sum(layer.out_features for layer in layers), TYPES[x.dtype]
     y = torch.empty(*x.shape[:-1], width, dtype=x.dtype)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jindo_core.kernels import lora_matmul as contract
+from jindo_core.kernels import lora_matmul_reference as reference
 from jindo_core.kernels.dropout import GOLDEN, MIX_1, MIX_2, drop_threshold, growth
 from jindo_core.kernels.launch import launch
 from jindo_core.kernels.nf4_triton import EXACT, expand_absmax, look_up_pairs, weight_arguments
@@ -274,7 +275,7 @@ def forward(
     """`lora_matmul`: returns y, D(x)A^T [M, sum of r] and no W. Tensor cores multiply no fp64, and a W that is to be
     kept has to be made: both are left to the reference."""
     if x.dtype == torch.float64 or x.numel() == 0 or keep_weight:
-        return contract.forward_reference(x, layers, block_size, dropout, seed, keep_weight)
+        return reference.forward_reference(x, layers, block_size, dropout, seed, keep_weight)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     rows, in_features = flat.shape
     y = x.new_empty(rows, sum(layer.out_features for layer in layers))
@@ -315,7 +316,7 @@ def backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """`lora_matmul_backward`: dX in one kernel a layer; dA and dB, small products, by cuBLAS."""
     if dy.dtype == torch.float64 or dy.numel() == 0 or kept is not None:
-        return contract.backward_reference(
+        return reference.backward_reference(
             dy, x, layers, in_features, block_size, down, kept, dropout, seed, need_dx
         )  # fmt: skip
     flat = dy.reshape(-1, dy.shape[-1]).contiguous()

@@ -15,6 +15,7 @@ import pytest
 PARTS = {"kernels": {"kernels"}, "jindo_core": {"jindo_core", "kernels"}, "cli": {"cli", "jindo_core"}}
 ENGINE_ROWS = [
     {"errors"},
+    {"settings", "plan"},
     {"config"},
     {"nf4"},
     {"lora", "pages"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import peft
 import pytest
@@ -95,7 +96,7 @@ def test_a_run_learns_saves_and_says_so(stories15m, rows, tmp_path, capsys):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert read_run(out).prompt_template_name == "alpaca_short"
     said = capsys.readouterr().out
-    for expected in ("Memory plan", "planned", "8 held-out rows", "before", "after", "read back", "Next: "):
+    for expected in ("Memory plan", "peak", "8 held-out rows", "before", "after", "read back", "Next: "):
         assert expected in said
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stories15m), out)
     assert theirs is not None
@@ -134,7 +135,7 @@ def test_every_token_weighs_the_same_however_it_is_batched(stories260k):
     class Pad:
         pad_id = 0
 
-    job = training._Job(model, Pad(), None, examples, [], None)  # type: ignore[arg-type]
+    job = training._Job(None, 0, model, Pad(), None, examples, [], None)  # type: ignore[arg-type]
     gradients, losses = [], []
     for batches in ([[0, 1, 2, 3]], [[0], [1], [2], [3]], [[1, 3], [0, 2]]):
         model.zero_grad()
@@ -224,8 +225,104 @@ def test_a_failed_run_blocks_no_retry_and_spares_the_run_it_would_replace(storie
 
 def test_a_gradient_that_is_not_finite_stops_the_run(stories260k, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
-    with pytest.raises(TrainingError, match="the gradient at step 1 is inf"):
+    with pytest.raises(TrainingError, match="the gradient at step 5 is inf, as at 4 steps before it: no adapter"):
         training.train(*settings(stories260k, rows, tmp_path / "out"))
+    with pytest.raises(TrainingError, match="no step had a finite gradient: no adapter"):
+        training.train(*settings(stories260k, rows, tmp_path / "out", max_steps=3))
+
+
+def test_one_gradient_that_is_not_finite_costs_one_step(stories260k, rows, tmp_path, monkeypatch, capsys):
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def poisoned(parameters, limit):
+        calls.append(1)
+        if len(calls) == 2:
+            parameters[0].grad.view(-1)[0] = math.nan
+        return clip(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    result = training.train(*settings(stories260k, rows, tmp_path / "out", max_steps=4))
+    assert "the gradient at step 2 is nan: the step is skipped" in capsys.readouterr().out
+    steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if "loss" in row] == [1, 3, 4]
+    assert steps[-2]["skipped_steps"] == 1
+    assert math.isfinite(result.loss_after)
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in lines if "loss" in row]
+
+
+def test_running_out_of_memory_is_survived(stories260k, rows, tmp_path, monkeypatch, capsys):
+    """Every measure in turn, down to streaming: the same losses, for the same rows go into each step."""
+    more = {"max_steps": 8, "lora_dropout": 0.0, "batch_size": 4, "micro_batch_size": 4, "device": "cpu"}
+    training.train(*settings(stories260k, rows, tmp_path / "calm", **more))
+    capsys.readouterr()
+    original, failures = training._accumulate, iter([2, 3, 3, 4, 5, 6])
+    due = [next(failures)]
+
+    def short_of_memory(job, batches, step):
+        loss = original(job, batches, step)
+        if due and due[0] == step:
+            due[:] = [n for n in [next(failures, None)] if n is not None]
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    monkeypatch.setattr(training, "_accumulate", short_of_memory)
+    training.train(*settings(stories260k, rows, tmp_path / "short", **more))
+    said = capsys.readouterr().out
+    for part in (
+        "step 2 ran out of memory", "AdamW's moments go to the host", "micro-batches of 2", "micro-batches of 1",
+        "every layer runs again", "inputs go to the host", "are streamed from the host from now on",
+    ):  # fmt: skip
+        assert part in said
+    assert losses(tmp_path / "short") == pytest.approx(losses(tmp_path / "calm"), rel=1e-4)
+
+
+def test_when_nothing_is_left_to_give_way_the_run_says_so(stories260k, rows, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(training, "_accumulate", fail)
+    with pytest.raises(TrainingError, match="step 1 is out of memory at micro-batch 1 with everything"):
+        training.train(*settings(stories260k, rows, tmp_path / "out"))
+
+
+def test_other_failures_are_not_taken_for_want_of_memory(stories260k, rows, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(training, "_accumulate", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        training.train(*settings(stories260k, rows, tmp_path / "out"))
+
+
+def test_a_budget_is_kept_by_what_it_makes_necessary(stories15m, rows, tmp_path, capsys, monkeypatch):
+    more = {"max_steps": 2, "lora_dropout": 0.0, "batch_size": 8, "micro_batch_size": 8, "cutoff_len": 256}
+    more |= {"device": "cpu", "train_on_inputs": True}
+    monkeypatch.setattr(training, "current_bytes", lambda _: 500_000_000)
+    training.train(*settings(stories15m, rows, tmp_path / "free", **more))
+    planned = capsys.readouterr().out
+    peak = float(re.search(r"peak +│ +([\d,.]+)", planned)[1].replace(",", ""))
+    training.train(*settings(stories15m, rows, tmp_path / "kept", **more, max_memory_MB=int(peak - 4)))
+    said = capsys.readouterr().out
+    assert f"to keep within {int(peak - 4)} MB: " in said
+    kept = float(re.search(r"peak +│ +([\d,.]+)", said)[1].replace(",", ""))
+    assert kept <= peak - 4
+    assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "free"), rel=1e-4)
+    with pytest.raises(InputError, match=r"--max_memory_MB: got 9, but with everything offloaded .* raise it"):
+        training.train(*settings(stories15m, rows, tmp_path / "none", **more, max_memory_MB=9))
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch"])
+def test_other_optimizers_and_everything_offloaded(optim, stories260k, rows, tmp_path):
+    more = {"max_steps": 3, "offload_layers": 2, "offload_checkpoints": True, "checkpointed_layers": 4}
+    more |= {"offload_embedding": True, "offload_folder": str(tmp_path), "lora_dropout": 0.0}
+    training.train(*settings(stories260k, rows, tmp_path / optim, optim=optim, **more))
+    training.train(*settings(stories260k, rows, tmp_path / "plain", max_steps=3, lora_dropout=0.0))
+    assert losses(tmp_path / optim) == pytest.approx(losses(tmp_path / "plain"), rel=2e-2)
 
 
 def test_generate_finds_base_and_template_in_the_run(stories260k, rows, tmp_path, capsys, monkeypatch):

@@ -163,7 +163,7 @@ def test_workspace_bounds_a_chunk():
     v = 49152
     assert chunk_rows(v) * v <= 1 << 24
     assert module.workspace_bytes(10**9, 0, v, torch.bfloat16) <= 8 << 24
-    assert module.workspace_bytes(2, 5, v, torch.bfloat16) == 2 * v * 8 + 2 * 2 * 5 * 2
+    assert module.workspace_bytes(2, 5, v, torch.bfloat16) == 2 * v * 6 + 2 * 2 * 5 * 2
     assert chunk_rows(1 << 30) == 1
     # In place: one copy of the logits in their own dtype, of twice the rows, in whole tiles of 128.
     assert chunk_rows(v, in_place=True) == 640

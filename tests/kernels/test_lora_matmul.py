@@ -258,9 +258,14 @@ def test_compiles_into_one_graph_and_trains(backend):
         torch.testing.assert_close(grad, wanted)
 
 
-def test_workspace_holds_the_scratch_weight_and_the_dropped_input():
-    assert module.workspace_bytes(10, 64, 32, torch.bfloat16, 0.0) == 2 * 64 * 32
-    assert module.workspace_bytes(10, 64, 32, torch.bfloat16, 0.1) == 2 * (64 * 32 + 10 * 64)
+def test_workspace_and_scratch():
+    """tests/test_simulation.py holds them to what is allocated."""
+    assert module.scratch_bytes(64, [32, 16], torch.bfloat16) == 2 * 64 * 32
+    plain, dropped = (
+        module.workspace_bytes(1000, 64, [32], [4], torch.bfloat16, p, backward=False) for p in (0.0, 0.1)
+    )
+    assert dropped - plain == 2 * 1000 * 64
+    assert module.workspace_bytes(1000, 64, [32], [0], torch.bfloat16, 0.1, backward=False) == 0
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from jindo_core.kernels import dispatch, lora_matmul_triton, nf4
 from jindo_core.kernels import dropout as dropout_contract
 from jindo_core.kernels import lora_matmul as contract
+from jindo_core.kernels import lora_matmul_reference as reference
 
 pytestmark = pytest.mark.interpreter
 
@@ -169,8 +170,8 @@ def test_autograd_runs_through_the_kernels(close):
         with dispatch.override(name):
             y = contract.lora_matmul(x, *parts, 40, a, b, scale=2.0, dropout=0.1, seed=SEED)
             results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, a, b))))
-    for ours, reference in zip(*results, strict=True):
-        close("lora_matmul", ours, reference, torch.float16)
+    for ours, wanted in zip(*results, strict=True):
+        close("lora_matmul", ours, wanted, torch.float16)
 
 
 def test_a_group_equals_its_layers(close):
@@ -184,11 +185,11 @@ def test_a_group_equals_its_layers(close):
     dy = torch.randn(m, 151, generator=torch.Generator().manual_seed(3))
     for dropout in (0.0, 0.3):
         y, down, _ = lora_matmul_triton.forward(x, layers, block_size, dropout, SEED, False)
-        wanted = contract.forward_reference(x.double(), layers, block_size, dropout, SEED, False)
+        wanted = reference.forward_reference(x.double(), layers, block_size, dropout, SEED, False)
         close("lora_matmul", y, wanted[0])
         close("lora_matmul", down, wanted[1])
         grads = lora_matmul_triton.backward(dy, x, layers, k, block_size, down, None, dropout, SEED, True)
-        wanted = contract.backward_reference(
+        wanted = reference.backward_reference(
             dy.double(), x.double(), layers, k, block_size, wanted[1], None, dropout, SEED, True
         )
         close("lora_matmul", grads[0], wanted[0])
@@ -199,10 +200,10 @@ def test_a_group_equals_its_layers(close):
 def test_fp64_and_no_rows_are_left_to_the_reference():
     x, parts, a, b, dy = make_case(3, 64, 8, 2, 64, torch.float64)
     y, down = forward(x, *parts, 8, 64, a, b, 1.0, 0.0, None)
-    assert torch.equal(y, forward(x, *parts, 8, 64, a, b, 1.0, 0.0, None, run=contract.forward_reference)[0])
+    assert torch.equal(y, forward(x, *parts, 8, 64, a, b, 1.0, 0.0, None, run=reference.forward_reference)[0])
     args = (*parts, 64, 64, a, b, down, 1.0, 0.0, None, True)
     grads = backward(dy, x, *args)
-    for grad, wanted in zip(grads, backward(dy, x, *args, run=contract.backward_reference), strict=True):
+    for grad, wanted in zip(grads, backward(dy, x, *args, run=reference.backward_reference), strict=True):
         assert torch.equal(grad, wanted)
     empty, _ = forward(x[:0].float(), *parts, 8, 64, a, b, 1.0, 0.0, None)
     assert empty.shape == (0, 8)

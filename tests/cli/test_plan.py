@@ -1,0 +1,70 @@
+"""`jindo-core plan`: the table, the JSON, and wrong input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jindo_core.cli.main import main
+from jindo_core.plan import SHAPES
+
+GOAL = ["plan", "--shape", "llama-7b", "--lora_target_modules", "all-linear", "--cutoff_len", "512"]
+GOAL += ["--micro_batch_size", "1", "--lora_dropout", "0"]
+
+
+def test_the_goal(capsys):
+    assert main([*GOAL, "--max_memory_MB", "5400"]) == 0
+    said = capsys.readouterr().out
+    for part in ("weights in NF4", "3,238.0", "CUDA context", "does not fit", "with these changes it fits"):
+        assert part in said
+    assert main([*GOAL, "--max_memory_MB", "5400", "--gradient_checkpointing"]) == 0
+    assert "fits: " in capsys.readouterr().out
+
+
+def test_json_has_every_row(capsys):
+    assert main([*GOAL, "--gradient_checkpointing", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["weights"] == 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) // 2
+    assert content["fits"] is None
+    assert content["peak_bytes"] == sum(content[name] for name in content["at_peak"])
+    assert content["peak_bytes"] < 5.4e9
+
+
+def test_a_budget_that_nothing_keeps(capsys):
+    assert main([*GOAL, "--max_memory_MB", "700"]) == 1
+    assert "even with all of these it does not" in capsys.readouterr().out
+    assert main([*GOAL, "--max_memory_MB", "700", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["fits"] is False
+
+
+@pytest.mark.parametrize("name", [*SHAPES, "7b", "65B"])
+def test_every_shape(name, capsys):
+    assert main(["plan", "--shape", name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["peak_bytes"] > 5e8
+
+
+def test_a_model_of_one_s_own(stories15m, capsys):
+    assert main(["plan", "--base_model", str(stories15m)]) == 0
+    assert "Memory plan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "got neither of --base_model and --shape, expected one"),
+        (["--shape", "7b", "--base_model", "x"], "got both of --base_model and --shape"),
+        (["--shape", "llama2-7"], "--shape: got 'llama2-7', expected one of llama-7b"),
+        (["--shape", "7b", "--lora_r", "0"], "--lora_r: got '0', expected a whole number of at least 1"),
+        (["--shape", "7b", "--lora_target_modules", "q_prj"], "--lora_target_modules: got q_prj, expected some of"),
+        (["--shape", "7b", "--max_memory_MB", "-1"], "--max_memory_MB: got '-1'"),
+        (["--shape", "7b", "--micro_batch_size", "0"], "--micro_batch_size: got '0'"),
+        (["--base_model", "/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_wrong_input(flags, said, capsys):
+    assert main(["plan", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+    assert error.count("\n") == 1

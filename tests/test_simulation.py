@@ -1,0 +1,172 @@
+"""The simulated step: it counts what is really allocated, and the planner's arithmetic agrees with it."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import itertools
+
+import pytest
+import torch
+
+from jindo_core.kernels import linear_cross_entropy as cross_entropy
+from jindo_core.kernels import lora_matmul, nf4
+from jindo_core.kernels import lora_matmul_reference as lora_reference
+from jindo_core.kernels.lora_matmul import Projection
+from jindo_core.plan import LINEARS, Job, Sizes, plan
+
+
+@pytest.fixture(scope="module")
+def simulation(repo_root):
+    return importlib.import_module("bench.simulation")
+
+
+@pytest.fixture(scope="module")
+def shapes(repo_root):
+    return importlib.import_module("bench.shapes").SHAPES
+
+
+def both(simulation, shape, *, layers=None, targets=LINEARS, **given):
+    """The simulation and the plan of one step, and the bytes of weights in both."""
+    shape = shape if layers is None else shape._replace(layers=layers)
+    names = "all-linear" if targets == LINEARS else list(targets)
+    simulated = simulation.simulate(shape, simulation.Step(targets=names, **given))
+    sizes = Sizes(
+        shape.hidden, shape.inner, shape.layers, shape.heads, shape.groups, shape.hidden // shape.heads, shape.vocab
+    )
+    more = dict(given)
+    if not more.pop("resident_states", True):
+        more["resident_states"] = 0
+    more = {"length": more.pop("tokens"), "dropout": 0.0, "accumulation": 2} | more
+    planned = plan(Job(sizes=sizes, targets=targets, context=0, on_cuda=False, **more))
+    fixed = sum(planned.rows[name] for name in ("weights", "constants", "embedding", "head", "norms", "adapters"))
+    return simulated.peak, planned.peak_bytes, fixed
+
+
+def agree(simulated, planned, fixed):
+    assert planned == pytest.approx(simulated, rel=0.03)
+    # Of a large model most is weights, where nobody errs: what comes and goes has to agree too.
+    assert planned - fixed == pytest.approx(simulated - fixed, rel=0.05)
+
+
+GRID = list(itertools.product(["7b", "8b", "13b", "70b"], [512, 2048], [1, 4], ["none", "some", "all"]))
+
+
+@pytest.mark.parametrize(("name", "tokens", "micro_batch", "checkpointed"), GRID)
+def test_the_plan_agrees(name, tokens, micro_batch, checkpointed, simulation, shapes):
+    """Four layers of each; ranks, targets and dropout taken in turn."""
+    turn = GRID.index((name, tokens, micro_batch, checkpointed))
+    agree(
+        *both(
+            simulation, shapes[name], layers=4, tokens=tokens, micro_batch=micro_batch,
+            checkpointed_layers={"none": 0, "some": 2, "all": 4}[checkpointed], lora_r=(8, 64)[turn // 3 % 2],
+            targets=(LINEARS, ("q_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"))[turn // 2 % 3],
+            dropout=(0.0, 0.05)[turn // 5 % 2],
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"resident_states": False},
+        {"state_bits": 8},
+        {"offload_checkpoints": True, "checkpointed_layers": 6},
+        {"offload_layers": 3},
+        {"offload_embedding": True},
+        {"offload_layers": 6, "offload_checkpoints": True, "offload_embedding": True, "resident_states": False},
+    ],
+    ids=str,
+)
+def test_the_plan_of_what_is_offloaded_agrees(given, simulation, shapes):
+    more = {"checkpointed_layers": 6} | given
+    agree(*both(simulation, shapes["7b"], layers=6, tokens=512, micro_batch=1, lora_r=8, **more))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "limit"), [("7b", 5.4e9), ("13b", 10e9), ("33b", 20e9), ("65b", 40e9), ("70b", 48e9)]
+)
+def test_whole_models(name, limit, simulation, shapes):
+    """The goals, by the simulation alone: all linears, r 8, 512 tokens, checkpointed, moments paged, 0.5 GB context."""
+    shape = shapes[name]
+    found = both(
+        simulation, shape, tokens=512, micro_batch=1, lora_r=8, checkpointed_layers=shape.layers, resident_states=False
+    )  # fmt: skip
+    agree(*found)
+    assert found[0] + 0.5e9 <= limit
+
+
+def test_live_storages_are_counted(simulation):
+    counter = simulation.LiveBytes(lambda name, args: (0, 0))
+    with counter:
+        a = torch.zeros(1000)  # 4,000 bytes, 4,096 for the allocator
+        b = a[10:]
+        assert counter.live == 4096
+        c = a + 1
+        del a
+        gc.collect()
+        assert counter.live == 2 * 4096, "b holds a's storage"
+        del b
+        gc.collect()
+        assert counter.live == 4096
+        counter.name("kept", [c])
+        d = torch.zeros(5000)
+    assert counter.peak == 4096 + 20480
+    assert counter.at_peak["kept"] == 4096
+    del d
+
+
+# --- operators' declarations, held to what their references allocate --------------------------------------
+
+
+def measured(simulation, run):
+    """Bytes at the peak of a call beyond what it returns."""
+    counter = simulation.LiveBytes(lambda name, args: (0, 0))
+    with counter:
+        result = run()
+        gc.collect()
+        kept = counter.live
+    assert result is not None
+    return counter.peak - kept
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("widths", [(256,), (256, 64, 64)])
+def test_lora_matmul_declares_what_it_needs(dropout, widths, simulation, monkeypatch):
+    rows, k, r, dtype = 512, 384, 16, torch.bfloat16
+    monkeypatch.setattr(lora_reference, "scratch", lambda shape, dtype, _: torch.empty(shape, dtype=dtype))
+    layers = []
+    for n in widths:
+        packed, absmax = nf4.nf4_quantize(torch.randn(n, k))
+        layers.append(Projection(packed, *_double(absmax), n, torch.randn(r, k), torch.randn(n, r), 2.0))
+    x, seed = torch.randn(rows, k).to(dtype), torch.tensor([3], dtype=torch.int32)
+    y, down, _ = lora_reference.forward_reference(x, layers, 64, dropout, seed, False)
+    scratch = lora_matmul.scratch_bytes(k, widths, dtype)
+    sizes = rows, k, widths, [r] * len(widths), dtype, dropout
+    declared = [lora_matmul.workspace_bytes(*sizes, backward=again) for again in (False, True)]
+    forward = measured(simulation, lambda: lora_reference.forward_reference(x, layers, 64, dropout, seed, False))
+    backward = measured(
+        simulation,
+        lambda: lora_reference.backward_reference(y, x, layers, k, 64, down, None, dropout, seed, True),
+    )
+    # The mask's own temporaries (int32, the reference's) are no part of the GPU's, whose kernel makes it in registers.
+    mask = rows * k * 4 * 3 if dropout else 0
+    for real, said in ((forward, declared[0]), (backward, declared[1])):
+        assert real <= said + scratch + mask + 8192
+        assert said <= real + 8192
+
+
+def _double(absmax):
+    return nf4.nf4_quantize_absmax(absmax)
+
+
+def test_linear_cross_entropy_declares_what_it_needs(simulation, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_CHUNK_LOGITS", 1 << 16)
+    hidden, weight = torch.randn(512, 64).bfloat16(), torch.randn(1000, 64).bfloat16()
+    labels = torch.arange(512)
+    real = measured(
+        simulation, lambda: cross_entropy.forward_reference(hidden, weight, labels, -100, 0.0, True, False)
+    )
+    said = cross_entropy.workspace_bytes(512, 64, 1000, torch.bfloat16)
+    assert real == pytest.approx(said, rel=0.1)
