@@ -25,6 +25,8 @@ from jindo_core.loader import pick_device, pick_dtype  # noqa: E402
 TESTS = {
     "step": "tests/jindo_core/test_lora.py",
     "decoding": "tests/jindo_core/test_decoding.py",
+    "paged_adamw": "tests/jindo_core/test_paged_adamw.py",
+    "streaming": "tests/jindo_core/test_streaming.py",
 }
 
 

@@ -101,6 +101,8 @@ def _tokens(row: Mapping[str, Any]) -> str:
 def _ratios(row: Mapping[str, Any]) -> str:
     parts = [f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items()]
     parts += [f"{name}: failed" for name in row.get("failed_peers", {})]
+    if "stalled" in row:
+        parts.append(f"stalled {row['stalled']:.0%}")
     for side, memory in row.get("peak_mib", {}).items():
         parts.append(f"{side} {memory:,} MiB")
     return "; ".join(parts) or "no peer here"

@@ -42,6 +42,7 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("tiny", 64, 128, 2, 4, 2, 256),  # for the tests of this folder
+        Shape("135m", 576, 1536, 30, 9, 3, 49152),  # SmolLM2
         Shape("110m", 768, 2048, 12, 12, 12),
         Shape("1b", 2048, 5632, 22, 32, 4),  # TinyLlama
         Shape("7b", 4096, 11008, 32, 32, 32),

@@ -17,6 +17,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -30,6 +31,7 @@ from bench.steps import random_weights
 from jindo_core import paged_adamw, pager, pages
 from jindo_core.kernels import attention, dispatch, linear_cross_entropy, lora_matmul
 from jindo_core.lora import attach_lora
+from jindo_core.memory import current_bytes, give_back_freed, peak_bytes
 from jindo_core.model import LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear, NF4Weight
 from jindo_core.paged_adamw import PagedAdamW
@@ -62,13 +64,14 @@ class LiveBytes(TorchDispatchMode):
     """Adds up the storages that operators make, as long as they live.
 
     Attributes:
-        live, peak: bytes. at_peak: category -> bytes, of what was named, and "other". workspace: of the operator that
-            set the peak. scratch: of the dequantized W, which stays once it is made.
+        live, peak, at_start: bytes: now, at most, and of the model alone.
+        at_peak: category -> bytes, of what was named, and "other". workspace: of the operator that set the peak.
+        scratch: of the dequantized W, which stays once it is made.
     """
 
     def __init__(self, workspace: Callable[[str, tuple[Any, ...]], tuple[int, int]]) -> None:
         super().__init__()
-        self.live = self.peak = self.scratch = self.workspace = 0
+        self.live = self.peak = self.scratch = self.workspace = self.at_start = 0
         self.at_peak: dict[str, int] = {}
         self._declared = workspace
         self._seen: dict[int, str] = {}
@@ -140,6 +143,21 @@ def cuda_workspace(name: str, args: tuple[Any, ...]) -> tuple[int, int]:
     return 0, 0
 
 
+def cpu_workspace(name: str, args: tuple[Any, ...]) -> tuple[int, int]:
+    """The same on a CPU, where a chunk of logits lies in the scratch buffer."""
+    match name:
+        case "jindo::linear_cross_entropy":
+            (rows, size), vocab, item = args[0].shape, args[1].shape[0], args[0].dtype.itemsize
+            rows = min(rows, linear_cross_entropy.chunk_rows(vocab))
+            return 2 * rows * size * item, rows * vocab * item
+        case "jindo::causal_attention" | "jindo::causal_attention_backward":
+            again = name.endswith("backward")
+            q, k = (args[1], args[2]) if again else args[:2]
+            (b, t, h, d), groups = q.shape, k.shape[2]
+            return attention.workspace_bytes(b, t, h, groups, d, q.dtype.itemsize, backward=again), 0
+    return cuda_workspace(name, args)
+
+
 def _lora_workspace(
     probe: Tensor, x: Tensor, widths: Sequence[int], lora_A: Sequence[Tensor], dropout: float, operator: str, *,
     kept: bool, in_features: int | None = None,
@@ -188,11 +206,11 @@ def _true(_: Any) -> bool:
 
 
 @contextlib.contextmanager
-def fake_world() -> Iterator[None]:
+def fake_world(*, cuda: bool = True) -> Iterator[None]:
     """Fake tensors, a pretended GPU, and stores without bytes."""
     with (
         FakeTensorMode(),
-        dispatch.pretend_cuda(),
+        dispatch.pretend_cuda() if cuda else contextlib.nullcontext(),
         mock.patch.object(pager, "_Thread", _NoCopies),
         mock.patch.object(pages.PageStore, "_in_ram", _meta_pages),
         # Functions, for a Mock remembers its arguments, and so keeps tensors alive.
@@ -202,30 +220,67 @@ def fake_world() -> Iterator[None]:
         yield
 
 
-def simulate(shape: Shape, step: Step, *, dtype: torch.dtype = torch.bfloat16, steps: int = 2) -> LiveBytes:
-    """Run `steps` real training steps without bytes; the counter tells the peak of all of them, model included."""
-    with fake_world():
-        counter = LiveBytes(cuda_workspace)
+def simulate(
+    shape: Shape, step: Step, *, dtype: torch.dtype = torch.bfloat16, steps: int = 2, cuda: bool = True
+) -> LiveBytes:
+    """Run `steps` real training steps without bytes; the counter tells the peak of all of them, model included.
+
+    Args:
+        cuda: as on a GPU; else as on a CPU, where the peak is that of the process's growth plus the model.
+    """
+    with fake_world(cuda=cuda):
+        counter = LiveBytes(cuda_workspace if cuda else cpu_workspace)
         with counter:
             model = _build(shape, step, dtype)
             _name(counter, model)
-            counter.peak = 0
-            trained = [p for p in model.parameters() if p.requires_grad]
-            budget = 1 << 60 if step.resident_states else 0
-            optimizer = PagedAdamW(trained, state_bits=step.state_bits, resident_bytes=budget)
-            ids = torch.zeros(step.micro_batch, step.tokens, dtype=torch.int64)
+            counter.at_start, counter.peak = counter.live, 0
+            optimizer = _optimizer(model, step)
             for _ in range(steps):
-                for _ in range(step.accumulation):
-                    loss = model(ids, labels=ids).loss
-                    assert loss is not None
-                    backward(loss)
-                    del loss
-                    counter.name("gradients", [p.grad for p in trained if p.grad is not None])
-                torch.nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
+                _train(model, optimizer, step, counter)
                 counter.name("optimizer", _buffers(optimizer))
-                optimizer.zero_grad(set_to_none=True)
         return counter
+
+
+def measure(shape: Shape, step: Step, *, dtype: torch.dtype = torch.bfloat16, steps: int = 2) -> int:
+    """Bytes by which this process's resident memory grows in real steps on the CPU, from the loaded model on.
+
+    The C allocator must give freed blocks back for that (MALLOC_MMAP_THRESHOLD_=65536 in the environment, from the
+    process's start); by default glibc keeps those under 32 MB, and the figure tells its habits.
+    """
+    warm, small = Shape("warm", 64, 128, 2, 4, 2, 256), step._replace(tokens=8, checkpointed_layers=0)
+    model = _build(warm, small, dtype)
+    _train(model, _optimizer(model, small), small)  # libraries, threads
+    model = _build(shape, step, dtype)
+    optimizer = _optimizer(model, step)
+    give_back_freed()
+    before = current_bytes(torch.device("cpu"))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from now on
+    for _ in range(steps):
+        _train(model, optimizer, step)
+    return peak_bytes(torch.device("cpu")) - before
+
+
+def _optimizer(model: LlamaForCausalLM, step: Step) -> PagedAdamW:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return PagedAdamW(
+        trained, state_bits=step.state_bits, resident_bytes=1 << 60 if step.resident_states else 0
+    )  # fmt: skip
+
+
+def _train(model: LlamaForCausalLM, optimizer: PagedAdamW, step: Step, counter: LiveBytes | None = None) -> None:
+    """One step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ids = torch.zeros(step.micro_batch, step.tokens, dtype=torch.int64)
+    for _ in range(step.accumulation):
+        loss = model(ids, labels=ids).loss
+        assert loss is not None
+        backward(loss)
+        del loss
+        if counter is not None:
+            counter.name("gradients", [p.grad for p in trained if p.grad is not None])
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _build(shape: Shape, step: Step, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -282,8 +337,14 @@ def main() -> None:
             parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default)
         else:
             parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--measure", action="store_true", help="real steps on this CPU: how much the process grows")
     given = vars(parser.parse_args())
-    found = simulate(SHAPES[given.pop("shape")], Step(**given))
+    shape, device, real = SHAPES[given.pop("shape")], given.pop("device"), given.pop("measure")
+    if real:
+        print(measure(shape, Step(**given)))
+        return
+    found = simulate(shape, Step(**given), cuda=device == "cuda")
     for category, size in sorted(found.at_peak.items(), key=lambda item: -item[1]):
         print(f"{category:12} {size / 1e6:12,.1f} MB")
     print(f"{'peak':12} {found.peak / 1e6:12,.1f} MB (1e6 bytes), no CUDA context, no fragmentation")

@@ -24,6 +24,10 @@ from jindo_core.pages import PAGE_BYTES, PageStore
 SMALLEST_8BIT = 4096
 """Tensors of fewer elements keep fp32 moments, as bitsandbytes' AdamW8bit."""
 
+JOINED_ON_CUDA = 1 << 62
+JOINED_ON_CPU = 1 << 16
+"""Elements of a tensor up to which it is updated in one call with its neighbours: a call costs more than that many."""
+
 WRAPPED = "__bnb_optimizer_quant_state__"
 """bitsandbytes' key of a parameter's quantized moments in a state dict."""
 
@@ -144,8 +148,7 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def _update(self, page: _Page, buffer: Tensor) -> None:
         moments = _moments(buffer, page)
-        # A GPU is given as many segments at once as agree: a launch costs it more than a small tensor's update.
-        for run in _runs(page, self._steps, joined=buffer.is_cuda):
+        for run in _runs(page, self._steps, JOINED_ON_CUDA if buffer.is_cuda else JOINED_ON_CPU):
             first, last = run[0].place, run[-1].place + run[-1].length
             group = self.param_groups[page.group]
             lr, (beta1, beta2), eps, decay = (group[name] for name in ("lr", "betas", "eps", "weight_decay"))
@@ -370,8 +373,8 @@ def _moments(buffer: Tensor, page: _Page) -> dict[str, Tensor]:
     return codes | dict(zip(("absmax1", "absmax2"), maxima.chunk(2), strict=True))
 
 
-def _runs(page: _Page, steps: dict[torch.nn.Parameter, int], *, joined: bool) -> Iterator[list[_Segment]]:
-    """Segments with a gradient; where `joined`, neighbours without a gap that are at the same step come together."""
+def _runs(page: _Page, steps: dict[torch.nn.Parameter, int], joined: int) -> Iterator[list[_Segment]]:
+    """Segments with a gradient; neighbours of at most `joined` elements, without a gap, at the same step, together."""
     run: list[_Segment] = []
     for segment in page.segments:
         if segment.param.grad is None:
@@ -379,7 +382,7 @@ def _runs(page: _Page, steps: dict[torch.nn.Parameter, int], *, joined: bool) ->
         last = run[-1] if run else None
         fits = (
             last is not None
-            and joined
+            and max(last.length, segment.length) <= joined
             and last.place + last.length == segment.place
             and steps[last.param] == steps[segment.param]
             and last.param.dtype == segment.param.dtype

@@ -43,10 +43,17 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _torch_attention(q, k, v)
 
 
-def workspace_bytes(batch: int, tokens: int, heads: int, itemsize: int) -> int:
-    """Bytes of temporaries on the CPU: two blocks of scores in fp32 and two in the activations' dtype."""
-    rows = block_rows(batch * heads, tokens)
-    return batch * heads * rows * tokens * (8 + 2 * itemsize)
+def workspace_bytes(
+    batch: int, tokens: int, heads: int, groups: int, size: int, itemsize: int, *, backward: bool
+) -> int:
+    """Bytes of temporaries on the CPU: a block of scores in fp32 and one in the activations' dtype, and keys and values
+    by head. In the backward pass two of each, the keys' and values' gradients in fp32, and, before the blocks, the
+    product of dO and O."""
+    block = batch * heads * block_rows(batch * heads, tokens) * tokens * (4 + itemsize)
+    keys = batch * groups * tokens * size
+    if not backward:
+        return block + keys * (4 + itemsize)
+    return keys * (4 * 4 + itemsize) + max(2 * block, 3 * batch * heads * tokens * size * 4)
 
 
 def cuda_workspace_bytes(batch: int, tokens: int, heads: int, groups: int, size: int, itemsize: int) -> int:

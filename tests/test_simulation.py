@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import importlib
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -95,6 +98,18 @@ def test_whole_models(name, limit, simulation, shapes):
     )  # fmt: skip
     agree(*found)
     assert found[0] + 0.5e9 <= limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "micro_batch"), [("135m", 4), ("1b", 1)])
+def test_the_growth_of_a_real_process(name, micro_batch, simulation, shapes, repo_root):
+    """Real steps on this CPU, 512 tokens: the process grows by what was simulated."""
+    command = [sys.executable, "-m", "bench.simulation", "--measure", "--shape", name]
+    command += ["--micro_batch", str(micro_batch)]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=True, env=environment)
+    found = simulation.simulate(shapes[name], simulation.Step(micro_batch=micro_batch), cuda=False)
+    assert int(done.stdout.split()[-1]) == pytest.approx(found.peak - found.at_start, rel=0.15)
 
 
 def test_live_storages_are_counted(simulation):

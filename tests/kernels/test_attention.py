@@ -108,7 +108,7 @@ def test_a_block_holds_at_most_two_to_the_twenty_scores(heads, tokens):
     rows = attention.block_rows(heads, tokens)
     assert 1 <= rows <= tokens
     assert heads * rows * tokens <= 1 << 20 or rows == 16
-    assert attention.workspace_bytes(1, tokens, heads, 2) == heads * rows * tokens * 12
+    assert attention.workspace_bytes(1, tokens, heads, 1, 0, 2, backward=True) == heads * rows * tokens * 12
 
 
 @pytest.mark.parametrize("change", [{"k": (2, 6, 2, 8)}, {"v": (2, 7, 1, 8)}, {"k": (2, 7, 3, 8), "v": (2, 7, 3, 8)}])
