@@ -43,6 +43,7 @@ from jindo_core.memory import (
 )
 from jindo_core.model import LlamaConfig, LlamaForCausalLM
 from jindo_core.optim import build_optimizer, learning_rate_factor
+from jindo_core.pages import PageStore
 from jindo_core.plan import Job as MemoryJob
 from jindo_core.plan import plan
 from jindo_core.progress import TrainingView, draw_loss
@@ -141,6 +142,8 @@ def _prepare(config: TrainConfig, view: TrainingView) -> _Job:
     training, held_out, warning = split_records(records, config.val_set_size, config.seed)
     if warning:
         view.notice(warning)
+    if config.offload_folder is not None:
+        PageStore(config.offload_folder).close()  # one that can't be written to is an error now
     path = resolve_model(config.base_model)
     tokenizer = load_tokenizer(path)
     architecture = open_checkpoint(path).config

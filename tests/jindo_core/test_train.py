@@ -289,6 +289,12 @@ def test_when_nothing_is_left_to_give_way_the_run_says_so(stories260k, rows, tmp
         training.train(*settings(stories260k, rows, tmp_path / "out"))
 
 
+def test_a_folder_for_offloading_that_can_t_be_written_to(stories260k, rows, tmp_path):
+    with pytest.raises(InputError, match="none can't be written to"):
+        training.train(*settings(stories260k, rows, tmp_path / "out", offload_folder=str(tmp_path / "none")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_failures_are_not_taken_for_want_of_memory(stories260k, rows, tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("something else")
