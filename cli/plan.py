@@ -99,7 +99,7 @@ def _job(config: Any) -> Any:
         sizes: Sizes = sizes_of(open_checkpoint(resolve_model(config.base_model)).config)
     else:
         name = config.shape.lower()
-        name = name if name in SHAPES else f"llama-{name}" if f"llama-{name}" in SHAPES else name
+        name = next((known for known in (name, *(f"llama{n}-{name}" for n in ("", 2, 3))) if known in SHAPES), name)
         if name not in SHAPES:
             known = ", ".join(SHAPES)
             raise InputError(f"--shape: got {config.shape!r}, expected one of {known}.{nearest(name, SHAPES)}")

@@ -30,7 +30,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         [B, T, H, D], contiguous.
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes, dtypes or devices that do not fit together.
     """
     b, t, h, d = q.shape
     if k.shape != v.shape or (k.shape[0], k.shape[1], k.shape[3]) != (b, t, d) or h % k.shape[2]:
@@ -38,6 +38,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             f"causal_attention got q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}, "
             "expected [B, T, H, D] and twice [B, T, G, D], G dividing H"
         )
+    if len({(x.device, x.dtype) for x in (q, k, v)}) > 1:
+        said = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"causal_attention got q, k and v in {said}: expected one dtype and device")
     if q.device.type == "cpu":
         return torch.ops.jindo.causal_attention(q, k, v)[0]
     return _torch_attention(q, k, v)

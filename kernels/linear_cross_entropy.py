@@ -76,10 +76,10 @@ def linear_cross_entropy(
             f"linear_cross_entropy got a weight in {weight.dtype} on {weight.device}, expected hidden's "
             f"{hidden.dtype} on {hidden.device}"
         )
-    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
+    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64 or labels.device != hidden.device:
         raise ValueError(
             f"linear_cross_entropy got {labels.dtype} labels {tuple(labels.shape)}, expected [{hidden.shape[0]}] "
-            "in torch.int64"
+            f"in torch.int64 on {hidden.device}, got {labels.device}"
         )
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"linear_cross_entropy got label_smoothing {label_smoothing}, expected 0 <= e <= 1")

@@ -23,10 +23,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Returns:
         [..., I], contiguous.
     Raises:
-        ValueError: shapes or dtypes differ.
+        ValueError: shapes, dtypes or devices differ.
     """
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"swiglu got {gate.dtype} {tuple(gate.shape)} and {up.dtype} {tuple(up.shape)}: they differ")
+    if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
+        said = " and ".join(f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (gate, up))
+        raise ValueError(f"swiglu got {said}: they differ")
     if dispatch.recorded(gate):
         return torch.ops.jindo.swiglu(gate, up)
     return _SwiGLU.apply(gate, up)

@@ -38,7 +38,7 @@ def test_a_budget_that_nothing_keeps(capsys):
     assert json.loads(capsys.readouterr().out)["fits"] is False
 
 
-@pytest.mark.parametrize("name", [*SHAPES, "7b", "65B"])
+@pytest.mark.parametrize("name", [*SHAPES, "7b", "65B", "8b", "70b"])
 def test_every_shape(name, capsys):
     assert main(["plan", "--shape", name, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["peak_bytes"] > 5e8

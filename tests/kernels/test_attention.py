@@ -116,3 +116,10 @@ def test_refuses_shapes_that_do_not_fit(change):
     shapes = {"q": (2, 7, 4, 8), "k": (2, 7, 2, 8), "v": (2, 7, 2, 8)} | change
     with pytest.raises(ValueError, match=r"expected \[B, T, H, D\]"):
         causal_attention(*(torch.zeros(shapes[name]) for name in "qkv"))
+
+
+@pytest.mark.parametrize("other", [{"dtype": torch.bfloat16}, {"device": "meta"}])
+def test_refuses_what_the_kernels_would_misread(other):
+    x = torch.zeros(2, 7, 2, 8)
+    with pytest.raises(ValueError, match="expected one dtype and device"):
+        causal_attention(x, x, torch.zeros(2, 7, 2, 8, **other))

@@ -218,6 +218,7 @@ def test_refuses_a_label_smoothing_outside_0_to_1(smoothing):
         ({"labels": torch.zeros(4, dtype=torch.int32)}, "torch.int32 labels"),
         ({"weight": torch.zeros(10, 8, dtype=torch.bfloat16)}, "weight in torch.bfloat16"),
         ({"weight": torch.zeros(10, 8, device="meta")}, "on meta"),
+        ({"labels": torch.zeros(4, dtype=torch.int64, device="meta")}, "on cpu, got meta"),
     ],
 )
 def test_refuses_what_the_kernels_would_misread(change, message):

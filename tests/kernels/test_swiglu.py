@@ -93,8 +93,12 @@ def test_compiles_into_one_graph():
 
 @pytest.mark.parametrize(
     ("gate", "up"),
-    [(torch.zeros(2, 3), torch.zeros(2, 4)), (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float16))],
+    [
+        (torch.zeros(2, 3), torch.zeros(2, 4)),
+        (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float16)),
+        (torch.zeros(2, 3), torch.zeros(2, 3, device="meta")),
+    ],
 )
 def test_refuses(gate, up):
-    with pytest.raises(ValueError, match=r"swiglu got torch.float32 \(2, 3\) and"):
+    with pytest.raises(ValueError, match=r"swiglu got torch.float32 \(2, 3\) on cpu and"):
         swiglu(gate, up)
