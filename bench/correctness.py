@@ -30,6 +30,9 @@ from jindo_core.kernels.rms_norm import rms_norm
 from jindo_core.kernels.rope import rope
 from jindo_core.kernels.swiglu import swiglu
 from jindo_core.model import KVCache, LlamaForCausalLM
+from jindo_core.paged_adamw import PagedAdamW
+from jindo_core.recompute import CheckpointOffload
+from jindo_core.streaming import LayerStream, spread
 from jindo_core.tune import GEMV_MOST_ROWS
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "conftest.py"
@@ -391,6 +394,38 @@ def check_decoding(device: torch.device, quick: bool) -> Iterator[Finding]:
                     yield Finding(what, error if math.isfinite(error) else math.inf, DECODING_AGREES[dtype])
 
 
+def check_memory(device: torch.device, quick: bool) -> Iterator[Finding]:
+    """Paged moments beside resident ones, and a streamed, offloaded model beside the same one at home: bit for bit."""
+    results = []
+    for budget in (1 << 60, 4 << 20, 0):
+        params = [torch.nn.Parameter(randn(device, 700, 1000 + i).float()) for i in range(2 if quick else 8)]
+        optimizer = PagedAdamW(params, lr=1e-2, resident_bytes=budget)
+        for step in range(1, 4):
+            for i, param in enumerate(params):
+                param.grad = randn(device, 700, 1000 + i).float().roll(step)
+            optimizer.step()
+        results.append(torch.cat([p.detach().flatten() for p in params]))
+    for budget, result in zip(("a page", "nothing"), results[1:], strict=True):
+        yield Finding(f"paged AdamW, {budget} resident", float((result != results[0]).sum()), 0)
+    shape = Shape("check", 256, 512, 4, 4, 2, 300)
+    ids = torch.randint(300, (2, 33), generator=torch.Generator().manual_seed(0)).to(device)
+    gradients = []
+    for streamed in (0, 2, 4):
+        model = ours(shape, random_weights(shape, torch.bfloat16, device), train=True, checkpointing=True)
+        assert isinstance(model, LlamaForCausalLM)
+        if streamed:
+            stream = model.model.stream = LayerStream(device)
+            for number in spread(streamed, 4):
+                stream.take(number, model.model.layers[number])
+            model.model.checkpoint_offload = CheckpointOffload()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for _ in range(2):
+            found = torch.autograd.grad(model(ids, labels=ids).loss, trained)
+        gradients.append(torch.cat([g.flatten() for g in found]))
+    for streamed, found in zip((2, 4), gradients[1:], strict=True):
+        yield Finding(f"{streamed} of 4 layers streamed, gradients", float((found != gradients[0]).sum()), 0)
+
+
 def check_opcheck(device: torch.device, quick: bool) -> Iterator[Finding]:
     """Schema, fake, autograd registration and tracing of every operator, as it runs on this device."""
     ops = torch.ops.jindo
@@ -439,5 +474,6 @@ CHECKS: dict[str, Callable[[torch.device, bool], Iterator[Finding]]] = {
     "lora_matmul": check_lora_matmul,
     "adamw": check_adamw,
     "decoding": check_decoding,
+    "memory": check_memory,
     "opcheck": check_opcheck,
 }
