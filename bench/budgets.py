@@ -26,7 +26,8 @@ from jindo_core.memory import current_bytes, give_back_freed, peak_bytes
 from jindo_core.model import LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear
 from jindo_core.paged_adamw import PagedAdamW
-from jindo_core.streaming import LayerStream, spread
+from jindo_core.plan import spread
+from jindo_core.streaming import LayerStream
 
 SHARES = (1.0, 0.5, 0.1, 0.0)
 """Of what stays on the device."""
@@ -79,7 +80,6 @@ def streaming_case(setup: Setup, shape: Shape, share: float, store: str, tokens:
     for number in spread(round((1 - share) * shape.layers), shape.layers):
         stream.take(number, model.model.layers[number])
     if stream.layers:
-        stream.lay_out()
         model.model.stream = stream
     step = steps.training_step(model, steps.adamw_of(model, OURS), ids, steps.backward)
     work = 6 * tokens * shape.linear_weights

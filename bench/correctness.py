@@ -31,8 +31,9 @@ from jindo_core.kernels.rope import rope
 from jindo_core.kernels.swiglu import swiglu
 from jindo_core.model import KVCache, LlamaForCausalLM
 from jindo_core.paged_adamw import PagedAdamW
+from jindo_core.plan import spread
 from jindo_core.recompute import CheckpointOffload
-from jindo_core.streaming import LayerStream, spread
+from jindo_core.streaming import LayerStream
 from jindo_core.tune import GEMV_MOST_ROWS
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "conftest.py"

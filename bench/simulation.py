@@ -35,8 +35,9 @@ from jindo_core.memory import current_bytes, give_back_freed, peak_bytes
 from jindo_core.model import LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear, NF4Weight
 from jindo_core.paged_adamw import PagedAdamW
+from jindo_core.plan import spread
 from jindo_core.recompute import CheckpointOffload
-from jindo_core.streaming import LayerStream, spread
+from jindo_core.streaming import LayerStream
 from jindo_core.train import backward
 
 ROUNDING = 512
@@ -306,7 +307,6 @@ def _build(shape: Shape, step: Step, dtype: torch.dtype) -> LlamaForCausalLM:
         stack.stream = LayerStream(torch.device("cpu"))
         for number in spread(step.offload_layers, len(stack.layers)):
             stack.stream.take(number, stack.layers[number])
-        stack.stream.lay_out()
     return model.train()
 
 

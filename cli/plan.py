@@ -55,7 +55,7 @@ def run(argv: list[str]) -> int:
     budget = config.max_memory_MB * 1_000_000 or None
     found, changes, fits = (job, [], True) if budget is None else fit(job, budget)
     if config.json:
-        print(json.dumps(as_json(job, budget, changes), indent=1))
+        print(json.dumps(as_json(job, budget, found, changes), indent=1))
         return 0 if fits else 1
     from rich.console import Console
 

@@ -15,7 +15,8 @@ from jindo_core.hub import resolve_model
 from jindo_core.memory import give_back_freed
 from jindo_core.model import LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear, quantize_nf4
-from jindo_core.streaming import LayerStream, spread
+from jindo_core.plan import spread
+from jindo_core.streaming import LayerStream
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -164,7 +165,5 @@ def _fill(
         layer = _layer_of(name)
         if layer in streamed and last_of[layer] == name and model.model.stream is not None:
             model.model.stream.take(layer, model.model.layers[layer])
-    if model.model.stream is not None:
-        model.model.stream.lay_out()
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

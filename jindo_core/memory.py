@@ -44,9 +44,9 @@ def job_of(config: TrainConfig, sizes: Sizes, *, length: int, itemsize: int, con
         sizes=sizes, length=length, micro_batch=config.micro_batch_size, accumulation=config.accumulation_steps,
         lora_r=config.lora_r, targets=targets, dropout=config.lora_dropout, itemsize=itemsize,
         quantized=config.quantize == "nf4", double_quant=config.double_quant,
-        state_bits=8 if config.optim == "paged_adamw_8bit" else 32, checkpointed_layers=layers,
-        offload_checkpoints=config.offload_checkpoints, offload_embedding=config.offload_embedding,
-        offload_layers=min(config.offload_layers, sizes.layers), context=context,
+        state_bits=8 if config.optim == "paged_adamw_8bit" else 32, paged=config.optim != "adamw_torch",
+        checkpointed_layers=layers, offload_checkpoints=config.offload_checkpoints,
+        offload_embedding=config.offload_embedding, offload_layers=min(config.offload_layers, sizes.layers), context=context,
     )  # fmt: skip
 
 
@@ -59,11 +59,10 @@ def within_budget(config: TrainConfig, job: Job) -> tuple[TrainConfig, Job, list
     if not config.max_memory_MB:
         return config, job, []
     budget = config.max_memory_MB * 1_000_000
-    paged = config.optim != "adamw_torch"
     found, changes, fits = fit(job, budget)
-    if not fits or (not paged and found.resident_states is not None):
+    if not fits:
         least = plan(found).peak_bytes / 1e6
-        more = "" if paged else ", or take --optim paged_adamw_32bit"
+        more = "" if job.paged else ", or take --optim paged_adamw_32bit"
         raise InputError(
             f"--max_memory_MB: got {config.max_memory_MB}, but with everything offloaded a step of "
             f"{found.length} tokens still takes {least:,.0f} MB: raise it, or lower --cutoff_len{more}"
@@ -132,14 +131,18 @@ class Relief:
 
     def _stream(self) -> str | None:
         stack = self._model.model
-        if stack.stream is not None or not any(isinstance(m, NF4Linear) for m in stack.modules()):
+        stream = stack.stream or LayerStream(self._model.device, self._place)
+        left = [n for n, layer in enumerate(stack.layers) if n not in stream and _holds_nf4(layer)]
+        if not left:
             return None
-        stream = LayerStream(self._model.device, self._place)
-        for number, layer in enumerate(stack.layers):
-            stream.take(number, layer)
-        stream.lay_out()
         stack.stream = stream
+        for number in left:
+            stream.take(number, stack.layers[number])
         return f"all layers, {stream.nbytes / 1e6:,.0f} MB, are streamed from the host from now on"
+
+
+def _holds_nf4(layer: torch.nn.Module) -> bool:
+    return any(isinstance(module, NF4Linear) for module in layer.modules())
 
 
 # --- what it takes --------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ stay where they are. Here small tensors are packed into pages.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +107,7 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; moments that exist already are kept."""
-        merged = self.defaults | param_group
-        _check_numbers(merged)
+        _check_numbers(self.defaults | param_group)
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             if not param.is_contiguous() or param.dtype not in adamw.DTYPES:
@@ -168,9 +169,8 @@ class PagedAdamW(torch.optim.Optimizer):
     @property
     def counters(self) -> Counters:
         """Pages and bytes moved, and the time that steps waited for them, over all devices."""
-        found = [pager.counters for pager in self._pagers.values()]
-        names = ("pages_in", "pages_out", "bytes_in", "bytes_out", "stall_seconds")
-        return Counters(**{name: sum(getattr(c, name) for c in found) for name in names})
+        found = [dataclasses.astuple(pager.counters) for pager in self._pagers.values()]
+        return Counters(*map(sum, zip(*found, strict=True)))
 
     @property
     def resident_bytes(self) -> int:
@@ -209,13 +209,22 @@ class PagedAdamW(torch.optim.Optimizer):
                         _place(param, number, bits, pages.setdefault(param.device, []))
         pagers = {}
         for device, own in pages.items():
-            store = PageStore(self._place, pin=device.type == "cuda")
-            count = self._affordable(device, len(own)) // PAGE_BYTES
-            pagers[device] = Pager(store, device, units=len(own), unit_bytes=PAGE_BYTES, resident=count, slots=SLOTS)
+            pagers[device] = self._pager(device, len(own), self._affordable(device, len(own)) // PAGE_BYTES)
         self._forget()
         self._pages, self._pagers = pages, pagers
         self._placed = {segment.param for own in pages.values() for page in own for segment in page.segments}
         self._fill(kept)
+
+    def _pager(self, device: torch.device, pages: int, resident: int) -> Pager:
+        store = PageStore(self._place, pin=device.type == "cuda")
+        try:
+            return Pager(store, device, units=pages, unit_bytes=PAGE_BYTES, resident=resident, slots=SLOTS)
+        except torch.OutOfMemoryError:
+            if not resident:
+                raise
+        size = resident * PAGE_BYTES >> 20
+        warnings.warn(f"{device} has no room for {size} MiB of AdamW's moments: all are paged", stacklevel=4)
+        return self._pager(device, pages, 0)
 
     def _affordable(self, device: torch.device, pages: int) -> int:
         wanted = pages * PAGE_BYTES

@@ -21,13 +21,12 @@ CONTEXT = 500_000_000
 PAGE = 4 << 20
 STAGING_PAGES = 3
 CHUNK_LOGITS = 2 * (1 << 24)
-NF4_CODES = 0.5
 BLOCK, NESTED_BLOCK = 64, 256
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CUBLAS_WORKSPACE = 32 << 20
 FRAGMENTATION = 0.03
-"""Of what is not weights: what the allocator holds beyond what is asked of it. An H100 held 240 MB (checkpointed) and
-270 MB more than the simulation of the same 8B steps, with torch's AdamW, whose temporaries were 170 of them."""
+"""Of what is not weights: what the allocator holds beyond what is asked of it, an estimate. An H100 held 239 MB
+(checkpointed) and 273 MB more than the simulation of the same 8B steps, torch's AdamW and its temporaries included."""
 
 
 class Sizes(NamedTuple):
@@ -73,10 +72,11 @@ class Job:
     Attributes:
         length: tokens of a sequence. micro_batch: sequences at once. accumulation: micro-batches to a step.
         targets: names of the adapted linears. itemsize: bytes of an activation's element.
-        state_bits: of AdamW's moments, 32 or 8. resident_states: bytes of them that stay on the device; None: all.
+        state_bits: of AdamW's moments, 32 or 8. paged: whether they may lie on the host.
+        resident_states: bytes of them that stay on the device; None: all.
         checkpointed_layers: how many keep only their input. offload_checkpoints: those inputs lie on the host.
         offload_layers: how many layers' weights are streamed (those are checkpointed, too).
-        context: bytes outside the allocator: CUDA's, or on a CPU the process's. on_cuda: its kernels' temporaries.
+        context: bytes outside the allocator: CUDA's, or on a CPU the process's. on_cuda: count its allocator's own.
     """
 
     sizes: Sizes
@@ -90,6 +90,7 @@ class Job:
     quantized: bool = True
     double_quant: bool = True
     state_bits: int = 32
+    paged: bool = True
     resident_states: int | None = None
     checkpointed_layers: int = 0
     offload_checkpoints: bool = False
@@ -105,7 +106,7 @@ class Job:
     @property
     def checkpoints(self) -> int:
         """Layers that run again in the backward pass."""
-        extra = [n for n in _spread(self.offload_layers, self.sizes.layers) if n >= self.checkpointed_layers]
+        extra = [n for n in spread(self.offload_layers, self.sizes.layers) if n >= self.checkpointed_layers]
         return self.checkpointed_layers + len(extra)
 
 
@@ -285,7 +286,9 @@ def _moving(job: Job) -> tuple[dict[str, int], dict[str, int]]:
     return worst, {name: size for name, size in others.items() if name not in worst}
 
 
-def _spread(streamed: int, layers: int) -> list[int]:
+def spread(streamed: int, layers: int) -> list[int]:
+    """The numbers of the layers that are streamed, evenly among `layers`: each copy has the layers between to run
+    beside. The one rule of the engine that stands here, where no torch is needed."""
     return [(2 * i + 1) * layers // (2 * streamed) for i in range(streamed)]
 
 
@@ -309,20 +312,19 @@ def fit(job: Job, budget: int) -> tuple[Job, list[Change], bool]:
     for make in _LADDER:
         if plan(found).peak_bytes <= budget:
             break
-        found = next((tried for tried in make(found) if plan(tried).peak_bytes <= budget), _last(make(found), found))
+        for tried in make(found):  # from little to all of it
+            found = tried
+            if plan(found).peak_bytes <= budget:
+                break
     fits = plan(found).peak_bytes <= budget
     if fits:
         found = _undone(job, found, budget)
     return found, list(_told(job, found)), fits
 
 
-def _last(tried: Iterator[Job], otherwise: Job) -> Job:
-    for otherwise in tried:  # noqa: B007 - the last one is wanted
-        pass
-    return otherwise
-
-
 def _paged(job: Job) -> Iterator[Job]:
+    if not job.paged:
+        return
     states, _ = _states(job)
     now = states if job.resident_states is None else job.resident_states
     for eighths in range(7, -1, -1):
@@ -345,10 +347,9 @@ def _away(job: Job) -> Iterator[Job]:
 
 
 def _smaller(job: Job) -> Iterator[Job]:
-    rows = job.micro_batch
-    while rows > 1:
-        rows //= 2
-        yield replace(job, micro_batch=rows, accumulation=-(-job.accumulation * job.micro_batch // rows))
+    for rows in range(job.micro_batch - 1, 0, -1):
+        if job.micro_batch % rows == 0:  # as many rows in a step as before
+            yield replace(job, micro_batch=rows, accumulation=job.accumulation * (job.micro_batch // rows))
 
 
 def _streamed(job: Job) -> Iterator[Job]:
@@ -396,14 +397,24 @@ def _told(before: Job, after: Job) -> Iterator[Change]:
         yield Change(said, "their weights cross the bus twice a micro-batch")
 
 
-def as_json(job: Job, budget: int | None, changes: Sequence[Change] = ()) -> dict[str, object]:
-    """Every row in bytes, and the verdict."""
+def as_json(
+    job: Job, budget: int | None, changed: Job | None = None, changes: Sequence[Change] = ()
+) -> dict[str, object]:
+    """Every row of `job` in bytes, and the verdict; `with_changes`: the same of `changed`, in short."""
     found = plan(job)
     rows: dict[str, object] = {**found.elsewhere, **found.rows}
-    settings = {k: v for k, v in dataclasses.asdict(job).items() if k != "sizes"}
+    after = None if changed is None or not changes else plan(changed)
     return rows | {
         "peak_bytes": found.peak_bytes, "host_bytes": found.host_bytes,
         "fits": None if budget is None else found.peak_bytes <= budget,
         "at_peak": [name for name, size in found.rows.items() if size],
-        "changes": [change._asdict() for change in changes], "settings": settings,
+        "changes": [change._asdict() for change in changes], "settings": _settings(job),
+        "with_changes": None if after is None or changed is None or budget is None else {
+            "peak_bytes": after.peak_bytes, "host_bytes": after.host_bytes, "fits": after.peak_bytes <= budget,
+            "settings": _settings(changed),
+        },
     }  # fmt: skip
+
+
+def _settings(job: Job) -> dict[str, object]:
+    return {name: value for name, value in dataclasses.asdict(job).items() if name != "sizes"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,9 +54,9 @@ class LayerStream:
     def __init__(self, device: torch.device, store: str | Path = "host") -> None:
         self._device, self._place = device, store
         self._parts: dict[int, list[_Part]] = {}
-        self._waiting: dict[int, list[Tensor]] = {}
         self._pager: Pager | None = None
         self._units: dict[int, int] = {}
+        self._next: dict[tuple[int, bool], int] = {}  # (layer, backwards) -> the unit that comes after it
 
     def __contains__(self, number: int) -> bool:
         return number in self._parts
@@ -75,9 +76,11 @@ class LayerStream:
         return Counters() if self._pager is None else self._pager.counters
 
     def take(self, number: int, layer: nn.Module) -> None:
-        """Move the NF4 weights of layer `number` from the device to the host; before the first `use`."""
-        if self._pager is not None:
-            raise RuntimeError("LayerStream.take came after the first use: take every layer before it")
+        """Move the NF4 weights of layer `number` from the device to the store.
+
+        Raises:
+            InputError: the store has no room; the layer is as it was. ValueError: a layer larger than the first.
+        """
         parts, held, start = [], [], 0
         for module in layer.modules():
             if not isinstance(module, NF4Linear):
@@ -88,22 +91,22 @@ class LayerStream:
                     continue
                 value = value.detach()
                 parts.append(_Part(module, name, start, torch.empty_like(value, device="meta")))
-                held.append(value.cpu() if value.device.type != "cpu" else value)
+                held.append(value)
                 start += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
-        for part in parts:
+        if self._pager is None:
+            store = PageStore(self._place, pin=self._device.type == "cuda")
+            self._pager = Pager(store, self._device, units=0, unit_bytes=start, resident=0)
+        pager, unit = self._pager, self._pager.units
+        if start > pager.unit_bytes:
+            raise ValueError(f"layer {number} takes {start} bytes, expected at most the first one's {pager.unit_bytes}")
+        pager.extend(unit + 1)
+        for part, value in zip(parts, held, strict=True):
+            pager.write(unit, part.start, value.cpu())
             part.put(part.placeholder)
-        self._parts[number], self._waiting[number] = parts, held
-
-    def lay_out(self) -> None:
-        """Put what was taken into the store. InputError where it has no room."""
-        sizes = [parts[-1].start + parts[-1].placeholder.nbytes for parts in self._parts.values()]
-        store = PageStore(self._place, pin=self._device.type == "cuda")
-        pager = Pager(store, self._device, units=len(sizes), unit_bytes=max(sizes), resident=0)
-        for unit, number in enumerate(self.layers):
-            self._units[number] = unit
-            for part, value in zip(self._parts[number], self._waiting.pop(number), strict=True):
-                pager.write(unit, part.start, value)
-        self._pager = pager
+        self._parts[number], self._units[number] = parts, unit
+        order = self.layers
+        self._next = {(a, False): self._units[b] for a, b in pairwise(order)}
+        self._next |= {(b, True): self._units[a] for a, b in pairwise(order)}
 
     @contextlib.contextmanager
     def use(self, number: int, *, backwards: bool = False) -> Iterator[None]:
@@ -111,12 +114,11 @@ class LayerStream:
         if number not in self:
             yield
             return
-        if self._pager is None:
-            self.lay_out()
         pager, unit = self._pager, self._units[number]
         assert pager is not None
         buffer = pager.get(unit)
-        pager.ahead(unit - 1 if backwards else unit + 1)
+        if (number, backwards) in self._next:
+            pager.ahead(self._next[number, backwards])
         try:
             for part in self._parts[number]:
                 part.put(part.view(buffer))
@@ -133,8 +135,3 @@ class LayerStream:
                 values = [getattr(part.owner, part.name).detach().clone() for part in self._parts[number]]
             for part, value in zip(self._parts.pop(number), values, strict=True):
                 part.put(value)
-
-
-def spread(streamed: int, layers: int) -> list[int]:
-    """The numbers of the layers to stream, evenly among `layers`: each copy has the layers between to run beside."""
-    return [(2 * i + 1) * layers // (2 * streamed) for i in range(streamed)]

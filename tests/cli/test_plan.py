@@ -36,6 +36,18 @@ def test_a_budget_that_nothing_keeps(capsys):
     assert "even with all of these it does not" in capsys.readouterr().out
     assert main([*GOAL, "--max_memory_MB", "700", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["fits"] is False
+    assert main([*GOAL, "--max_memory_MB", "5400", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["fits"] is False
+    assert content["with_changes"]["fits"] is True
+    assert content["with_changes"]["peak_bytes"] <= 5.4e9
+
+
+def test_torch_s_optimizer_is_never_paged(capsys):
+    assert main([*GOAL, "--max_memory_MB", "5400", "--optim", "adamw_torch", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["with_changes"]["settings"]["resident_states"] is None
+    assert content["with_changes"]["settings"]["checkpointed_layers"] > 0
 
 
 @pytest.mark.parametrize("name", [*SHAPES, "7b", "65B", "8b", "70b"])

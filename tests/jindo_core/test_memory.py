@@ -83,6 +83,11 @@ def test_a_budget_changes_the_settings_and_not_the_step():
 
 
 def test_a_budget_for_torch_s_optimizer_does_not_page():
+    given = config(max_memory_MB=7000, optim="adamw_torch", micro_batch_size=1)
+    job = job_of(given, SHAPES["llama2-7b"], length=512, itemsize=2, context=500_000_000)
+    chosen, found, _ = within_budget(given, job)
+    assert found.resident_states is None
+    assert chosen.checkpointed_layers > 0
     given = config(max_memory_MB=2500, optim="adamw_torch", lora_r=64)
     job = job_of(given, SHAPES["llama2-7b"], length=256, itemsize=2, context=500_000_000)
     with pytest.raises(InputError, match=r"got 2500, but .* or take --optim paged_adamw_32bit"):
@@ -98,8 +103,10 @@ def test_what_counts_as_out_of_memory():
     assert is_out_of_memory(caught.value), "as this torch says it"
 
 
-def test_relief_ends(stories260k):
-    model = attach_lora(load_model(stories260k, dtype="fp32", device="cpu"), r=4).train()
+@pytest.mark.parametrize("streamed", [0, 2])
+def test_relief_ends(stories260k, streamed):
+    model = load_model(stories260k, dtype="fp32", device="cpu", offload_layers=streamed)
+    attach_lora(model, r=4).train()
     optimizer = PagedAdamW([p for p in model.parameters() if p.requires_grad])
     relief = Relief(model, optimizer, 2)
     said = []
@@ -107,5 +114,6 @@ def test_relief_ends(stories260k):
         said.append(done)
     assert len(said) == 4, said
     assert relief.micro_batch == 1
+    assert len(model.model.stream.layers) == model.config.num_hidden_layers
     ids = torch.arange(3, 12)[None]
     model(ids, labels=ids).loss.backward()

@@ -14,6 +14,7 @@ import jindo_core
 from jindo_core.errors import InputError
 from jindo_core.kernels import native
 from jindo_core.paged_adamw import WRAPPED, PagedAdamW, capacity
+from jindo_core.pager import Pager
 from jindo_core.pages import PAGE_BYTES
 
 # Small and odd ones, one larger than a page of fp32 moments, and an empty one.
@@ -296,6 +297,28 @@ def test_a_full_store_is_an_error_before_the_step(tmp_path, monkeypatch):
     set_gradients(reference, 1)
     other.step()
     assert all(torch.equal(a, b) for a, b in zip(params, reference, strict=True))
+
+
+def test_no_room_for_what_should_stay_pages_it_and_says_so(monkeypatch):
+    real = Pager._new_buffer
+    calls = []
+
+    def short(self):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self)
+
+    monkeypatch.setattr(Pager, "_new_buffer", short)
+    ours, theirs = make_params(), make_params()
+    optimizer, reference = PagedAdamW(ours), torch.optim.AdamW(theirs)
+    with pytest.warns(UserWarning, match="cpu has no room for .* all are paged"):
+        run(optimizer, ours, 1)
+    run(reference, theirs, 1)
+    assert optimizer.resident_bytes == 0
+    for side, params in ((optimizer, ours), (reference, theirs)):
+        run(side, params, 2, 2)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,6 @@ def test_a_model_larger_than_the_gpu_still_fits():
 
 def test_nothing_is_changed_that_need_not_be():
     assert fit(job(), int(80e9)) == (job(), [], True)
-    assert fit(job("smollm2-135m"), int(1e9))[2] is False or fit(job("smollm2-135m"), int(1e9))[1] != []
 
 
 @pytest.mark.parametrize("budget", [4.6e9, 5.0e9, 5.4e9, 6e9, 8e9])
@@ -78,7 +77,9 @@ def test_an_impossible_budget_changes_everything_and_says_no():
 def test_a_smaller_micro_batch_keeps_the_step():
     found, _, _ = fit(job(micro_batch=6, accumulation=2, length=4096), int(5.2e9))
     assert found.micro_batch < 6
-    assert found.micro_batch * found.accumulation >= 12
+    assert found.micro_batch * found.accumulation == 12
+    found, _, _ = fit(job(micro_batch=5, length=4096), int(5.2e9))
+    assert (found.micro_batch, found.accumulation) == (1, 5), "2 would leave a row out"
 
 
 def test_rows_add_up_and_the_json_has_every_name():

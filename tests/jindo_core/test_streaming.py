@@ -12,8 +12,9 @@ from jindo_core.loader import load_model
 from jindo_core.lora import attach_lora
 from jindo_core.model import LlamaConfig, LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear
+from jindo_core.plan import spread
 from jindo_core.recompute import CheckpointOffload
-from jindo_core.streaming import LayerStream, spread
+from jindo_core.streaming import LayerStream
 from jindo_core.tokenizer import load_tokenizer
 
 CONFIG = LlamaConfig(
