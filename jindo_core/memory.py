@@ -46,7 +46,8 @@ def job_of(config: TrainConfig, sizes: Sizes, *, length: int, itemsize: int, con
         quantized=config.quantize == "nf4", double_quant=config.double_quant,
         state_bits=8 if config.optim == "paged_adamw_8bit" else 32, paged=config.optim != "adamw_torch",
         checkpointed_layers=layers, offload_checkpoints=config.offload_checkpoints,
-        offload_embedding=config.offload_embedding, offload_layers=min(config.offload_layers, sizes.layers), context=context,
+        offload_embedding=config.offload_embedding, offload_layers=min(config.offload_layers, sizes.layers),
+        context=context,
     )  # fmt: skip
 
 
