@@ -72,7 +72,7 @@ class TrainingView:
                 TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[memory]} MiB  left"),
+                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[memory]} MB  left"),
                 TimeRemainingColumn(),
                 console=self.console,
             )
@@ -81,7 +81,7 @@ class TrainingView:
 
     def step(self, row: dict[str, Any], total: int, left: float, log: bool) -> None:
         """One optimizer step; `row` as in metrics.jsonl, `left` in seconds."""
-        memory = f"{row['memory_bytes'] / 2**20:,.0f}"
+        memory = f"{row['memory_bytes'] / 1e6:,.0f}"
         if self._bar is not None:
             self._bar.update(
                 self._bar.task_ids[0],
@@ -93,7 +93,7 @@ class TrainingView:
         elif log:
             self.say(
                 f"step {row['step']}/{total}  loss {row['loss']:.3f}  lr {row['learning_rate']:.2e}  "
-                f"{row['tokens_per_second']:,.0f} tokens/s  {memory} MiB  {_clock(left)} left"
+                f"{row['tokens_per_second']:,.0f} tokens/s  {memory} MB  {_clock(left)} left"
             )
 
     def stop(self) -> None:

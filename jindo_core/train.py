@@ -475,7 +475,7 @@ def _lasting(name: str | None) -> str | None:
 def _farewell(view: TrainingView, config: TrainConfig, result: TrainResult, probe: Record | None) -> None:
     view.say(
         f"{result.steps} steps at {result.tokens_per_second:,.0f} tokens/s; peak memory "
-        f"{result.peak_bytes / 2**20:,.0f} MiB"
+        f"{result.peak_bytes / 1e6:,.0f} MB"
     )
     view.say(f"Saved and read back: {result.output_dir}/{WEIGHTS}, {CONFIG}, {METRICS}, loss.png")
     base = [] if config.base_model is None else ["--base_model", config.base_model]
