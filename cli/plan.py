@@ -92,7 +92,7 @@ def _job(config: Any) -> Any:
             f"--lora_target_modules: got {show(tuple(unknown))}, expected some of {', '.join(LINEARS)}, or all-linear"
         )
     if config.shape is None:
-        from jindo_core.checkpoint import open_checkpoint
+        from jindo_core.formats import open_checkpoint
         from jindo_core.hub import resolve_model
         from jindo_core.memory import sizes_of
 

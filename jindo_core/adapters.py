@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jindo_core.checkpoint import read_json
 from jindo_core.errors import InputError
+from jindo_core.files import read_json, write_atomically
 from jindo_core.lora import LoraLinear, adapted_layers
 
 WEIGHTS = "adapter_model.safetensors"
@@ -25,28 +23,6 @@ _MUST_BE_OFF = (
     "fan_in_fan_out", "use_dora", "modules_to_save", "layer_replication", "rank_pattern", "alpha_pattern",
     "trainable_token_indices", "target_parameters", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
 )  # fmt: skip
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: to a temporary file beside it, synced, then renamed over it."""
-    descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(scratch, 0o666 & ~umask)  # mkstemp's 0600 would hide the adapter from its user's group
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:

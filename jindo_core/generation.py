@@ -134,7 +134,7 @@ def _base_of(folder: str | None) -> str | None:
     """The base that an adapter of another tool names; None (the embedded model) without an adapter."""
     from jindo_core import embedded
     from jindo_core.adapters import CONFIG
-    from jindo_core.checkpoint import read_json
+    from jindo_core.files import read_json
 
     if folder is None:
         return None

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from jindo_core.checkpoint import Checkpoint, missing_and_extra, open_checkpoint
 from jindo_core.errors import InputError
+from jindo_core.formats import Checkpoint, missing_and_extra, open_checkpoint
 from jindo_core.hub import resolve_model
 from jindo_core.memory import give_back_freed
 from jindo_core.model import LlamaForCausalLM

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from jindo_core.adapters import CONFIG, WEIGHTS, write_atomically
-from jindo_core.checkpoint import read_json
+from jindo_core.adapters import CONFIG, WEIGHTS
 from jindo_core.config import TrainConfig
 from jindo_core.errors import InputError
+from jindo_core.files import read_json, write_atomically
 
 FILE = "jindo_run.json"
 

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from jindo_core import embedded
 from jindo_core.adapters import CONFIG, WEIGHTS, save_adapter
-from jindo_core.checkpoint import open_checkpoint
 from jindo_core.config import TrainConfig
 from jindo_core.data.examples import Example, collate, encode_all, epoch_batches
 from jindo_core.data.records import Record, bundled_path, read_records, split_records
 from jindo_core.data.templates import Template, load_template
 from jindo_core.errors import InputError, TrainingError
 from jindo_core.evaluate import held_out_loss
+from jindo_core.formats import open_checkpoint
 from jindo_core.generation import generate
 from jindo_core.hub import resolve_data, resolve_model
 from jindo_core.loader import load_model, pick_device, pick_dtype

@@ -15,14 +15,14 @@ import pytest
 PARTS = {"kernels": {"kernels"}, "jindo_core": {"jindo_core", "kernels"}, "cli": {"cli", "jindo_core"}}
 ENGINE_ROWS = [
     {"errors"},
-    {"settings", "plan"},
+    {"settings", "plan", "files"},
     {"config"},
     {"nf4"},
     {"lora", "pages"},
     {"pager"},
     {"recompute", "streaming", "paged_adamw"},
     {"model"},
-    {"embedded", "hub", "checkpoint", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
+    {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation"},
     {"evaluate", "progress", "tune", "doctor"},
     {"train"},

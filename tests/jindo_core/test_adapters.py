@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import stat
 
 import peft
 import pytest
@@ -107,21 +106,6 @@ def test_what_learnt_nothing_is_not_saved(stories260k, tmp_path):
     with pytest.raises(InputError, match="not finite"):
         save_adapter(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
-
-
-def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    file = tmp_path / "x.json"
-    adapters.write_atomically(file, b"old")
-    assert stat.S_IMODE(file.stat().st_mode) & 0o600 == 0o600
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(adapters.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        adapters.write_atomically(file, b"new")
-    assert file.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_a_disk_that_lies_is_found(stories260k, tmp_path, monkeypatch):

@@ -1,0 +1,123 @@
+"""llama.cpp's format, through the `gguf` package."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jindo_core.errors import InputError
+from jindo_core.model import LlamaConfig
+
+GGUF_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+GGUF_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+GGUF_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+# What the gguf package raises on a file that is cut short or is no GGUF.
+GGUF_FAULTS = (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError)
+
+
+def gguf_to_hf_name(name: str) -> str:
+    """A tensor's name in a LLaMA GGUF -> Hugging Face's; an unknown one unchanged."""
+    if name in GGUF_NAMES:
+        return GGUF_NAMES[name]
+    if (found := GGUF_LAYER.fullmatch(name)) and found[2] in GGUF_LAYER_NAMES:
+        return f"model.layers.{found[1]}.{GGUF_LAYER_NAMES[found[2]]}.{found[3]}"
+    return name
+
+
+class GGUFCheckpoint:
+    """A LLaMA in llama.cpp's format, dequantized tensor by tensor as it is read."""
+
+    def __init__(self, file: Path) -> None:
+        from gguf import GGUFReader
+
+        self._file = file
+        try:
+            self._reader = GGUFReader(file)
+            self._tensors = {gguf_to_hf_name(tensor.name): tensor for tensor in self._reader.tensors}
+            self.shapes = {
+                name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()
+            }
+            self.config = self._read_config()
+        except InputError:
+            raise
+        except GGUF_FAULTS as error:
+            raise InputError(f"{file} is truncated or no GGUF file ({error}): download it again") from None
+        self.shapes.pop("rope_freqs.weight", None)  # read into the configuration
+
+    def read(self, name: str) -> Tensor:
+        from gguf.quants import dequantize
+
+        tensor = self._tensors[name]
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type)
+        except (NotImplementedError, *GGUF_FAULTS) as error:
+            raise InputError(f"the tensor {name} in {self._file} can't be read: {error}") from None
+        value = torch.from_numpy(values.copy() if not values.flags.writeable else values)
+        # llama.cpp rotates pairs (2i, 2i + 1), Hugging Face (i, i + D/2): its converter interleaves the rows.
+        if ".q_proj." in name:
+            return _deinterleave(value, self.config.num_attention_heads)
+        if ".k_proj." in name:
+            return _deinterleave(value, self.config.num_key_value_heads)
+        return value
+
+    def _field(self, key: str, default: Any = None) -> Any:
+        field = self._reader.get_field(key)
+        return default if field is None else field.contents()
+
+    def _read_config(self) -> LlamaConfig:
+        kind = self._field("general.architecture")
+        if kind != "llama":
+            raise InputError(f"{self._file} holds a {kind!r} model, expected 'llama': other models can't be loaded")
+        heads = self._field("llama.attention.head_count")
+        raw: dict[str, Any] = {
+            "model_type": "llama",
+            "vocab_size": self.shapes["model.embed_tokens.weight"][0],
+            "hidden_size": self._field("llama.embedding_length"),
+            "intermediate_size": self._field("llama.feed_forward_length"),
+            "num_hidden_layers": self._field("llama.block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._field("llama.attention.head_count_kv", heads),
+            "head_dim": self._field("llama.attention.key_length"),
+            "max_position_embeddings": self._field("llama.context_length"),
+            "rms_norm_eps": self._field("llama.attention.layer_norm_rms_epsilon"),
+            "rope_theta": self._field("llama.rope.freq_base", 10000.0),
+            "tie_word_embeddings": "lm_head.weight" not in self.shapes,
+            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.shapes,
+        }
+        config = LlamaConfig.from_dict(raw | {"rope_scaling": self._read_rope()})
+        if "rope_freqs.weight" in self._tensors:
+            factors = self._tensors["rope_freqs.weight"].data.tolist()
+            return LlamaConfig(**{**vars(config), "rope": {"rope_type": "factors", "factors": factors}})
+        return config
+
+    def _read_rope(self) -> dict[str, Any] | None:
+        kind = self._field("llama.rope.scaling.type", "none")
+        if kind == "none":
+            return None
+        context = self._field("llama.rope.scaling.original_context_length")
+        rope = {"rope_type": kind, "factor": self._field("llama.rope.scaling.factor")}
+        return rope | ({} if context is None else {"original_max_position_embeddings": context})
+
+
+def _deinterleave(value: Tensor, heads: int) -> Tensor:
+    """[heads * D, ...] with rows (0, D/2, 1, D/2 + 1, …) in each head -> rows in order."""
+    pairs = value.view(heads, -1, 2, *value.shape[1:])
+    return pairs.transpose(1, 2).reshape(value.shape)
