@@ -163,11 +163,17 @@ def _from_group(x: Tensor, batch: int, n: int) -> Tensor:
     return x.movedim(3, 1).flatten(2, 3)
 
 
-def _blocks(q: Tensor) -> Iterator[tuple[int, int]]:
+def _blocks(q: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(first query, the one after the last, keys that the products take).
+
+    Keys in steps, beyond the last query's own: oneDNN keeps a compiled product for every shape, and takes milliseconds
+    to make one. At 2,048 tokens, with a shape a block, those held 290 MB.
+    """
     tokens = q.shape[1]
-    step = block_rows(q.shape[0] * q.shape[2], tokens)
+    step, keys = block_rows(q.shape[0] * q.shape[2], tokens), max(64, 1 << max(tokens.bit_length() - 5, 0))
     for first in range(0, tokens, step):
-        yield first, min(first + step, tokens)
+        last = min(first + step, tokens)
+        yield first, last, min(-(-last // keys) * keys, tokens)
 
 
 @contextlib.contextmanager
@@ -192,14 +198,14 @@ def forward_in_blocks(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> tupl
     out, lse = q.new_empty(q.shape), q.new_empty(batch, tokens, heads, dtype=wide)
     keys, values = _by_group(k, groups).to(wide), _by_group(v, groups)
     (for_scores,), (for_p,) = _buffers(q, wide, 1)
-    for first, last in _blocks(q):
+    for first, last, reach in _blocks(q):
         queries = _by_group(q[:, first:last], groups)
-        shape = (*queries.shape[:2], last)
+        shape = (*queries.shape[:2], reach)
         with _exact_in_bf16(q):
-            scores = torch.bmm(queries.to(wide), keys[:, :last].transpose(1, 2), out=for_scores.cut(*shape))
+            scores = torch.bmm(queries.to(wide), keys[:, :reach].transpose(1, 2), out=for_scores.cut(*shape))
         p, sums = for_p.cut(*shape), lse.new_empty(shape[:2])
         softmax(scores, None, last - first, first, scale, sums, None, p, None)
-        out[:, first:last] = _from_group(torch.bmm(p, values[:, :last]), batch, last - first)
+        out[:, first:last] = _from_group(torch.bmm(p, values[:, :reach]), batch, last - first)
         lse[:, first:last] = _from_group(sums[..., None], batch, last - first)[..., 0]
     return out, lse
 
@@ -215,18 +221,18 @@ def backward_in_blocks(
     dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
     delta = (do.to(wide) * out.to(wide)).sum(-1)
     for_scores, for_rounded = _buffers(q, wide, 2)
-    for first, last in _blocks(q):
+    for first, last, reach in _blocks(q):
         queries, gradient = _by_group(q[:, first:last], groups), _by_group(do[:, first:last], groups)
-        shape = (*queries.shape[:2], last)
+        shape = (*queries.shape[:2], reach)
         with _exact_in_bf16(q):
-            scores = torch.bmm(queries.to(wide), keys[:, :last].transpose(1, 2), out=for_scores[0].cut(*shape))
-            grads = torch.bmm(gradient.to(wide), values[:, :last].transpose(1, 2), out=for_scores[1].cut(*shape))
+            scores = torch.bmm(queries.to(wide), keys[:, :reach].transpose(1, 2), out=for_scores[0].cut(*shape))
+            grads = torch.bmm(gradient.to(wide), values[:, :reach].transpose(1, 2), out=for_scores[1].cut(*shape))
         p, ds = for_rounded[0].cut(*shape), for_rounded[1].cut(*shape)
         sums, rows = _by_group(lse[:, first:last], groups), _by_group(delta[:, first:last], groups)
         softmax(scores, grads, last - first, first, scale, sums, rows, p, ds)
-        dvalues[:, :last] += torch.bmm(p.transpose(1, 2), gradient)
-        dkeys[:, :last] += torch.bmm(ds.transpose(1, 2), queries)
-        dq[:, first:last] = _from_group(torch.bmm(ds, own[:, :last]), batch, last - first)
+        dvalues[:, :reach] += torch.bmm(p.transpose(1, 2), gradient)
+        dkeys[:, :reach] += torch.bmm(ds.transpose(1, 2), queries)
+        dq[:, first:last] = _from_group(torch.bmm(ds, own[:, :reach]), batch, last - first)
     dk, dv = (_from_group(x, batch, tokens).to(q.dtype).contiguous() for x in (dkeys, dvalues))
     return dq, dk, dv
 
