@@ -4,7 +4,7 @@ Our model, our optimizer, our pager and our operators' fake implementations run 
 bytes; the dispatcher told to choose as on CUDA), under a mode that adds up the storages that are alive. What an
 operator needs inside itself no mode can see: each declares it (`workspace_bytes` in its contract), and declarations
 are held to what the reference really allocates (tests/test_simulation.py). The planner's arithmetic shares nothing
-with this.
+with this but which layers are streamed (`plan.spread`).
 
     python -m bench.simulation --shape 7b --tokens 512 --lora_r 8 --checkpointed_layers 32
 """
@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.shapes import SHAPES, Shape
 from bench.steps import random_weights
 from jindo_core import paged_adamw, pager, pages
+from jindo_core.head import StreamedHead
 from jindo_core.kernels import attention, dispatch, linear_cross_entropy, lora_matmul
 from jindo_core.lora import attach_lora
 from jindo_core.memory import current_bytes, give_back_freed, peak_bytes
@@ -58,6 +59,7 @@ class Step(NamedTuple):
     offload_checkpoints: bool = False
     offload_layers: int = 0
     offload_embedding: bool = False
+    offload_head: bool = False
     accumulation: int = 2
 
 
@@ -202,6 +204,10 @@ def _nothing(*_: Any) -> None:
     return None
 
 
+def _every(labels: Tensor, _: int) -> Tensor:
+    return torch.arange(len(labels))
+
+
 def _true(_: Any) -> bool:
     return True
 
@@ -216,6 +222,7 @@ def fake_world(*, cuda: bool = True) -> Iterator[None]:
         mock.patch.object(pages.PageStore, "_in_ram", _meta_pages),
         # Functions, for a Mock remembers its arguments, and so keeps tensors alive.
         mock.patch.object(pager.Pager, "write", _nothing),
+        mock.patch.object(linear_cross_entropy, "counted", _every),  # fake labels neither: every row counts
         mock.patch.object(paged_adamw, "_all_finite", _true),  # fake gradients have no values
     ):
         yield
@@ -303,6 +310,8 @@ def _build(shape: Shape, step: Step, dtype: torch.dtype) -> LlamaForCausalLM:
     stack.checkpointed_layers = step.checkpointed_layers
     if step.offload_checkpoints:
         stack.checkpoint_offload = CheckpointOffload()
+    if step.offload_head:
+        model.lm_head = StreamedHead(model.lm_head.weight, torch.device("cpu"))
     if step.offload_layers:
         stack.stream = LayerStream(torch.device("cpu"))
         for number in spread(step.offload_layers, len(stack.layers)):
@@ -317,7 +326,8 @@ def _name(counter: LiveBytes, model: LlamaForCausalLM) -> None:
     counter.name("weights", [m.weight for m in real])
     counter.name("constants", [b for m in real for b in m.buffers() if b is not None])
     counter.name("adapters", [p for p in model.parameters() if p.requires_grad])
-    counter.name("head", [model.lm_head.weight])
+    if not model.lm_head.weight.is_meta:
+        counter.name("head", [model.lm_head.weight])
     if not stack.embed_tokens.weight.is_meta:
         counter.name("embedding", [stack.embed_tokens.weight])
 

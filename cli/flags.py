@@ -69,6 +69,8 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> No
             groups[setting.group] = parser.add_argument_group(setting.group)
         group = groups[setting.group]
         help = (setting.help + _default_text(setting, columns)).replace("%", "%%")
+        if setting.hidden:
+            help = argparse.SUPPRESS
         if setting.kind == "bool":
             group.add_argument(
                 f"--{setting.name}", action="store_const", const="True", default=argparse.SUPPRESS, help=help

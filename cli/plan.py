@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 from jindo_core.cli.flags import parse_flags
@@ -14,25 +16,34 @@ from jindo_core.settings import setting, show
 
 _DESCRIPTION = """\
 Work out a training step's memory on a GPU from the model's sizes alone: every component, the peak, what
-lies on the host. With --max_memory_MB: whether it fits, and if not, the cheapest changes that make it fit."""
+lies on the host. With --max_memory_MB: whether it fits, and if not, the cheapest changes that make it fit.
+It takes train's whole command line and config file; what a step's memory does not depend on is ignored."""
 
-_SHARED = (
+_EPILOG = """\
+exit codes: 0 it fits, as given or with the changes named; 1 nothing makes it fit; 2 wrong input.
+
+example:
+  jindo-core plan --shape llama2-7b --lora_target_modules all-linear --cutoff_len 512 --micro_batch_size 1 \\
+      --max_memory_MB 5400"""
+
+_NEEDED = (
     "base_model", "cutoff_len", "micro_batch_size", "batch_size", "lora_r", "lora_dropout", "lora_target_modules",
     "optim", "quantize", "double_quant", "dtype", "max_memory_MB", "gradient_checkpointing", "checkpointed_layers",
-    "offload_checkpoints", "offload_embedding", "offload_layers",
+    "offload_checkpoints", "offload_embedding", "offload_head", "offload_layers", "resident_optimizer_MB",
 )  # fmt: skip
 """train's own settings that a step's memory depends on."""
 
 
 def _config_class() -> Any:
     hints = typing.get_type_hints(TrainConfig)
-    shared = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    fields: list[Any] = [
-        (name, hints[name], dataclasses.field(default=shared[name].default, metadata=shared[name].metadata))
-        for name in _SHARED
-    ]
-    what = "the model"
-    shape = setting(None, what, "instead of a model: llama2-7b, llama3-8b, …", metavar="NAME")
+    fields: list[Any] = []
+    for field in dataclasses.fields(TrainConfig):
+        metadata = {**field.metadata, "hidden": field.name not in _NEEDED}
+        if field.name == "base_model":
+            metadata["help"] = "the model: folder, .gguf file or Hub id; only its sizes are read"
+        fields.append((field.name, hints[field.name], dataclasses.field(default=field.default, metadata=metadata)))
+    what = "in place of a model, its size: llama2-7b, llama3-8b, …"
+    shape = setting(None, "model and files", what, metavar="NAME")
     fields.insert(1, ("shape", str | None, shape))
     fields.append(("json", bool, setting(False, "output", "JSON for machines: every row in bytes")))
     return dataclasses.make_dataclass("PlanConfig", fields, frozen=True, kw_only=True)
@@ -41,7 +52,7 @@ def _config_class() -> Any:
 def run(argv: list[str]) -> int:
     """Prints the plan; returns 0, or 1 where a budget is given and nothing makes it fit."""
     config_class = _config_class()
-    given = parse_flags(config_class, argv, prog="jindo-core plan", description=_DESCRIPTION)
+    given = parse_flags(config_class, argv, prog="jindo-core plan", description=_DESCRIPTION, epilog=_EPILOG)
     config = config_class(**given)
     if "micro_batch_size" in given and "batch_size" not in given:
         config = dataclasses.replace(config, batch_size=max(config.batch_size, config.micro_batch_size))
@@ -49,47 +60,84 @@ def run(argv: list[str]) -> int:
         got = "neither" if config.shape is None else "both"
         raise InputError(f"plan: got {got} of --base_model and --shape, expected one, such as --shape llama2-7b")
 
-    from jindo_core.plan import Plan, as_json, fit, plan
+    from jindo_core.plan import as_json, fit
 
     job = _job(config)
     budget = config.max_memory_MB * 1_000_000 or None
     found, changes, fits = (job, [], True) if budget is None else fit(job, budget)
     if config.json:
         print(json.dumps(as_json(job, budget, found, changes), indent=1))
-        return 0 if fits else 1
-    from rich.console import Console
-
-    from jindo_core.progress import plan_table
-
-    console = Console(highlight=False)
-    console.print(plan_table(plan(job), "CUDA context"))
-    if budget is None:
-        return 0
-    total = plan(job).peak_bytes / 1e6
-    if not changes and fits:
-        console.print(f"fits: {total:,.0f} of {config.max_memory_MB:,} MB", markup=False)
-        return 0
-    console.print(f"does not fit: {total:,.0f} of {config.max_memory_MB:,} MB", markup=False)
-    for change in changes:
-        console.print(f"  - {change.text}: {change.cost}", markup=False)
-    after: Plan = plan(found)
-    said = "with these changes it fits" if fits else "even with all of these it does not"
-    console.print(
-        f"{said}: {after.peak_bytes / 1e6:,.0f} MB, and {after.host_bytes / 1e6:,.0f} MB on the host", markup=False
-    )
+    else:
+        _show(config, job, found, [f"{change.text}: {change.cost}" for change in changes], fits)
     return 0 if fits else 1
 
 
+def _show(config: Any, job: Any, found: Any, changes: list[str], fits: bool) -> None:
+    from rich.console import Console
+
+    from jindo_core.plan import plan
+    from jindo_core.progress import plan_table
+
+    console = Console(highlight=False)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    targets = ",".join(job.targets) if len(job.targets) < len(job.sizes.linears) else "every linear layer"
+    size = f"{job.micro_batch} x {job.length} tokens, {job.accumulation} of them to a step"
+    say(f"{config.shape or config.base_model}: {size}; r {job.lora_r} on {targets}; {config.optim}")
+    console.print(plan_table(plan(job), "CUDA context"))
+    if not config.max_memory_MB:
+        return
+    total = plan(job).peak_bytes / 1e6
+    if not changes and fits:
+        say(f"fits: {total:,.0f} of {config.max_memory_MB:,} MB")
+        return
+    say(f"does not fit: {total:,.0f} of {config.max_memory_MB:,} MB")
+    for change in changes:
+        say(f"  - {change}")
+    after = plan(found)
+    said = "with these changes it fits" if fits else "even with all of these it does not"
+    say(f"{said}: {after.peak_bytes / 1e6:,.0f} MB, and {after.host_bytes / 1e6:,.0f} MB on the host")
+    if fits:
+        say("train chooses them by itself; by hand: " + shlex.join(_flags(job, found)))
+
+
+def _flags(before: Any, after: Any) -> Iterator[str]:
+    """What `after` differs in from `before`, as train's flags."""
+    layers = after.sizes.layers
+    values = {
+        "micro_batch_size": after.micro_batch, "checkpointed_layers": after.checkpointed_layers,
+        "offload_layers": after.offload_layers,
+        "resident_optimizer_MB": -(-(after.resident_states or 0) // 1_000_000),
+    }  # fmt: skip
+    changed = {
+        "micro_batch_size": before.micro_batch != after.micro_batch,
+        "checkpointed_layers": before.checkpointed_layers != after.checkpointed_layers,
+        "offload_layers": before.offload_layers != after.offload_layers,
+        "resident_optimizer_MB": before.resident_states != after.resident_states,
+    }
+    if changed["checkpointed_layers"] and after.checkpointed_layers == layers:
+        changed["checkpointed_layers"] = False
+        yield "--gradient_checkpointing"
+    for name in ("offload_checkpoints", "offload_embedding", "offload_head"):
+        if getattr(after, name) != getattr(before, name):
+            yield f"--{name}"
+    for name, value in values.items():
+        if changed[name]:
+            yield from (f"--{name}", str(value))
+
+
 def _job(config: Any) -> Any:
-    names = tuple(f.name for f in dataclasses.fields(TrainConfig))
-    given = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
-    train = TrainConfig(**given)
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    train = TrainConfig(**{name: value for name, value in dataclasses.asdict(config).items() if name in names})
     from jindo_core.plan import LINEARS, SHAPES, Sizes
 
     unknown = [n for n in train.lora_target_modules if n != "all-linear" and n.rpartition(".")[2] not in LINEARS]
     if unknown:
         raise InputError(
-            f"--lora_target_modules: got {show(tuple(unknown))}, expected some of {', '.join(LINEARS)}, or all-linear"
+            f"--lora_target_modules: got {show(tuple(unknown))}, expected some of {', '.join(LINEARS)}, or all-linear."
+            f"{nearest(unknown[0], [*LINEARS, 'all-linear'])}"
         )
     if config.shape is None:
         from jindo_core.formats import open_checkpoint

@@ -3,7 +3,7 @@ and one tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from jindo_core.errors import InputError
 from jindo_core.formats import Checkpoint, missing_and_extra, open_checkpoint
+from jindo_core.head import StreamedHead
 from jindo_core.hub import resolve_model
 from jindo_core.memory import give_back_freed
 from jindo_core.model import LlamaForCausalLM
@@ -30,6 +31,7 @@ def load_model(
     device: torch.device | str = "auto",
     offload_layers: int = 0,
     offload_embedding: bool = False,
+    offload_head: bool = False,
     offload_folder: str | Path = "host",
 ) -> LlamaForCausalLM:
     """Load a LLaMA, ready for `attach_lora`, `load_adapter` or `generate`.
@@ -45,7 +47,8 @@ def load_model(
         offload_layers: so many layers' NF4 weights lie in the host's memory and are streamed (`LayerStream`), so that a
             model may be larger than the device.
         offload_embedding: the input embedding stays in the host's memory; not where it is the head too.
-        offload_folder: where streamed layers lie: "host" (RAM), or a folder for a memory-mapped file.
+        offload_head: the head lies there, streamed in slices (`StreamedHead`); where it is the embedding, both do.
+        offload_folder: where streamed layers and the head lie: "host" (RAM), or a folder for a memory-mapped file.
     Returns:
         The model in eval mode, all parameters frozen.
     Raises:
@@ -64,8 +67,13 @@ def load_model(
         _check_offload(offload_layers, model.config.num_hidden_layers, quantize)
         model.model.stream = LayerStream(device, offload_folder)
     streamed = spread(offload_layers, model.config.num_hidden_layers)
-    on_host = offload_embedding and not model.config.tie_word_embeddings
+    tied = model.config.tie_word_embeddings
+    on_host = {"lm_head.weight"} if offload_head else set()
+    if offload_head if tied else offload_embedding:
+        on_host.add("model.embed_tokens.weight")
     _fill(model, checkpoint, quantize == "nf4", double_quant, dtype, device, streamed, on_host)
+    if offload_head:
+        model.lm_head = StreamedHead(model.lm_head.weight, device, offload_folder)
     give_back_freed()
     return model.requires_grad_(False).eval()
 
@@ -139,7 +147,7 @@ def _fill(
     dtype: torch.dtype,
     device: torch.device,
     streamed: Sequence[int],
-    embedding_on_host: bool,
+    on_host: Set[str],
 ) -> None:
     """Replace every meta parameter by its tensor, and the layers' linears by quantized ones; a layer that is to be
     streamed leaves the device as soon as it is complete."""
@@ -149,8 +157,7 @@ def _fill(
     names = [name for name, _ in model.named_parameters()]
     last_of = {_layer_of(name): name for name in names}
     for name in names:
-        on_host = embedding_on_host and name == "model.embed_tokens.weight"
-        value: Tensor = checkpoint.read(name).to("cpu" if on_host else device)
+        value: Tensor = checkpoint.read(name).to("cpu" if name in on_host else device)
         path, _, leaf = name.rpartition(".")
         if nf4 and name in quantized:
             new = NF4Linear(quantize_nf4(value, double_quant=double_quant))

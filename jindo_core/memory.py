@@ -13,11 +13,12 @@ import torch
 
 from jindo_core.config import TrainConfig
 from jindo_core.errors import InputError, TrainingError
+from jindo_core.head import StreamedHead
 from jindo_core.model import LlamaConfig, LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear
 from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.plan import CONTEXT, LINEARS, Change, Job, Sizes, fit, plan, spread
-from jindo_core.recompute import CheckpointOffload
+from jindo_core.recompute import CheckpointOffload, random_state, set_random_state
 from jindo_core.streaming import LayerStream
 
 CUDA_CONTEXT = CONTEXT
@@ -42,16 +43,23 @@ def job_of(config: TrainConfig, sizes: Sizes, *, length: int, itemsize: int, con
     """
     names = config.lora_target_modules
     targets = LINEARS if names == ("all-linear",) else tuple(n for n in LINEARS if any(x.endswith(n) for x in names))
-    every = config.gradient_checkpointing
-    layers = sizes.layers if every else min(config.checkpointed_layers, sizes.layers)
+    for name in ("checkpointed_layers", "offload_layers"):
+        if getattr(config, name) > sizes.layers:
+            raise InputError(
+                f"--{name}: got {getattr(config, name)}, expected at most {sizes.layers}, the model's layers"
+            )
+    layers = sizes.layers if config.gradient_checkpointing else config.checkpointed_layers
+    paged = config.optim != "adamw_torch"
+    resident = config.resident_optimizer_MB if paged else None
     return Job(
         sizes=sizes, length=length, micro_batch=config.micro_batch_size, accumulation=config.accumulation_steps,
         lora_r=config.lora_r, targets=targets, dropout=config.lora_dropout, itemsize=itemsize,
         quantized=config.quantize == "nf4", double_quant=config.double_quant,
-        state_bits=8 if config.optim == "paged_adamw_8bit" else 32, paged=config.optim != "adamw_torch",
+        state_bits=8 if config.optim == "paged_adamw_8bit" else 32, paged=paged,
         checkpointed_layers=layers, offload_checkpoints=config.offload_checkpoints,
-        offload_embedding=config.offload_embedding, offload_layers=min(config.offload_layers, sizes.layers),
-        context=context,
+        offload_embedding=config.offload_embedding, offload_head=config.offload_head,
+        offload_layers=config.offload_layers, context=context,
+        resident_states=None if resident is None else resident * 1_000_000,
     )  # fmt: skip
 
 
@@ -72,20 +80,22 @@ def within_budget(config: TrainConfig, job: Job) -> tuple[TrainConfig, Job, list
             f"--max_memory_MB: got {config.max_memory_MB}, but with everything offloaded a step of "
             f"{found.length} tokens still takes {least:,.0f} MB: raise it, or lower --cutoff_len{more}"
         )
+    resident = found.resident_states
     chosen = dataclasses.replace(
         config, micro_batch_size=found.micro_batch, batch_size=config.micro_batch_size * config.accumulation_steps,
         gradient_checkpointing=found.checkpointed_layers >= found.sizes.layers,
         checkpointed_layers=found.checkpointed_layers, offload_checkpoints=found.offload_checkpoints,
-        offload_embedding=found.offload_embedding, offload_layers=found.offload_layers,
+        offload_embedding=found.offload_embedding, offload_head=found.offload_head, offload_layers=found.offload_layers,
+        resident_optimizer_MB=None if resident is None else -(-resident // 1_000_000),
     )  # fmt: skip
     return chosen, found, changes
 
 
 def keep_budget(device: torch.device, budget_MB: int) -> None:
-    """On CUDA, let the allocator take no more than the budget leaves beside the context."""
-    if device.type == "cuda" and budget_MB:
+    """On CUDA, let the allocator take no more than the budget leaves beside the context; 0: all of the device again."""
+    if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        share = (budget_MB * 1_000_000 - CUDA_CONTEXT) / total
+        share = (budget_MB * 1_000_000 - CUDA_CONTEXT) / total if budget_MB else 1.0
         torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0), device)
 
 
@@ -93,10 +103,11 @@ def keep_budget(device: torch.device, budget_MB: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's allocator has an exception of its own; the CPU's says it in words."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    """The caching allocator has an exception of its own; the CPU's, cuBLAS, Triton and the driver say it in words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 class Relief:
@@ -104,29 +115,35 @@ class Relief:
 
     Args:
         micro_batch: sequences at once. place: where offloaded things go, "host" or a folder.
+        advice: what to tell who has nothing left to give: the plan of the smallest step, say.
     Attributes:
         micro_batch: what is left of it.
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, micro_batch: int, place: str = "host"
-    ) -> None:
-        self._model, self._optimizer, self._place = model, optimizer, place
+        self, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, micro_batch: int, place: str = "host",
+        advice: str = "",
+    ) -> None:  # fmt: skip
+        self._model, self._optimizer, self._place, self._advice = model, optimizer, place, advice
+        self._refused: list[str] = []
         self.micro_batch = micro_batch
 
     def outlive(self, run: Callable[[], T], step: int, said: Callable[[str], None], *, in_update: bool = False) -> T:
         """run(), tried again with less in memory each time that it runs out of it.
 
         Args:
-            run: the forward and backward passes of step `step`, or with `in_update` the optimizer's step.
+            run: the forward and backward passes of step `step`, or with `in_update` the optimizer's step. Tried again
+                it draws the same random numbers, though smaller micro-batches cut them differently.
             said: is told what gave way.
         Raises:
             TrainingError: nothing is left that could give way; or it was an update that can't be tried again.
         """
+        device = self._model.device
+        random = random_state(device)
         while True:
             try:
                 return run()
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if in_update and not isinstance(self._optimizer, PagedAdamW):  # some parameters may have been updated
@@ -137,13 +154,15 @@ class Relief:
             # Out here the failed step's graph is gone with its exception.
             if not in_update:
                 self._model.zero_grad(set_to_none=True)
+                set_random_state(device, random)
             done = self.give_way(in_update=in_update)
-            if self._model.device.type == "cuda":
+            if device.type == "cuda":
                 torch.cuda.empty_cache()
             if done is None:
+                refused = "".join(f"; {why}" for why in self._refused)
                 raise TrainingError(
-                    f"step {step} is out of memory at micro-batch 1 with everything offloaded: lower --cutoff_len or "
-                    "--lora_r; jindo-core plan shows what takes it"
+                    f"step {step} is out of memory at micro-batch {self.micro_batch} with everything offloaded{refused}"
+                    f": lower --cutoff_len or --lora_r{self._advice}"
                 )
             said(f"step {step} ran out of memory: {done}; the {'update' if in_update else 'step'} is tried again")
 
@@ -153,21 +172,38 @@ class Relief:
         Args:
             in_update: it was the optimizer's step that ran out: smaller activations would not help it.
         """
-        stack, optimizer = self._model.model, self._optimizer
-        if isinstance(optimizer, PagedAdamW) and optimizer.resident_bytes:
-            return f"{optimizer.evict() / 1e6:,.0f} MB of AdamW's moments go to the host"
-        if in_update:
-            return self._embedding() or self._stream()
-        if self.micro_batch > 1:
-            self.micro_batch //= 2
-            return f"micro-batches of {self.micro_batch} from now on, more of them to a step"
-        if not stack.gradient_checkpointing:
-            stack.gradient_checkpointing = True
-            return "every layer runs again in the backward pass from now on"
-        if stack.checkpoint_offload is None:
-            stack.checkpoint_offload = CheckpointOffload(self._place)
-            return "layers' inputs go to the host from now on"
-        return self._embedding() or self._stream()
+        smaller = () if in_update else (self._halve, self._checkpoint, self._checkpoints)
+        for measure in (self._moments, *smaller, self._embedding, self._head, self._stream):
+            try:
+                if (done := measure()) is not None:
+                    return done
+            except InputError as error:  # the host has no room for that; the next one may need none
+                if str(error) not in self._refused:
+                    self._refused.append(str(error))
+        return None
+
+    def _moments(self) -> str | None:
+        if not isinstance(self._optimizer, PagedAdamW) or not self._optimizer.resident_bytes:
+            return None
+        return f"{self._optimizer.evict() / 1e6:,.0f} MB of AdamW's moments go to the host"
+
+    def _halve(self) -> str | None:
+        if self.micro_batch == 1:
+            return None
+        self.micro_batch //= 2
+        return f"micro-batches of {self.micro_batch} from now on, more of them to a step"
+
+    def _checkpoint(self) -> str | None:
+        if self._model.model.gradient_checkpointing:
+            return None
+        self._model.model.gradient_checkpointing = True
+        return "every layer runs again in the backward pass from now on"
+
+    def _checkpoints(self) -> str | None:
+        if self._model.model.checkpoint_offload is not None:
+            return None
+        self._model.model.checkpoint_offload = CheckpointOffload(self._place)
+        return "layers' inputs go to the host from now on"
 
     def _embedding(self) -> str | None:
         embedding = self._model.model.embed_tokens.weight
@@ -176,15 +212,27 @@ class Relief:
         embedding.data = embedding.data.cpu()
         return f"the embedding, {embedding.nbytes / 1e6:,.0f} MB, goes to the host"
 
+    def _head(self) -> str | None:
+        model, head = self._model, self._model.lm_head
+        if isinstance(head, StreamedHead):
+            return None
+        tied = head.weight is model.model.embed_tokens.weight
+        streamed = StreamedHead(head.weight, model.device, self._place)
+        if tied:
+            model.model.embed_tokens.weight.data = head.weight.data.cpu()
+        model.lm_head = streamed
+        return f"the head, {streamed.nbytes / 1e6:,.0f} MB, is streamed from the host from now on"
+
     def _stream(self) -> str | None:
+        """A quarter of the layers, of those that are not streamed yet."""
         stack = self._model.model
         stream = stack.stream or LayerStream(self._model.device, self._place)
         left = [n for n, layer in enumerate(stack.layers) if n not in stream and _holds_nf4(layer)]
         if not left:
             return None
         stack.stream = stream
-        more = [left[i] for i in spread(max(-(-len(stack.layers) // 4), 2), len(left))] if len(left) > 2 else left
-        for number in more:
+        count = min(-(-len(stack.layers) // 4), len(left))
+        for number in (left[i] for i in spread(count, len(left))):
             stream.take(number, stack.layers[number])
         taken, size = len(stream.layers), stream.nbytes / 1e6
         return f"{taken} of {len(stack.layers)} layers, {size:,.0f} MB, are streamed from the host from now on"

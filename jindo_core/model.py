@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jindo_core.errors import InputError
+from jindo_core.head import StreamedHead
 from jindo_core.kernels.attention import causal_attention
 from jindo_core.kernels.linear_cross_entropy import linear_cross_entropy
 from jindo_core.kernels.rms_norm import rms_norm
@@ -363,7 +364,7 @@ class CausalLMOutput:
     With labels the logits are made only when asked for: the loss never needs them whole.
     """
 
-    def __init__(self, hidden: Tensor, head: nn.Linear, loss: Tensor | None) -> None:
+    def __init__(self, hidden: Tensor, head: nn.Module, loss: Tensor | None) -> None:
         self.loss = loss
         self._hidden, self._head = hidden, head
         self._logits = head(hidden) if loss is None else None
@@ -382,7 +383,7 @@ class LlamaForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = LlamaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Linear | StreamedHead = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -412,9 +413,11 @@ class LlamaForCausalLM(nn.Module):
         if labels is None:
             return CausalLMOutput(hidden, self.lm_head, None)
         shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
-        loss = linear_cross_entropy(
-            hidden.flatten(0, 1), self.lm_head.weight, shifted.flatten(), count=num_items_in_batch
-        )
+        rows, wanted = hidden.flatten(0, 1), shifted.flatten()
+        if isinstance(self.lm_head, StreamedHead):
+            loss = self.lm_head.loss(rows, wanted, num_items_in_batch)
+        else:
+            loss = linear_cross_entropy(rows, self.lm_head.weight, wanted, count=num_items_in_batch)
         return CausalLMOutput(hidden, self.lm_head, loss)
 
     @property

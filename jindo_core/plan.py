@@ -3,9 +3,9 @@
 Held to a simulation of the real step (bench/simulation.py), with which it shares no code. Bytes throughout; MB and GB
 are powers of ten.
 
-A step has two moments that can be its peak. At the head, all that the forward pass keeps is there, and a chunk of
-the loss. In a layer's backward pass, what the layers below keep is there, and that layer's activations with the
-gradients of its MLP, the widest of what is alive at once.
+A step's peak is at its head, where all that the forward pass keeps is there, and a chunk of the loss; or in a layer's
+backward pass, where what the layers below keep is there, and that layer's activations with the gradients of its MLP,
+the widest of what is alive at once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ CONTEXT = 500_000_000
 
 PAGE = 4 << 20
 STAGING_PAGES = 3
+HEAD_SLICE = 32 << 20
 CHUNK_LOGITS = 2 * (1 << 24)
 BLOCK, NESTED_BLOCK = 64, 256
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -75,6 +76,7 @@ class Job:
         state_bits: of AdamW's moments, 32 or 8. paged: whether they may lie on the host.
         resident_states: bytes of them that stay on the device; None: all.
         checkpointed_layers: how many keep only their input. offload_checkpoints: those inputs lie on the host.
+        offload_head: the head is streamed in slices; where it is the embedding too, both lie on the host.
         offload_layers: how many layers' weights are streamed (those are checkpointed, too).
         context: bytes outside the allocator: CUDA's, or on a CPU the process's. on_cuda: count its allocator's own.
     """
@@ -95,6 +97,7 @@ class Job:
     checkpointed_layers: int = 0
     offload_checkpoints: bool = False
     offload_embedding: bool = False
+    offload_head: bool = False
     offload_layers: int = 0
     context: int = CONTEXT
     on_cuda: bool = True
@@ -126,14 +129,14 @@ class Plan(NamedTuple):
         return sum(self.elsewhere.get(name, 0) for name in HOST_ROWS)
 
 
-HOST_ROWS = ("optimizer_paged", "offloaded_weights", "offloaded_checkpoints", "offloaded_embedding")
+HOST_ROWS = ("optimizer_paged", "offloaded_weights", "offloaded_checkpoints", "offloaded_embedding", "offloaded_head")
 
 
 def plan(job: Job) -> Plan:
     """The components of a step, and its peak."""
     sizes, item = job.sizes, job.itemsize
     embedding = sizes.vocab * sizes.hidden * item
-    on_host = job.offload_embedding and not sizes.tied
+    on_host = job.offload_head if sizes.tied else job.offload_embedding
     codes, constants = _layer_weights(job)
     kept_layers = sizes.layers - job.offload_layers
     adapters = 4 * _adapter_elements(job) * sizes.layers
@@ -143,13 +146,13 @@ def plan(job: Job) -> Plan:
         "weights": kept_layers * codes,
         "constants": kept_layers * constants,
         "embedding": 0 if on_host else embedding,
-        "head": 0 if sizes.tied else embedding,
+        "head": 0 if sizes.tied or job.offload_head else embedding,
         "norms": (2 * sizes.layers + 1) * sizes.hidden * item,
         "adapters": adapters,
-        "gradients": adapters,
         "optimizer_resident": resident,
         "optimizer_staging": staging if resident < states else 0,
-        "streaming_buffers": min(job.offload_layers, 2) * (codes + constants),
+        "streaming_buffers": min(job.offload_layers, 2) * (codes + constants)
+        + 2 * _head_slice(job) * sizes.hidden * item,
         "scratch": _scratch(job),
     }
     moving, other = _moving(job)
@@ -159,10 +162,11 @@ def plan(job: Job) -> Plan:
     rows["context"] = job.context
     away = job.checkpoints * job.tokens * sizes.hidden * item if job.offload_checkpoints else 0
     elsewhere = other | {
-        "optimizer_paged": states if resident < states else 0,
+        "optimizer_paged": states - resident,
         "offloaded_weights": _pages((codes + constants) if job.offload_layers else 0) * job.offload_layers,
         "offloaded_checkpoints": away,
         "offloaded_embedding": embedding if on_host else 0,
+        "offloaded_head": _pages(embedding) if job.offload_head else 0,
     }
     return Plan(rows, elsewhere)
 
@@ -202,6 +206,11 @@ def _scratch(job: Job) -> int:
     if not job.quantized:
         return 0
     return max(rows * columns for rows, columns in job.sizes.linears.values()) * job.itemsize
+
+
+def _head_slice(job: Job) -> int:
+    """Rows of a slice of a streamed head, or 0."""
+    return min(HEAD_SLICE // (job.sizes.hidden * job.itemsize), job.sizes.vocab) if job.offload_head else 0
 
 
 def _pages(size: int) -> int:
@@ -260,27 +269,50 @@ def _backward_of_a_layer(job: Job) -> int:
 def _loss(job: Job) -> int:
     """At the head: the normed hidden states, their gradient, and a chunk of logits with its rows."""
     sizes, m, item = job.sizes, job.tokens, job.itemsize
+    if part := _head_slice(job):
+        rows = min(max((1 << 24) // part, 1), m)
+        # The hidden states, normed and those that are counted; their gradient in fp32 and rounded; logits in both.
+        return m * sizes.hidden * (3 * item + 4) + rows * part * (4 + item)
     rows = max(CHUNK_LOGITS // sizes.vocab, 1)
     rows = min(rows // 128 * 128 if rows >= 128 else rows, m)
     chunk = rows * (-(-sizes.vocab // 16) * 16 + 2 * sizes.hidden) * item
     return 3 * m * sizes.hidden * item + chunk
 
 
+def _moments(job: Job) -> Iterator[dict[str, int]]:
+    """Rows of what comes and goes, at each moment that can be a step's peak: at the head, and in the backward pass of
+    each layer, from the top one down.
+
+    A layer that runs again holds its activations only then; but what the plain layers below it keep is still there, and
+    streamed layers lie among those. With one micro-batch to a step gradients come as the layers are passed.
+    """
+    layers, boundary = job.sizes.layers, job.tokens * job.sizes.hidden * job.itemsize
+    kept, backward = kept_by_a_layer(job), _backward_of_a_layer(job)
+    streamed = set(spread(job.offload_layers, layers))
+    again = [n < job.checkpointed_layers or n in streamed for n in range(layers)]
+    own = 4 * _adapter_elements(job)
+
+    def rows(inputs: int, plain: int, passed: int) -> dict[str, int]:
+        """inputs, plain: layers below (and here) that run again, and that do not; passed: layers above."""
+        kept_inputs = min(inputs, 2) if job.offload_checkpoints else inputs
+        untracked = _untracked(job) if plain and not again[0] else 0
+        gradients = own * (layers if job.accumulation > 1 else passed)
+        return {"gradients": gradients, "activations": plain * kept - untracked, "checkpoints": kept_inputs * boundary}
+
+    below = sum(again)
+    yield rows(below, layers - below, 0) | {"loss_chunk": _loss(job)}
+    for n in reversed(range(layers)):
+        passed, plain = layers - 1 - n, n + 1 - below
+        if again[n]:
+            yield rows(below, plain, passed) | {"recompute": kept - boundary + backward}
+        else:
+            yield rows(below, plain, passed) | {"recompute": backward}
+        below -= again[n]
+
+
 def _moving(job: Job) -> tuple[dict[str, int], dict[str, int]]:
-    """(rows of activations at the peak, rows of those at the other moment)"""
-    layers, again = job.sizes.layers, job.checkpoints
-    boundary = job.tokens * job.sizes.hidden * job.itemsize
-    kept, backward, loss = kept_by_a_layer(job), _backward_of_a_layer(job), _loss(job)
-    inputs = min(again, 2) * boundary if job.offload_checkpoints else again * boundary
-    plain = (layers - again) * kept - (0 if again else _untracked(job))
-    at_head = {"activations": plain, "checkpoints": inputs, "loss_chunk": loss}
-    if again < layers:  # the top layer's backward pass, then the lower ones' with less above them
-        top = {"activations": plain, "checkpoints": inputs, "recompute": backward}
-    else:
-        top = {"activations": 0, "checkpoints": inputs, "recompute": kept - boundary + backward}
-    below = kept - boundary if again else kept
-    first = {"activations": 0, "checkpoints": inputs, "recompute": below + backward}
-    moments = [at_head, top, first]
+    """(rows of what comes and goes at the peak, rows of those that are not there then)"""
+    moments = list(_moments(job))
     worst = max(moments, key=lambda rows: sum(rows.values()))
     others = {name: max(rows.get(name, 0) for rows in moments) for name in ("loss_chunk", "recompute")}
     return worst, {name: size for name, size in others.items() if name not in worst}
@@ -352,6 +384,10 @@ def _smaller(job: Job) -> Iterator[Job]:
             yield replace(job, micro_batch=rows, accumulation=job.accumulation * (job.micro_batch // rows))
 
 
+def _head(job: Job) -> Iterator[Job]:
+    yield replace(job, offload_head=True)
+
+
 def _streamed(job: Job) -> Iterator[Job]:
     if job.quantized:
         for layers in range(job.offload_layers + 1, job.sizes.layers + 1):
@@ -359,9 +395,12 @@ def _streamed(job: Job) -> Iterator[Job]:
 
 
 _LADDER: tuple[Callable[[Job], Iterator[Job]], ...] = (
-    _paged, _embedding, _checkpointed, _away, _smaller, _streamed,
+    _paged, _embedding, _checkpointed, _away, _smaller, _head, _streamed,
 )  # fmt: skip
-_FIELDS = ("resident_states", "offload_embedding", "checkpointed_layers", "offload_checkpoints", "micro_batch")
+_FIELDS = (
+    "resident_states", "offload_embedding", "checkpointed_layers", "offload_checkpoints", "micro_batch",
+    "offload_head",
+)  # fmt: skip
 
 
 def _undone(before: Job, after: Job, budget: int) -> Job:
@@ -376,7 +415,8 @@ def _undone(before: Job, after: Job, budget: int) -> Job:
 
 def _told(before: Job, after: Job) -> Iterator[Change]:
     if before.resident_states != after.resident_states and after.resident_states is not None:
-        said = f"{after.resident_states / 1e6:.0f} MB of AdamW's moments stay on the device, the rest is paged"
+        stays = f"{after.resident_states / 1e6:.0f} MB of AdamW's moments stay on the device"
+        said = f"{stays}, the rest is paged (--resident_optimizer_MB)"
         yield Change(said, "a copy of the rest each way every step")
     if after.offload_embedding > before.offload_embedding:
         yield Change("the embedding stays on the host (--offload_embedding)", "a lookup there every micro-batch")
@@ -391,7 +431,9 @@ def _told(before: Job, after: Job) -> Iterator[Change]:
         yield Change("checkpoints lie on the host (--offload_checkpoints)", "copies beside the computation")
     if after.micro_batch < before.micro_batch:
         said = f"micro-batches of {after.micro_batch} (--micro_batch_size), {after.accumulation} of them to a step"
-        yield Change(said, "smaller matrix products; the same result")
+        yield Change(said, "smaller matrix products; the same loss, up to rounding and the dropout's draws")
+    if after.offload_head > before.offload_head:
+        yield Change("the head is streamed from the host (--offload_head)", "it crosses the bus twice a micro-batch")
     if after.offload_layers > before.offload_layers:
         said = f"{after.offload_layers} of {after.sizes.layers} layers are streamed from the host (--offload_layers)"
         yield Change(said, "their weights cross the bus twice a micro-batch")

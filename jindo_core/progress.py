@@ -17,12 +17,12 @@ SAID = {
     "weights": "weights in NF4", "constants": "their second-level constants", "embedding": "embedding",
     "head": "head", "norms": "norms", "adapters": "adapters (fp32)", "gradients": "their gradients",
     "optimizer_resident": "AdamW's moments", "optimizer_staging": "buffers for paged moments",
-    "streaming_buffers": "buffers for streamed layers", "scratch": "scratch for a dequantized weight",
+    "streaming_buffers": "buffers for what is streamed", "scratch": "scratch for a dequantized weight",
     "activations": "activations", "checkpoints": "inputs of checkpointed layers",
     "recompute": "a layer's backward pass", "loss_chunk": "loss, a chunk of logits at a time",
     "allocator": "the allocator's own (estimate)", "optimizer_paged": "AdamW's moments, paged",
     "offloaded_weights": "streamed layers", "offloaded_checkpoints": "offloaded inputs",
-    "offloaded_embedding": "offloaded embedding",
+    "offloaded_embedding": "offloaded embedding", "offloaded_head": "streamed head",
 }  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def plan_table(plan: Plan, process: str) -> Table:
     if rest:
         table.add_section()
     for name, size in rest.items():
-        where = "host" if name in HOST_ROWS else "at another moment"
+        where = "on the host" if name in HOST_ROWS else "not at the peak but at another moment"
         table.add_row(f"{where}: {SAID[name]}", f"{size / 1e6:,.1f}")
     return table
 
@@ -56,7 +56,7 @@ class TrainingView:
         self._bar: Progress | None = None
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def notice(self, text: str) -> None:
         """Something the user should know: a warning that does not stop the run."""

@@ -46,7 +46,7 @@ def _nothing(_again: bool) -> contextlib.AbstractContextManager[None]:
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, around, offload, x, *trained):  # type: ignore[no-untyped-def]
-        ctx.run, ctx.around, ctx.random = run, around, _random_state(x.device)
+        ctx.run, ctx.around, ctx.random = run, around, random_state(x.device)
         kind = x.device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.kept = None if offload is None else offload.put(x)
@@ -69,14 +69,14 @@ class _Recomputed(torch.autograd.Function):
 def _gradients(ctx, dy: Tensor, x: Tensor, trained: Sequence[Tensor]) -> list[Tensor | None]:  # type: ignore[no-untyped-def]
     """Runs the layer again; the gradients of x and of what is trained."""
     inputs = [x.detach().requires_grad_(ctx.needs_input_grad[3]), *trained]
-    now = _random_state(x.device)
+    now = random_state(x.device)
     with ctx.around(True):
-        _set_random_state(x.device, ctx.random)
+        set_random_state(x.device, ctx.random)
         try:
             with torch.enable_grad(), torch.autocast(*ctx.autocast):
                 y = ctx.run(inputs[0])
         finally:
-            _set_random_state(x.device, now)
+            set_random_state(x.device, now)
         wanted = [t for t in inputs if t.requires_grad]
         found = iter(torch.autograd.grad(y, wanted, dy, allow_unused=True))
     return [next(found) if t.requires_grad else None for t in inputs]
@@ -175,11 +175,13 @@ def _view(buffer: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return buffer[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
-def _random_state(device: torch.device) -> Tensor:
+def random_state(device: torch.device) -> Tensor:
+    """Of the device's generator."""
     return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
 
 
-def _set_random_state(device: torch.device, state: Tensor) -> None:
+def set_random_state(device: torch.device, state: Tensor) -> None:
+    """The inverse of `random_state`."""
     if device.type == "cpu":
         torch.set_rng_state(state)
     else:

@@ -35,6 +35,7 @@ class Setting:
     path: bool = False
     verbatim: bool = False
     empty_is_none: bool = False
+    hidden: bool = False
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None

@@ -8,8 +8,8 @@ import json
 import math
 import os
 import shlex
+import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,44 +21,25 @@ from torch import Tensor
 from jindo_core import embedded
 from jindo_core.adapters import CONFIG, WEIGHTS, save_adapter
 from jindo_core.config import TrainConfig
-from jindo_core.data.examples import Example, collate, encode_all, epoch_batches
-from jindo_core.data.records import Record, bundled_path, read_records, split_records
-from jindo_core.data.templates import Template, load_template
+from jindo_core.data.examples import Example, collate, epoch_batches
+from jindo_core.data.records import Record
 from jindo_core.errors import InputError, TrainingError
 from jindo_core.evaluate import held_out_loss
-from jindo_core.formats import open_checkpoint
 from jindo_core.generation import generate
-from jindo_core.hub import resolve_data, resolve_model
-from jindo_core.loader import load_model, pick_device, pick_dtype
-from jindo_core.lora import attach_lora
-from jindo_core.memory import (
-    CUDA_CONTEXT,
-    Relief,
-    current_bytes,
-    job_of,
-    keep_budget,
-    peak_bytes,
-    sizes_of,
-    within_budget,
-)
-from jindo_core.model import LlamaConfig, LlamaForCausalLM
-from jindo_core.optim import build_optimizer, learning_rate_factor
-from jindo_core.pages import PageStore
-from jindo_core.plan import Job as MemoryJob
-from jindo_core.plan import plan
+from jindo_core.memory import current_bytes, is_out_of_memory, keep_budget, peak_bytes
+from jindo_core.optim import learning_rate_factor
+from jindo_core.prepare import ANSWER_TOKENS, TrainingJob, prepare
 from jindo_core.progress import TrainingView, draw_loss
-from jindo_core.recompute import CheckpointOffload
 from jindo_core.run_record import RunRecord, choose_output_dir, write_run
-from jindo_core.tokenizer import Tokenizer, load_tokenizer
 
 METRICS = "metrics.jsonl"
 _NOT_FINITE = "no adapter was saved; lower --learning_rate, use --dtype fp32, or look at the data"
 
+ROOM = 4 << 20
+"""Bytes that must be free in output_dir before a run begins."""
+
 MOST_SKIPPED = 5
 """Steps in a row without a finite gradient that end a run."""
-
-ANSWER_TOKENS = 64
-"""Tokens of the sample answers, before and after training."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +54,6 @@ class TrainResult:
     peak_bytes: int
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A run's parts once everything was read and checked. resident_states: bytes of the optimizer's, or "auto"."""
-
-    config: TrainConfig
-    resident_states: int | str
-    model: LlamaForCausalLM
-    tokenizer: Tokenizer
-    template: Template
-    examples: list[Example]
-    held_out: list[Example]
-    probe: Record | None
-
-
 def train(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> TrainResult:
     """Run a training job as `config` says.
 
@@ -99,19 +66,26 @@ def train(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> TrainR
     """
     view = TrainingView()
     output_dir = choose_output_dir(config, "output_dir" in explicit)
-    job = _prepare(config, view)
-    config = job.config
-    part = output_dir / f"{METRICS}.part"
+    job = prepare(config, view)
+    try:
+        return _run(job, output_dir, view)
+    finally:
+        keep_budget(job.model.device, 0)
+
+
+def _run(job: TrainingJob, output_dir: Path, view: TrainingView) -> TrainResult:
+    """Measure, train, measure again, save."""
+    config, part = job.config, output_dir / f"{METRICS}.part"
     with _open_log(part) as log:
         history = _History(log)
-        before = _measure(job, config, history, step=0)
-        first_answer = _answer(job)
-        speed, steps = _loop(job, config, view, history)
-        after = _measure(job, config, history, step=steps)
-    answers = [] if job.probe is None else [(_one_line(job.probe), first_answer, _answer(job))]
+        before = _measure(job, view, history, step=0)
+        first_answer = _answer(job, view)
+        speed, steps = _loop(job, view, history)
+        after = _measure(job, view, history, step=steps)
+    answers = [] if job.probe is None else [(_one_line(job.probe), first_answer, _answer(job, view))]
     view.results(before, after, len(job.held_out), answers)
     # Until here a run that was in the folder before is whole, and one that fails leaves no more than its log.
-    save_adapter(job.model, output_dir, base_model=_lasting(config.base_model) or embedded.HUB_ID)
+    _save(job, output_dir)
     os.replace(part, output_dir / METRICS)
     result = TrainResult(output_dir, steps, before, after, speed, peak_bytes(job.model.device))
     _record(config, result)
@@ -120,132 +94,28 @@ def train(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> TrainR
     return result
 
 
+def _save(job: TrainingJob, output_dir: Path) -> None:
+    """The adapter to output_dir; where that fails, to a folder for temporary files: what was learnt is not lost."""
+    base = _lasting(job.config.base_model) or embedded.HUB_ID
+    try:
+        save_adapter(job.model, output_dir, base_model=base)
+    except OSError as error:
+        elsewhere = save_adapter(job.model, tempfile.mkdtemp(prefix="jindo-adapter-"), base_model=base)
+        raise TrainingError(
+            f"the adapter could not be written to {output_dir} ({error.strerror}): it is in {elsewhere}, copy it from "
+            "there"
+        ) from error
+
+
 def _open_log(path: Path) -> TextIO:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as probe:  # no room for an adapter: better known now
+            os.posix_fallocate(probe.fileno(), 0, ROOM)
         return open(path, "w", encoding="utf-8")
     except OSError as error:
-        raise InputError(f"output_dir {path.parent} can't be written ({error.strerror}): give another folder") from None
-
-
-# --- before the first step ------------------------------------------------------------------------------
-
-
-def _prepare(config: TrainConfig, view: TrainingView) -> _Job:
-    """Read and check everything; cheap checks first, the model last."""
-    if config.base_model is None:
-        view.say(f"Base model: {embedded.NAME}, embedded default (135M weights; it was made for English)")
-    template = load_template(config.prompt_template_name)
-    if config.data_path is None:
-        view.notice("no --data_path: the bundled Korean instructions are used")
-    records = read_records(bundled_path() if config.data_path is None else resolve_data(config.data_path))
-    training, held_out, warning = split_records(records, config.val_set_size, config.seed)
-    if warning:
-        view.notice(warning)
-    if config.offload_folder is not None:
-        PageStore(config.offload_folder).close()  # one that can't be written to is an error now
-    path = resolve_model(config.base_model)
-    tokenizer = load_tokenizer(path)
-    architecture = open_checkpoint(path).config
-    tokenizer.check(architecture.vocab_size)
-    context = architecture.max_position_embeddings
-    if config.cutoff_len > context:
-        view.notice(f"cutoff_len {config.cutoff_len} is beyond the model's context: {context} is used")
-    cutoff = min(config.cutoff_len, context)
-    examples = _encode(training, tokenizer, template, config, cutoff, view)
-    if not examples:
-        raise InputError(
-            f"no training row has a supervised token within cutoff_len {cutoff}: raise --cutoff_len or check the data"
-        )
-    held_out_examples = _encode(held_out, tokenizer, template, config, cutoff, view)
-    config, planned = _plan(config, architecture, examples, view)
-    model = _load(path, config, view)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    view.say(
-        f"{len(examples)} training rows, {len(held_out)} held out; {trainable:,} trainable parameters; "
-        f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
-    )
-    probe = _choose_probe(held_out or training, tokenizer, template, context)
-    resident = "auto" if planned.resident_states is None else planned.resident_states
-    return _Job(config, resident, model, tokenizer, template, examples, held_out_examples, probe)
-
-
-def _plan(
-    config: TrainConfig, architecture: LlamaConfig, examples: Sequence[Example], view: TrainingView
-) -> tuple[TrainConfig, MemoryJob]:
-    """What the budget makes necessary; shows the memory plan."""
-    device = pick_device(config.device)
-    itemsize = pick_dtype(config.dtype, device).itemsize
-    length = -(-max(len(example.input_ids) for example in examples) // 8) * 8
-    process = CUDA_CONTEXT if device.type == "cuda" else current_bytes(device)
-    rows = min(config.micro_batch_size, len(examples))
-    wanted = dataclasses.replace(
-        job_of(config, sizes_of(architecture), length=length, itemsize=itemsize, context=process),
-        micro_batch=rows, on_cuda=device.type == "cuda",
-    )  # fmt: skip
-    config, planned, changes = within_budget(config, wanted)
-    for change in changes:
-        view.notice(f"to keep within {config.max_memory_MB} MB: {change.text} ({change.cost})")
-    view.plan(plan(planned), "CUDA context" if device.type == "cuda" else "Python and its libraries")
-    keep_budget(device, config.max_memory_MB)
-    return config, planned
-
-
-def _load(path: Path, config: TrainConfig, view: TrainingView) -> LlamaForCausalLM:
-    """The model with its adapter attached, as the settings say what is kept where."""
-    torch.manual_seed(config.seed)
-    model = load_model(
-        path, quantize=config.quantize, double_quant=config.double_quant, dtype=config.dtype, device=config.device,
-        offload_layers=config.offload_layers, offload_embedding=config.offload_embedding,
-        offload_folder=_place(config),
-    )  # fmt: skip
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        attach_lora(
-            model,
-            config.lora_r,
-            config.lora_alpha,
-            config.lora_dropout,
-            config.lora_target_modules,
-            use_rslora=config.use_rslora,
-        )
-    for message in caught:
-        view.notice(str(message.message))
-    stack = model.model
-    stack.checkpointed_layers = len(stack.layers) if config.gradient_checkpointing else config.checkpointed_layers
-    if config.offload_checkpoints:
-        stack.checkpoint_offload = CheckpointOffload(_place(config))
-    return model
-
-
-def _place(config: TrainConfig) -> str:
-    return config.offload_folder or "host"
-
-
-def _choose_probe(
-    records: Sequence[Record], tokenizer: Tokenizer, template: Template, context: int
-) -> Record | None:
-    """The first row whose prompt leaves room for an answer within the model's context; None if there is none."""
-    for record in records[:100]:
-        if len(tokenizer.encode(template.prompt(record.instruction, record.input))) + ANSWER_TOKENS <= context:
-            return record
-    return None
-
-
-def _encode(
-    records: Sequence[Record],
-    tokenizer: Tokenizer,
-    template: Template,
-    config: TrainConfig,
-    cutoff: int,
-    view: TrainingView,
-) -> list[Example]:
-    examples, problems = encode_all(
-        records, tokenizer, template, cutoff_len=cutoff, train_on_inputs=config.train_on_inputs
-    )
-    for problem in problems:
-        view.notice(problem)
-    return examples
+        said = f"output_dir {path.parent} can't be written to ({error.strerror})"
+        raise InputError(f"{said}: give another folder") from None
 
 
 # --- the loop -------------------------------------------------------------------------------------------
@@ -266,44 +136,22 @@ class _History:
         self._log.flush()
 
 
-def _loop(job: _Job, config: TrainConfig, view: TrainingView, history: _History) -> tuple[float, int]:
+def _loop(job: TrainingJob, view: TrainingView, history: _History) -> tuple[float, int]:
     """Train; returns tokens a second over the whole loop, and the steps done."""
-    model = job.model
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(
-        config.optim, parameters, lr=config.learning_rate, weight_decay=config.weight_decay,
-        resident_bytes=job.resident_states, store=_place(config),
-    )  # fmt: skip
-    relief = Relief(model, optimizer, config.micro_batch_size, _place(config))
-    skipped = _Skipped()
+    config, model, skipped = job.config, job.model, _Skipped()
     total = count_steps(len(job.examples), config)
-    warmup = min(config.warmup_steps, total // 10)
     model.train()
     view.start(total)
     started, evaluating, tokens = time.perf_counter(), 0.0, 0
     try:
         for step, batches in zip(range(1, total + 1), _step_batches(job.examples, config), strict=False):
-            rate = config.learning_rate * learning_rate_factor(
-                config.lr_scheduler_type, step - 1, total, warmup
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            run = functools.partial(_accumulate, job, batches, step, relief)
-            loss = relief.outlive(run, step, view.notice)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-            if skipped.count(step, float(norm), view):
-                optimizer.zero_grad(set_to_none=True)
-                continue
-            relief.outlive(optimizer.step, step, view.notice, in_update=True)
-            optimizer.zero_grad(set_to_none=True)
+            taken = _step(job, batches, step, total, skipped, view)
             tokens += sum(len(job.examples[i].input_ids) for batch in batches for i in batch)
             seconds = time.perf_counter() - started - evaluating
             row = {
                 "step": step,
                 "epoch": round(step * config.num_epochs / total, 4) if config.max_steps < 1 else None,
-                "loss": loss,
-                "learning_rate": rate,
-                "grad_norm": float(norm),
+                **taken,
                 "skipped_steps": skipped.total,
                 "tokens": tokens,
                 "tokens_per_second": tokens / seconds,
@@ -314,9 +162,9 @@ def _loop(job: _Job, config: TrainConfig, view: TrainingView, history: _History)
             view.step(row, total, seconds / step * (total - step), step % config.logging_steps == 0)
             if step % config.eval_steps == 0 and step < total:
                 pause = time.perf_counter()
-                view_loss = _measure(job, config, history, step)
+                held_out = _measure(job, view, history, step)
                 evaluating += time.perf_counter() - pause
-                view.say(f"step {step}/{total}  held-out loss {view_loss:.4f}")
+                view.say(f"step {step}/{total}  held-out loss {held_out:.4f}")
         seconds = time.perf_counter() - started - evaluating
         if skipped.total == total:
             raise TrainingError(f"no step had a finite gradient: {_NOT_FINITE}")
@@ -324,6 +172,24 @@ def _loop(job: _Job, config: TrainConfig, view: TrainingView, history: _History)
         view.stop()
     model.eval()
     return tokens / seconds, total
+
+
+def _step(
+    job: TrainingJob, batches: list[list[int]], step: int, total: int, skipped: _Skipped, view: TrainingView
+) -> dict[str, float]:
+    """One optimizer step, or none where the gradient is not finite; its row of metrics."""
+    config, optimizer = job.config, job.optimizer
+    warmup = min(config.warmup_steps, total // 10)
+    rate = config.learning_rate * learning_rate_factor(config.lr_scheduler_type, step - 1, total, warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss = job.relief.outlive(functools.partial(_accumulate, job, batches), step, view.notice)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
+    if not skipped.count(step, loss, norm, view):
+        job.relief.outlive(optimizer.step, step, view.notice, in_update=True)
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss, "learning_rate": rate, "grad_norm": norm}
 
 
 def count_steps(examples: int, config: TrainConfig) -> int:
@@ -360,17 +226,18 @@ class _Skipped:
     total: int = 0
     running: int = 0
 
-    def count(self, step: int, norm: float, view: TrainingView) -> bool:
+    def count(self, step: int, loss: float, norm: float, view: TrainingView) -> bool:
         """Whether this step is to be skipped."""
-        if math.isfinite(norm):
+        if math.isfinite(loss) and math.isfinite(norm):
             self.running = 0
             return False
+        what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
         self.total, self.running = self.total + 1, self.running + 1
         if self.running >= MOST_SKIPPED:
             raise TrainingError(
-                f"the gradient at step {step} is {norm}, as at {self.running - 1} steps before it: {_NOT_FINITE}"
+                f"the {what} at step {step} is {value}, and {self.running - 1} steps before it failed so: {_NOT_FINITE}"
             )
-        view.notice(f"the gradient at step {step} is {norm}: the step is skipped")
+        view.notice(f"the {what} at step {step} is {value}: the step is skipped")
         return True
 
 
@@ -379,9 +246,9 @@ def _cut(batches: list[list[int]], most: int) -> list[list[int]]:
     return [batch[i : i + most] for batch in batches for i in range(0, len(batch), most)]
 
 
-def _accumulate(job: _Job, batches: list[list[int]], step: int, relief: Relief) -> float:
+def _accumulate(job: TrainingJob, batches: list[list[int]]) -> float:
     """Forward and backward of one step; returns its loss. Every supervised token weighs the same."""
-    batches = _cut(batches, relief.micro_batch)
+    batches = _cut(batches, job.relief.micro_batch)
     collated = [collate([job.examples[i] for i in batch], job.tokenizer.pad_id) for batch in batches]
     counted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in collated)
     device = job.model.device
@@ -395,10 +262,7 @@ def _accumulate(job: _Job, batches: list[list[int]], step: int, relief: Relief) 
         backward(part)
         parts.append(part.detach())
     # Looked at once a step: on a GPU it waits for all that was launched.
-    loss = torch.stack(parts).sum().item()
-    if not math.isfinite(loss):
-        raise TrainingError(f"the loss at step {step} is {loss}: {_NOT_FINITE}")
-    return loss
+    return torch.stack(parts).sum().item()
 
 
 def backward(loss: Tensor) -> None:
@@ -407,13 +271,17 @@ def backward(loss: Tensor) -> None:
         loss.backward()
 
 
-def _measure(job: _Job, config: TrainConfig, history: _History, step: int) -> float:
+def _measure(job: TrainingJob, view: TrainingView, history: _History, step: int) -> float:
     """Held-out loss, also written to the history."""
     if not job.held_out:
         return math.nan
-    loss = held_out_loss(
-        job.model, job.held_out, batch_size=config.micro_batch_size, pad_id=job.tokenizer.pad_id
-    )
+
+    def run() -> float:
+        return held_out_loss(
+            job.model, job.held_out, batch_size=job.relief.micro_batch, pad_id=job.tokenizer.pad_id
+        )  # fmt: skip
+
+    loss = job.relief.outlive(run, step, view.notice)
     history.add({"step": step, "eval_loss": loss})
     return loss
 
@@ -421,12 +289,18 @@ def _measure(job: _Job, config: TrainConfig, history: _History, step: int) -> fl
 # --- after the last step --------------------------------------------------------------------------------
 
 
-def _answer(job: _Job) -> str:
-    """A greedy answer to the probe; empty where no row serves as one."""
+def _answer(job: TrainingJob, view: TrainingView) -> str:
+    """A greedy answer to the probe; empty where no row serves as one, or no memory is left for it."""
     if job.probe is None:
         return ""
     prompt = job.template.prompt(job.probe.instruction, job.probe.input)
-    return generate(job.model, job.tokenizer, prompt, max_new_tokens=ANSWER_TOKENS)
+    try:
+        return generate(job.model, job.tokenizer, prompt, max_new_tokens=ANSWER_TOKENS)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        view.notice("no memory for a sample answer: it is left out")
+        return ""
 
 
 def _one_line(record: Record) -> str:
@@ -458,9 +332,13 @@ def _farewell(view: TrainingView, config: TrainConfig, result: TrainResult, prob
         f"{result.steps} steps at {result.tokens_per_second:,.0f} tokens/s; peak memory "
         f"{result.peak_bytes / 1e6:,.0f} MB"
     )
+    budget = config.max_memory_MB * 1_000_000
+    if budget and result.peak_bytes > budget:
+        over = (result.peak_bytes - budget) / 1e6
+        view.notice(f"that is {over:,.0f} MB over the {config.max_memory_MB:,} MB asked for")
     view.say(f"Saved and read back: {result.output_dir}/{WEIGHTS}, {CONFIG}, {METRICS}, loss.png")
     base = [] if config.base_model is None else ["--base_model", config.base_model]
     asked = [("--instruction", probe.instruction), ("--input", probe.input)] if probe else [("--instruction", "…")]
     given = [part for flag, text in asked if text for part in (flag, text if len(text) < 80 else "…")]
     command = ["jindo-core", "generate", *base, "--lora_weights", str(result.output_dir), *given]
-    view.say("Next: " + shlex.join(command))
+    view.say("Next: " + shlex.join(" ".join(part.split()) for part in command))

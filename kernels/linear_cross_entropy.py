@@ -11,10 +11,15 @@ they are left out before the product.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
 from jindo_core.kernels import dispatch
+
+Slices = Callable[[], Iterator[Tensor]]
 
 _CHUNK_LOGITS = 1 << 24
 """Logits a chunk holds at most: 64 MiB in fp32."""
@@ -92,6 +97,11 @@ def linear_cross_entropy(
     return total / ((labels != ignore_index).sum() if count is None else count)
 
 
+def counted(labels: Tensor, ignore_index: int) -> Tensor:
+    """int64, the rows whose label is not ignored."""
+    return (labels != ignore_index).nonzero().squeeze(1)
+
+
 def forward_reference(
     hidden: Tensor,
     weight: Tensor,
@@ -106,8 +116,7 @@ def forward_reference(
     total = hidden.new_zeros((), dtype=wide)
     dhidden = torch.zeros_like(hidden) if need_dhidden else hidden.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=wide) if need_dweight else weight.new_empty(0)
-    counted = (labels != ignore_index).nonzero().squeeze(1)
-    for rows in counted.split(chunk_rows(weight.shape[0])):
+    for rows in counted(labels, ignore_index).split(chunk_rows(weight.shape[0])):
         h, y = hidden[rows], labels[rows, None]
         logits = (h @ weight.t()).to(wide)
         log_sum = logits.logsumexp(dim=1, keepdim=True)
@@ -128,6 +137,84 @@ def forward_reference(
             del dlogits, narrow
         del logits  # before the next chunk's are made
     return total, dhidden, dweight.to(weight.dtype)
+
+
+def sliced_cross_entropy(
+    hidden: Tensor, slices: Slices, labels: Tensor, *, ignore_index: int = -100, count: Tensor | float | None = None
+) -> Tensor:
+    """`linear_cross_entropy` of a head that is never on the device whole; differentiable in hidden.
+
+    The log-sum-exp of a row is gathered slice by slice (Milakov and Gimelshein 2018, arXiv:1805.02867); the gradient
+    takes a second pass, and a third product where the whole head takes two.
+
+    Args:
+        hidden: [M, H]. labels: int64 [M], in [0, V) or ignore_index.
+        slices: called for each pass; gives the head's rows in order, [v, H] each, good until the next.
+        count: divisor, as in `linear_cross_entropy`.
+    Returns:
+        fp32 scalar (fp64 for fp64 input).
+    """
+    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"sliced_cross_entropy got labels {tuple(labels.shape)} in {labels.dtype}, expected "
+                         f"[{hidden.shape[0]}] in torch.int64")  # fmt: skip
+    total = _SlicedCrossEntropy.apply(hidden, slices, labels, ignore_index)
+    return total / ((labels != ignore_index).sum() if count is None else count)
+
+
+class _SlicedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, slices, labels, ignore_index):  # type: ignore[no-untyped-def]
+        rows = counted(labels, ignore_index)
+        h, y = hidden[rows], labels[rows]
+        log_sum, own = _log_sums(h, slices, y)
+        if ctx.needs_input_grad[0]:
+            ctx.rows, ctx.shape = rows, hidden.shape
+            ctx.save_for_backward(_sliced_gradient(h, slices, y, log_sum))
+        return (log_sum - own).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dtotal):  # type: ignore[no-untyped-def]
+        (dh,) = ctx.saved_tensors
+        dhidden = dh.new_zeros(ctx.shape)
+        dhidden[ctx.rows] = torch.mul(dh, dtotal.view(1, 1), out=torch.empty_like(dh))
+        return dhidden, None, None, None
+
+
+def _log_sums(h: Tensor, slices: Slices, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row its logits' log-sum-exp and its own label's logit, fp32 [M]."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    log_sum = h.new_full(labels.shape, -math.inf, dtype=wide)
+    own = torch.zeros_like(log_sum)
+    start = 0
+    for weight in slices():
+        for first in range(0, len(h), step := chunk_rows(len(weight))):
+            part = slice(first, first + step)
+            logits = (h[part] @ weight.t()).to(wide)
+            log_sum[part] = torch.logaddexp(log_sum[part], logits.logsumexp(1))
+            place = labels[part] - start
+            here = (place >= 0) & (place < len(weight))
+            found = logits.gather(1, place.clamp(0, len(weight) - 1)[:, None])[:, 0]
+            own[part] = torch.where(here, found, own[part])
+            del logits
+        start += len(weight)
+    return log_sum, own
+
+
+def _sliced_gradient(h: Tensor, slices: Slices, labels: Tensor, log_sum: Tensor) -> Tensor:
+    """dH of the summed loss, [M, H] in h's dtype; summed over the slices in fp32."""
+    dh, start = torch.zeros_like(h, dtype=log_sum.dtype), 0
+    for weight in slices():
+        for first in range(0, len(h), step := chunk_rows(len(weight))):
+            part = slice(first, first + step)
+            p = (h[part] @ weight.t()).to(log_sum.dtype).sub_(log_sum[part, None]).exp_()
+            place = labels[part] - start
+            here = (place >= 0) & (place < len(weight))
+            p.scatter_add_(1, place.clamp(0, len(weight) - 1)[:, None], -here.to(p.dtype)[:, None])
+            dh[part] += p.to(h.dtype) @ weight
+            del p
+        start += len(weight)
+    return dh.to(h.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

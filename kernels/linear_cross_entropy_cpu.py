@@ -33,9 +33,8 @@ def forward(
     dhidden = torch.zeros_like(hidden) if need_dhidden else hidden.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=torch.float32) if need_dweight else weight.new_empty(0)
     run = native.function("jindo_softmax_cross_entropy", POINTER, LONG, LONG, POINTER, FLOAT, INT, INT, POINTER)
-    counted = (labels != ignore_index).nonzero().squeeze(1)
     classes = weight.shape[0]
-    for rows in counted.split(contract.chunk_rows(classes)):
+    for rows in contract.counted(labels, ignore_index).split(contract.chunk_rows(classes)):
         if not rows.numel():
             continue
         h, y = hidden[rows], labels[rows].contiguous()

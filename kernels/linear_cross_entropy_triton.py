@@ -93,7 +93,7 @@ def forward(
     vocab = weight.shape[0]
     dhidden = torch.zeros_like(hidden) if need_dhidden else hidden.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=torch.float32) if need_dweight else weight.new_empty(0)
-    counted = (labels != ignore_index).nonzero().squeeze(1)
+    counted = contract.counted(labels, ignore_index)
     losses = torch.empty(counted.numel(), dtype=torch.float32, device=hidden.device)
     step = contract.chunk_rows(vocab, in_place=True)
     width = triton.cdiv(vocab, PADDING) * PADDING

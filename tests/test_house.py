@@ -20,11 +20,12 @@ ENGINE_ROWS = [
     {"nf4"},
     {"lora", "pages"},
     {"pager"},
-    {"recompute", "streaming", "adamw_pages", "paged_adamw"},
+    {"recompute", "streaming", "head", "adamw_pages", "paged_adamw"},
     {"model"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation"},
     {"evaluate", "progress", "tune", "doctor"},
+    {"prepare"},
     {"train"},
 ]
 NEVER_THE_MODEL = {"data", "optim", "paged_adamw", "pager", "pages", "tokenizer", "config", "errors"}

@@ -53,6 +53,7 @@ def agree(simulated, planned, fixed):
 
 
 GRID = list(itertools.product(["7b", "8b", "13b", "70b"], [512, 2048], [1, 4], ["none", "some", "all"]))
+GRID += [("33b", 512, 1, "all"), ("65b", 512, 1, "all"), ("65b", 2048, 1, "some")]
 
 
 @pytest.mark.parametrize(("name", "tokens", "micro_batch", "checkpointed"), GRID)
@@ -64,7 +65,7 @@ def test_the_plan_agrees(name, tokens, micro_batch, checkpointed, simulation, sh
             simulation, shapes[name], layers=4, tokens=tokens, micro_batch=micro_batch,
             checkpointed_layers={"none": 0, "some": 2, "all": 4}[checkpointed], lora_r=(8, 64)[turn // 3 % 2],
             targets=(LINEARS, ("q_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"))[turn // 2 % 3],
-            dropout=(0.0, 0.05)[turn // 5 % 2],
+            dropout=(0.0, 0.05)[turn // 5 % 2], accumulation=1 + turn // 4 % 2,
         )
     )  # fmt: skip
 
@@ -77,13 +78,20 @@ def test_the_plan_agrees(name, tokens, micro_batch, checkpointed, simulation, sh
         {"offload_checkpoints": True, "checkpointed_layers": 6},
         {"offload_layers": 3},
         {"offload_embedding": True},
+        {"offload_head": True},
+        {"offload_head": True, "checkpointed_layers": 0, "tokens": 2048, "micro_batch": 2},
+        {"offload_layers": 1, "checkpointed_layers": 0},
+        {"offload_layers": 5, "checkpointed_layers": 0, "tokens": 2048},
+        {"offload_layers": 3, "checkpointed_layers": 2, "tokens": 2048, "micro_batch": 2},
+        {"offload_layers": 3, "checkpointed_layers": 3, "accumulation": 1, "lora_r": 64},
+        {"lora_r": 256, "accumulation": 1},
         {"offload_layers": 6, "offload_checkpoints": True, "offload_embedding": True, "resident_states": False},
     ],
     ids=str,
 )
 def test_the_plan_of_what_is_offloaded_agrees(given, simulation, shapes):
-    more = {"checkpointed_layers": 6} | given
-    agree(*both(simulation, shapes["7b"], layers=6, tokens=512, micro_batch=1, lora_r=8, **more))
+    more = {"checkpointed_layers": 6, "tokens": 512, "micro_batch": 1, "lora_r": 8} | given
+    agree(*both(simulation, shapes["7b"], layers=6, **more))
 
 
 @pytest.mark.slow

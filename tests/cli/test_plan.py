@@ -68,7 +68,7 @@ def test_a_model_of_one_s_own(stories15m, capsys):
         (["--shape", "7b", "--base_model", "x"], "got both of --base_model and --shape"),
         (["--shape", "llama2-7"], "--shape: got 'llama2-7', expected one of llama-7b"),
         (["--shape", "7b", "--lora_r", "0"], "--lora_r: got '0', expected a whole number of at least 1"),
-        (["--shape", "7b", "--lora_target_modules", "q_prj"], "--lora_target_modules: got q_prj, expected some of"),
+        (["--shape", "7b", "--lora_target_modules", "q_prj"], "--lora_target_modules: got q_prj, expected some of q_"),
         (["--shape", "7b", "--max_memory_MB", "-1"], "--max_memory_MB: got '-1'"),
         (["--shape", "7b", "--micro_batch_size", "0"], "--micro_batch_size: got '0'"),
         (["--base_model", "/nowhere/at/all"], "/nowhere/at/all"),
@@ -80,3 +80,34 @@ def test_wrong_input(flags, said, capsys):
     assert error.startswith("error: ")
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_train_s_own_command_line_and_file(stories15m, tmp_path, capsys):
+    """What a step's memory does not depend on is taken and ignored."""
+    config = tmp_path / "run.yaml"
+    config.write_text(f"base_model: {stories15m}\ndata_path: rows.json\nlearning_rate: 1e-4\nlora_r: 16\n")
+    assert main(["plan", "--config", str(config), "--offload_folder", "x", "--output_dir", "y", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["lora_r"] == 16
+    assert main(["plan", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "--lora_r" in said
+    assert "exit codes" in said
+    assert "--learning_rate" not in said
+    assert "left out: SmolLM2" not in said
+
+
+@pytest.mark.parametrize("budget", [5400, 4700, 1500])
+def test_the_flags_it_names_give_the_plan_it_promises(budget, capsys):
+    assert main([*GOAL, "--max_memory_MB", str(budget)]) == 0
+    said = capsys.readouterr().out
+    promised = next(line for line in said.splitlines() if "with these changes it fits" in line)
+    flags = next(line for line in said.splitlines() if "by hand: " in line).split("by hand: ")[1].split()
+    assert main([*GOAL, *flags, "--max_memory_MB", str(budget)]) == 0
+    said = capsys.readouterr().out
+    assert f"fits: {promised.split('fits: ')[1].split(' MB')[0]} of {budget:,} MB" in said
+
+
+@pytest.mark.parametrize("name", ["offload_layers", "checkpointed_layers"])
+def test_more_layers_than_there_are(name, capsys):
+    assert main([*GOAL, f"--{name}", "33"]) == 2
+    assert f"--{name}: got 33, expected at most 32, the model's layers" in capsys.readouterr().err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import tempfile
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from jindo_core import prepare
 from jindo_core import train as training
 from jindo_core.config import resolve_train_config
 from jindo_core.data.examples import Example
@@ -134,15 +137,12 @@ def test_every_token_weighs_the_same_however_it_is_batched(stories260k):
         ids = torch.randint(0, 512, (n,), generator=generator).tolist()
         examples.append(Example(ids, [-100] * (n // 2) + ids[n // 2 :]))
 
-    class Pad:
-        pad_id = 0
-
-    job = training._Job(None, 0, model, Pad(), None, examples, [], None)  # type: ignore[arg-type]
     relief = Relief(model, torch.optim.AdamW(model.parameters()), 4)
+    job = SimpleNamespace(model=model, relief=relief, tokenizer=SimpleNamespace(pad_id=0), examples=examples)
     gradients, losses = [], []
     for batches in ([[0, 1, 2, 3]], [[0], [1], [2], [3]], [[1, 3], [0, 2]]):
         model.zero_grad()
-        losses.append(training._accumulate(job, batches, 1, relief))
+        losses.append(training._accumulate(job, batches))
         gradients.append([layer.lora_B.grad.clone() for _, layer in adapted_layers(model)])
     for other in (1, 2):
         assert losses[other] == pytest.approx(losses[0], rel=1e-5)
@@ -200,7 +200,7 @@ def test_a_held_out_row_beyond_the_context_does_not_stop_a_run(stories260k, tmp_
 
 
 def test_a_folder_that_can_not_be_written_is_refused_before_the_model_loads(stories260k, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(prepare, "load_model", lambda *a, **k: pytest.fail("loaded"))
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="can't be made"):
         training.train(*settings(stories260k, rows, tmp_path / "file" / "out"))
@@ -228,10 +228,25 @@ def test_a_failed_run_blocks_no_retry_and_spares_the_run_it_would_replace(storie
 
 def test_a_gradient_that_is_not_finite_stops_the_run(stories260k, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
-    with pytest.raises(TrainingError, match="the gradient at step 5 is inf, as at 4 steps before it: no adapter"):
+    with pytest.raises(TrainingError, match="gradient at step 5 is inf, and 4 steps before it failed so: no adapter"):
         training.train(*settings(stories260k, rows, tmp_path / "out"))
     with pytest.raises(TrainingError, match="no step had a finite gradient: no adapter"):
         training.train(*settings(stories260k, rows, tmp_path / "out", max_steps=3))
+
+
+def test_a_loss_that_is_not_finite_costs_its_step(stories260k, rows, tmp_path, monkeypatch, capsys):
+    original, calls = training._accumulate, []
+
+    def poisoned(job, batches):
+        calls.append(1)
+        loss = original(job, batches)
+        return math.nan if len(calls) == 2 else loss
+
+    monkeypatch.setattr(training, "_accumulate", poisoned)
+    training.train(*settings(stories260k, rows, tmp_path / "out", max_steps=3, eval_steps=2))
+    assert "the loss at step 2 is nan: the step is skipped" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 2, 3], "step 2 is evaluated all the same"
 
 
 def test_one_gradient_that_is_not_finite_costs_one_step(stories260k, rows, tmp_path, monkeypatch, capsys):
@@ -247,8 +262,8 @@ def test_one_gradient_that_is_not_finite_costs_one_step(stories260k, rows, tmp_p
     result = training.train(*settings(stories260k, rows, tmp_path / "out", max_steps=4))
     assert "the gradient at step 2 is nan: the step is skipped" in capsys.readouterr().out
     steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in steps if "loss" in row] == [1, 3, 4]
-    assert steps[-2]["skipped_steps"] == 1
+    assert [(row["step"], row["skipped_steps"]) for row in steps if "loss" in row] == [(1, 0), (2, 1), (3, 1), (4, 1)]
+    assert [row["grad_norm"] is None for row in steps if "loss" in row] == [False, True, False, False]
     assert math.isfinite(result.loss_after)
 
 
@@ -262,22 +277,23 @@ def test_running_out_of_memory_is_survived(stories260k, rows, tmp_path, monkeypa
     more = {"max_steps": 8, "lora_dropout": 0.0, "batch_size": 4, "micro_batch_size": 4, "device": "cpu"}
     training.train(*settings(stories260k, rows, tmp_path / "calm", **more))
     capsys.readouterr()
-    original, failures = training._accumulate, iter([2, 3, 3, 4, 5, 6])
-    due = [next(failures)]
+    original, calls = training.backward, []
+    # Backward passes that fail: a step has one, then two, then four, and the failed ones come again.
+    fails = {2, 4, 6, 11, 16, 21, 26}
 
-    def short_of_memory(job, batches, step, relief):
-        loss = original(job, batches, step, relief)
-        if due and due[0] == step:
-            due[:] = [n for n in [next(failures, None)] if n is not None]
+    def short_of_memory(loss):
+        calls.append(1)
+        if len(calls) in fails:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return loss
+        original(loss)
 
-    monkeypatch.setattr(training, "_accumulate", short_of_memory)
+    monkeypatch.setattr(training, "backward", short_of_memory)
     training.train(*settings(stories260k, rows, tmp_path / "short", **more))
     said = capsys.readouterr().out
     for part in (
         "step 2 ran out of memory", "AdamW's moments go to the host", "micro-batches of 2", "micro-batches of 1",
-        "every layer runs again", "inputs go to the host", "are streamed from the host from now on",
+        "every layer runs again", "inputs go to the host", "the head, 0 MB, is streamed",
+        "layers, 0 MB, are streamed from the host from now on",
     ):  # fmt: skip
         assert part in said
     assert losses(tmp_path / "short") == pytest.approx(losses(tmp_path / "calm"), rel=1e-4)
@@ -291,7 +307,7 @@ def test_an_update_that_runs_out_of_memory_is_tried_again(stories260k, rows, tmp
 
     def short_of_memory(pager):
         calls.append(pager)
-        if len(calls) in (2, 3):  # at step 2, once with the moments on the device and once without
+        if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         original(pager)
 
@@ -299,7 +315,6 @@ def test_an_update_that_runs_out_of_memory_is_tried_again(stories260k, rows, tmp
     training.train(*settings(stories260k, rows, tmp_path / "short", **more))
     said = capsys.readouterr().out
     assert "AdamW's moments go to the host; the update is tried again" in said
-    assert "are streamed from the host from now on; the update is tried again" in said
     assert losses(tmp_path / "short") == losses(tmp_path / "calm")
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("short", "calm")]
     assert weights[0] == weights[1]
@@ -312,6 +327,56 @@ def test_torch_s_update_that_runs_out_of_memory_stops(stories260k, rows, tmp_pat
     monkeypatch.setattr(torch.optim.AdamW, "step", fail)
     with pytest.raises(TrainingError, match="update of step 1 ran out of memory, and torch's AdamW can't be"):
         training.train(*settings(stories260k, rows, tmp_path / "out", optim="adamw_torch"))
+
+
+def test_a_retry_draws_the_same_dropout(stories260k, rows, tmp_path, monkeypatch):
+    more = {"max_steps": 3, "lora_dropout": 0.3, "device": "cpu", "micro_batch_size": 8}
+    training.train(*settings(stories260k, rows, tmp_path / "calm", **more))
+    original, calls = training.backward, []
+
+    def short_of_memory(loss):
+        calls.append(1)
+        if len(calls) == 2:  # the moments give way, which changes nothing else
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        original(loss)
+
+    monkeypatch.setattr(training, "backward", short_of_memory)
+    training.train(*settings(stories260k, rows, tmp_path / "short", **more))
+    assert losses(tmp_path / "short") == losses(tmp_path / "calm")
+
+
+def test_an_adapter_that_finds_no_room_is_saved_elsewhere(stories260k, rows, tmp_path, monkeypatch):
+    save = training.save_adapter
+
+    def full(model, folder, **more):
+        if folder == tmp_path / "out":
+            raise OSError(28, "No space left on device")
+        return save(model, folder, **more)
+
+    monkeypatch.setattr(training, "save_adapter", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(TrainingError, match=r"No space left on device\): it is in .*jindo-adapter-") as caught:
+        training.train(*settings(stories260k, rows, tmp_path / "out", max_steps=2))
+    (elsewhere,) = tmp_path.glob("jindo-adapter-*")
+    assert str(elsewhere) in str(caught.value)
+    assert (elsewhere / "adapter_model.safetensors").exists()
+
+
+def test_settings_without_effect_are_named(stories260k, rows, tmp_path, capsys):
+    more = {"max_steps": 1, "offload_checkpoints": True, "offload_embedding": True}
+    training.train(*settings(stories260k, rows, tmp_path / "out", **more))
+    said = capsys.readouterr().out
+    assert "--offload_checkpoints has no effect: no layer is checkpointed" in said
+    assert "--offload_embedding has no effect: this model's embedding is its head" in said
+    more = {"gradient_checkpointing": True, "checkpointed_layers": 3, "max_steps": 1}
+    training.train(*settings(stories260k, rows, tmp_path / "more", **more))
+    assert "--checkpointed_layers 3 has no effect: all are" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["offload_layers", "checkpointed_layers"])
+def test_more_layers_than_there_are(name, stories260k, rows, tmp_path):
+    with pytest.raises(InputError, match=f"--{name}: got 6, expected at most 5, the model's layers"):
+        training.train(*settings(stories260k, rows, tmp_path / "out", **{name: 6}))
 
 
 def test_when_nothing_is_left_to_give_way_the_run_says_so(stories260k, rows, tmp_path, monkeypatch):
@@ -338,10 +403,10 @@ def test_other_failures_are_not_taken_for_want_of_memory(stories260k, rows, tmp_
         training.train(*settings(stories260k, rows, tmp_path / "out"))
 
 
-def test_a_budget_is_kept_by_what_it_makes_necessary(stories15m, rows, tmp_path, capsys, monkeypatch):
+def test_a_budget_changes_the_settings_until_the_plan_keeps_it(stories15m, rows, tmp_path, capsys, monkeypatch):
     more = {"max_steps": 2, "lora_dropout": 0.0, "batch_size": 8, "micro_batch_size": 8, "cutoff_len": 256}
     more |= {"device": "cpu", "train_on_inputs": True}
-    monkeypatch.setattr(training, "current_bytes", lambda _: 500_000_000)
+    monkeypatch.setattr(prepare, "current_bytes", lambda _: 500_000_000)
     training.train(*settings(stories15m, rows, tmp_path / "free", **more))
     planned = capsys.readouterr().out
     peak = float(re.search(r"peak +│ +([\d,.]+)", planned)[1].replace(",", ""))
@@ -397,15 +462,15 @@ def test_notices(stories260k, rows, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(stories260k, rows, tmp_path, monkeypatch):
-    original = training.load_model
+    original = prepare.load_model
 
     def poisoned(*args, **options):
         model = original(*args, **options)
         model.model.norm.weight.data[0] = math.nan
         return model
 
-    monkeypatch.setattr(training, "load_model", poisoned)
-    with pytest.raises(TrainingError, match="the loss at step 1 is nan: no adapter was saved"):
+    monkeypatch.setattr(prepare, "load_model", poisoned)
+    with pytest.raises(TrainingError, match="the loss at step 5 is nan, and 4 steps before it failed so: no adapter"):
         training.train(*settings(stories260k, rows, tmp_path / "out", val_set_size=0))
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 

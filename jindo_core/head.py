@@ -1,0 +1,76 @@
+"""A language model's head that lies outside the device: its rows come in slices, one ahead of its turn.
+
+A head in bf16 is 0.26 GB for a LLaMA-2 7B and 1.05 GB for a LLaMA-3 8B. The loss goes over the slices twice, once for
+the rows' log-sum-exp and once for the gradient, so neither the head nor the logits are ever whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jindo_core.kernels.linear_cross_entropy import sliced_cross_entropy
+from jindo_core.pager import Counters, Pager
+from jindo_core.pages import PageStore
+
+SLICE_BYTES = 32 << 20
+"""Of a slice: 4,096 rows of a 7B's head, so that its product still fills a GPU."""
+
+
+class StreamedHead(nn.Module):
+    """In place of `lm_head`: y = x W^T, W [V, C] in a page store.
+
+    Args:
+        weight: W, from where it lies now. device: where it is used.
+        store: "host", or a folder for a memory-mapped file.
+    Attributes:
+        weight: a placeholder on the meta device: shape and dtype, no bytes.
+    Raises:
+        InputError: the store has no room.
+    """
+
+    def __init__(self, weight: Tensor, device: torch.device, store: str | Path = "host") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+        rows, row = weight.shape[0], weight.shape[1] * weight.dtype.itemsize
+        self.slice_rows = min(max(SLICE_BYTES // row, 1), rows)
+        units = -(-rows // self.slice_rows)
+        pages = PageStore(store, pin=device.type == "cuda")
+        self._pager = Pager(pages, device, units=units, unit_bytes=self.slice_rows * row, resident=0)
+        for unit, part in enumerate(weight.detach().split(self.slice_rows)):
+            self._pager.write(unit, 0, part.cpu())
+
+    @property
+    def nbytes(self) -> int:
+        """Of W."""
+        return self.weight.nbytes
+
+    @property
+    def counters(self) -> Counters:
+        return self._pager.counters
+
+    def slices(self) -> Iterator[Tensor]:
+        """W's rows in order, [slice_rows or fewer, C] each, good until the next one is asked for."""
+        (rows, columns), dtype = self.weight.shape, self.weight.dtype
+        for unit, start in enumerate(range(0, rows, self.slice_rows)):
+            buffer = self._pager.get(unit)
+            try:
+                self._pager.ahead(unit + 1)
+                count = min(self.slice_rows, rows - start)
+                yield buffer[: count * columns * dtype.itemsize].view(dtype).view(count, columns)
+            finally:
+                self._pager.done(unit, changed=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., V]; for generation and evaluation: no gradient flows back to x."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("a streamed head gives gradients through `loss` alone: its logits need torch.no_grad()")
+        return torch.cat([F.linear(x, part) for part in self.slices()], -1)
+
+    def loss(self, hidden: Tensor, labels: Tensor, count: Tensor | float | None = None) -> Tensor:
+        """As `linear_cross_entropy` with this head."""
+        return sliced_cross_entropy(hidden, self.slices, labels, count=count)

@@ -1,0 +1,231 @@
+"""A training run before its first step: everything is read and checked, cheap checks first, the model last."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from jindo_core import embedded
+from jindo_core.config import TrainConfig
+from jindo_core.data.examples import Example, encode_all
+from jindo_core.data.records import Record, bundled_path, read_records, split_records
+from jindo_core.data.templates import Template, load_template
+from jindo_core.errors import InputError
+from jindo_core.formats import open_checkpoint
+from jindo_core.hub import resolve_data, resolve_model
+from jindo_core.loader import load_model, pick_device, pick_dtype
+from jindo_core.lora import attach_lora
+from jindo_core.memory import CUDA_CONTEXT, Relief, current_bytes, job_of, keep_budget, sizes_of, within_budget
+from jindo_core.model import LlamaConfig, LlamaForCausalLM
+from jindo_core.optim import build_optimizer
+from jindo_core.pages import PageStore, available_ram
+from jindo_core.plan import Job as Step
+from jindo_core.plan import Plan, fit, plan
+from jindo_core.progress import TrainingView
+from jindo_core.recompute import CheckpointOffload
+from jindo_core.tokenizer import Tokenizer, load_tokenizer
+
+ANSWER_TOKENS = 64
+"""Tokens of the sample answers, before and after training."""
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A run's parts once everything was read and checked.
+
+    Attributes:
+        config: as given, with what a memory budget made necessary.
+        probe: the row that is answered before and after, or None. planned_bytes: the memory plan's peak.
+    """
+
+    config: TrainConfig
+    model: LlamaForCausalLM
+    optimizer: torch.optim.Optimizer
+    relief: Relief
+    tokenizer: Tokenizer
+    template: Template
+    examples: list[Example]
+    held_out: list[Example]
+    probe: Record | None
+
+
+def prepare(config: TrainConfig, view: TrainingView) -> TrainingJob:
+    """Read and check everything.
+
+    Raises:
+        InputError: a path, file, row or setting that can't be used; nothing was written.
+    """
+    if config.base_model is None:
+        view.say(f"Base model: {embedded.NAME}, embedded default (135M weights; it was made for English)")
+    template = load_template(config.prompt_template_name)
+    if config.data_path is None:
+        view.notice("no --data_path: the bundled Korean instructions are used")
+    records = read_records(bundled_path() if config.data_path is None else resolve_data(config.data_path))
+    training, held_out, warning = split_records(records, config.val_set_size, config.seed)
+    if warning:
+        view.notice(warning)
+    if config.offload_folder is not None:
+        PageStore(config.offload_folder).close()  # one that can't be written to is an error now
+    path = resolve_model(config.base_model)
+    tokenizer = load_tokenizer(path)
+    architecture = open_checkpoint(path).config
+    tokenizer.check(architecture.vocab_size)
+    context = architecture.max_position_embeddings
+    if config.cutoff_len > context:
+        view.notice(f"cutoff_len {config.cutoff_len} is beyond the model's context: {context} is used")
+    cutoff = min(config.cutoff_len, context)
+    examples = _encode(training, tokenizer, template, config, cutoff, view)
+    if not examples:
+        raise InputError(
+            f"no training row has a supervised token within cutoff_len {cutoff}: raise --cutoff_len or check the data"
+        )
+    held_out_examples = _encode(held_out, tokenizer, template, config, cutoff, view)
+    config, step = _plan(config, architecture, [*examples, *held_out_examples], len(examples), view)
+    model = _load(path, config, view)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    view.say(
+        f"{len(examples)} training rows, {len(held_out)} held out; {sum(p.numel() for p in trained):,} trainable "
+        f"parameters; {str(model.dtype).removeprefix('torch.')} on {model.device}"
+    )
+    resident = config.resident_optimizer_MB
+    optimizer = build_optimizer(
+        config.optim, trained, lr=config.learning_rate, weight_decay=config.weight_decay,
+        resident_bytes="auto" if resident is None else resident * 1_000_000, store=_place(config),
+    )  # fmt: skip
+    relief = Relief(model, optimizer, config.micro_batch_size, _place(config), _advice(step))
+    probe = _choose_probe(held_out or training, tokenizer, template, cutoff, context)
+    return TrainingJob(config, model, optimizer, relief, tokenizer, template, examples, held_out_examples, probe)
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+def _plan(
+    config: TrainConfig, architecture: LlamaConfig, examples: Sequence[Example], rows: int, view: TrainingView
+) -> tuple[TrainConfig, Step]:
+    """What the budget makes necessary; shows the memory plan. rows: of training."""
+    device = pick_device(config.device)
+    cuda = device.type == "cuda"
+    itemsize = pick_dtype(config.dtype, device).itemsize
+    length = -(-max(len(example.input_ids) for example in examples) // 8) * 8
+    process = CUDA_CONTEXT if cuda else current_bytes(device)
+    wanted = dataclasses.replace(
+        job_of(config, sizes_of(architecture), length=length, itemsize=itemsize, context=process),
+        micro_batch=min(config.micro_batch_size, rows), on_cuda=cuda,
+    )  # fmt: skip
+    _say_what_is_idle(config, wanted, view)
+    config, step, changes = within_budget(config, wanted)
+    for change in changes:
+        view.notice(f"to keep within {config.max_memory_MB} MB: {change.text} ({change.cost})")
+    found = plan(step)
+    view.plan(found, "CUDA context" if cuda else "Python and its libraries")
+    _check_host(config, found, cuda)
+    keep_budget(device, config.max_memory_MB)
+    return config, step
+
+
+def _say_what_is_idle(config: TrainConfig, step: Step, view: TrainingView) -> None:
+    """Settings that have no effect beside the others."""
+    if config.offload_checkpoints and not step.checkpoints and not config.max_memory_MB:
+        view.notice("--offload_checkpoints has no effect: no layer is checkpointed (--gradient_checkpointing)")
+    if config.gradient_checkpointing and config.checkpointed_layers:
+        given = f"--checkpointed_layers {config.checkpointed_layers}"
+        view.notice(f"{given} has no effect: all are (--gradient_checkpointing)")
+    if config.offload_embedding and step.sizes.tied and not config.offload_head:
+        view.notice("--offload_embedding has no effect: this model's embedding is its head (--offload_head moves both)")
+
+
+def _check_host(config: TrainConfig, found: Plan, cuda: bool) -> None:
+    """Room for what is offloaded, before anything is loaded."""
+    needed, place = found.host_bytes, config.offload_folder
+    if place is not None:
+        needed -= found.elsewhere["offloaded_embedding"]  # that one lies in RAM
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise InputError(
+                f"--offload_folder {place}: {needed / 1e6:,.0f} MB are to lie there, {free / 1e6:,.0f} MB are free: "
+                "give another folder, or offload less"
+            )
+    elif cuda and (ram := available_ram()) is not None and needed > ram:
+        raise InputError(
+            f"{needed / 1e6:,.0f} MB are to lie in RAM, {ram / 1e6:,.0f} MB are free: give --offload_folder a folder "
+            "on a disk, or offload less"
+        )
+
+
+def _advice(step: Step) -> str:
+    """The planner's account of the smallest step of this length."""
+    least, _, _ = fit(step, 0)
+    found = plan(least)
+    rows = sorted(found.rows.items(), key=lambda item: -item[1])[:3]
+    most = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in rows)
+    total = f"{found.peak_bytes / 1e6:,.0f} MB at {least.length} tokens"
+    return f" (planned: {total}, most of it {most}; see jindo-core plan)"
+
+
+# --- model and rows ----------------------------------------------------------------------------------
+
+
+def _load(path: Path, config: TrainConfig, view: TrainingView) -> LlamaForCausalLM:
+    """The model with its adapter attached, as the settings say what is kept where."""
+    torch.manual_seed(config.seed)
+    model = load_model(
+        path, quantize=config.quantize, double_quant=config.double_quant, dtype=config.dtype, device=config.device,
+        offload_layers=config.offload_layers, offload_embedding=config.offload_embedding,
+        offload_head=config.offload_head, offload_folder=_place(config),
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attach_lora(
+            model,
+            config.lora_r,
+            config.lora_alpha,
+            config.lora_dropout,
+            config.lora_target_modules,
+            use_rslora=config.use_rslora,
+        )
+    for message in caught:
+        view.notice(str(message.message))
+    stack = model.model
+    stack.checkpointed_layers = len(stack.layers) if config.gradient_checkpointing else config.checkpointed_layers
+    if config.offload_checkpoints:
+        stack.checkpoint_offload = CheckpointOffload(_place(config))
+    return model
+
+
+def _place(config: TrainConfig) -> str:
+    return config.offload_folder or "host"
+
+
+def _choose_probe(
+    records: Sequence[Record], tokenizer: Tokenizer, template: Template, cutoff: int, context: int
+) -> Record | None:
+    """The first row whose prompt is no longer than what is trained on, and leaves room for an answer within the model's
+    context; None if there is none."""
+    for record in records[:100]:
+        prompt = len(tokenizer.encode(template.prompt(record.instruction, record.input)))
+        if prompt <= cutoff and prompt + ANSWER_TOKENS <= context:
+            return record
+    return None
+
+
+def _encode(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    template: Template,
+    config: TrainConfig,
+    cutoff: int,
+    view: TrainingView,
+) -> list[Example]:
+    examples, problems = encode_all(
+        records, tokenizer, template, cutoff_len=cutoff, train_on_inputs=config.train_on_inputs
+    )
+    for problem in problems:
+        view.notice(problem)
+    return examples
