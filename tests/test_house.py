@@ -23,8 +23,8 @@ ENGINE_ROWS = [
     {"recompute", "streaming", "paged_adamw"},
     {"model"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
-    | {"run_record", "decoding", "generation"},
-    {"evaluate", "progress", "tune", "doctor"},
+    | {"run_record", "decoding", "generation", "progress"},
+    {"evaluate", "tune", "doctor"},
     {"train"},
 ]
 NEVER_THE_MODEL = {"data", "optim", "paged_adamw", "pager", "pages", "tokenizer", "config", "errors"}
