@@ -152,7 +152,7 @@ def test_peak_of_the_other_formats(stories15m, tmp_path, monkeypatch, kind):
 
     def watch(self, name, value):
         put(self, name, value)
-        seen.append(alive() if len(seen) in (0, 1, 30, 55) else 0)  # walking all objects takes a while
+        seen.append(alive() if len(seen) in (1, 55) else 0)  # walking all objects takes a while
 
     monkeypatch.setattr(loader._Fill, "_place", watch)
     model = load_model(tmp_path, dtype="bf16", device="cpu")
