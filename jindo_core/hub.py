@@ -8,11 +8,13 @@ from jindo_core import embedded
 from jindo_core.errors import InputError
 
 MODEL_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
+OLDER_FILES = ["pytorch_model*.bin", "consolidated.*.pth"]
+"""Weights of a model that was published without safetensors."""
 DATA_FILES = ["*.json", "*.jsonl"]
 
 
 def resolve_model(name: str | None) -> Path:
-    """A folder in Hugging Face's layout, or a .gguf file.
+    """A folder in Hugging Face's or Meta's layout, or a .gguf file.
 
     Args:
         name: a path; a Hub id (`owner/name`: its cache, else a download); "smollm2-135m-instruct" or None
@@ -24,12 +26,13 @@ def resolve_model(name: str | None) -> Path:
         return embedded.embedded_model()
     path = Path(name).expanduser()
     if _exists(path) and path.is_file() and path.suffix != ".gguf":
-        raise InputError(f"base model {name} is a file, expected a folder in Hugging Face's layout or a .gguf file")
+        raise InputError(f"base model {name} is a file, expected the folder that holds it, or a .gguf file")
     if _exists(path):
         return path
     if not _looks_like_hub_id(name):
         raise InputError(f"base model {name} does not exist: expected a folder, a .gguf file or a Hub id owner/name")
-    return _snapshot(name, "model", MODEL_FILES)
+    folder = _snapshot(name, "model", MODEL_FILES)
+    return folder if any(folder.glob("*.safetensors")) else _snapshot(name, "model", MODEL_FILES + OLDER_FILES)
 
 
 def resolve_data(name: str) -> Path:

@@ -27,7 +27,7 @@ from jindo_core.optim import build_optimizer
 from jindo_core.pages import PageStore, available_ram
 from jindo_core.plan import Job as Step
 from jindo_core.plan import Plan, fit, plan
-from jindo_core.progress import TrainingView
+from jindo_core.progress import TrainingView, loading_bar
 from jindo_core.recompute import CheckpointOffload
 from jindo_core.tokenizer import Tokenizer, load_tokenizer
 
@@ -175,11 +175,12 @@ def _advice(step: Step) -> str:
 def _load(path: Path, config: TrainConfig, view: TrainingView) -> LlamaForCausalLM:
     """The model with its adapter attached, as the settings say what is kept where."""
     torch.manual_seed(config.seed)
-    model = load_model(
-        path, quantize=config.quantize, double_quant=config.double_quant, dtype=config.dtype, device=config.device,
-        offload_layers=config.offload_layers, offload_embedding=config.offload_embedding,
-        offload_head=config.offload_head, offload_folder=_place(config),
-    )  # fmt: skip
+    with loading_bar(view.console) as on_progress:
+        model = load_model(
+            path, quantize=config.quantize, double_quant=config.double_quant, dtype=config.dtype, device=config.device,
+            offload_layers=config.offload_layers, offload_embedding=config.offload_embedding,
+            offload_head=config.offload_head, offload_folder=_place(config), on_progress=on_progress,
+        )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         attach_lora(

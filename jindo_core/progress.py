@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from jindo_core.plan import HOST_ROWS, Plan
@@ -43,6 +52,21 @@ def plan_table(plan: Plan, process: str) -> Table:
         where = "on the host" if name in HOST_ROWS else "not at the peak but at another moment"
         table.add_row(f"{where}: {SAID[name]}", f"{size / 1e6:,.1f}")
     return table
+
+
+@contextmanager
+def loading_bar(console: Console) -> Iterator[Callable[[int, int], None] | None]:
+    """Shows how far a model is loaded, and how fast; on a terminal only, and gone afterwards.
+
+    Yields what `load_model` takes as `on_progress`; None where there is no terminal.
+    """
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda done, whole: bar.update(task, completed=done, total=whole)
 
 
 class TrainingView:

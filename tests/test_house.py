@@ -23,8 +23,8 @@ ENGINE_ROWS = [
     {"recompute", "streaming", "head", "adamw_pages", "paged_adamw"},
     {"model"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
-    | {"run_record", "decoding", "generation"},
-    {"evaluate", "progress", "tune", "doctor"},
+    | {"run_record", "decoding", "generation", "progress"},
+    {"evaluate", "tune", "doctor"},
     {"prepare"},
     {"train"},
 ]
