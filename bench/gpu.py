@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 # Section -> seconds since the start at which it ends at the latest; what one leaves over the next may use.
-ENDS = {"correctness": 160.0, "operators": 300.0, "steps": 415.0, "memory": 470.0}
+ENDS = {"correctness": 160.0, "operators": 300.0, "steps": 415.0, "memory": 440.0, "caps": 470.0}
 GRACE = 8.0
 """Seconds beyond its deadline in which a section may finish the piece it is at."""
 
@@ -136,11 +136,30 @@ def memory_pieces(given: argparse.Namespace) -> Iterator[Piece]:
             yield f"{what} {who} {shape.name}", functools.partial(run, what, who, shape.name)
 
 
+def cap_pieces(given: argparse.Namespace) -> Iterator[Piece]:
+    """Whole models under hard caps: of the shapes asked for, or with --shapes all every goal."""
+    from bench.caps import GOALS
+
+    def run(shape: str, budget: int) -> dict[str, Any]:
+        command = [sys.executable, "-m", "bench.caps", shape, str(budget), "--device", given.device]
+        command += ["--dtype", str(_dtype(given)).removeprefix("torch."), "--tokens", "32" if given.quick else "512"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+        return {"cap": json.loads(done.stdout.splitlines()[-1])}
+
+    named = {shape.name for shape in _shapes(given)}
+    goals = [("tiny", 600)] if given.quick else [g for g in GOALS if given.shapes == "all" or g[0] in named]
+    for shape, budget in goals:
+        yield f"{shape} in {budget} MB", functools.partial(run, shape, budget)
+
+
 SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Piece]]] = {
     "correctness": correctness_pieces,
     "operators": operator_pieces,
     "steps": step_pieces,
     "memory": memory_pieces,
+    "caps": cap_pieces,
 }
 
 
@@ -271,6 +290,7 @@ def gather(lines: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "ceilings": ceilings,
         "rows": [line["row"] for _, line in flat if "row" in line],
         "memory": [line["memory"] for _, line in flat if "memory" in line],
+        "caps": [line["cap"] for _, line in flat if "cap" in line],
     }
 
 
@@ -282,6 +302,11 @@ def say(content: dict[str, Any], path: Path, seconds: float) -> None:
     for line in content["memory"]:
         print(f"peak memory, {line['what']} {line['shape']}, {line['tokens']} tokens, {line['who']}: "
               f"{line['peak_mib']:,} MiB, {line['tokens_per_s']:.0f} tok/s")  # fmt: skip
+    for line in content["caps"]:
+        held, planned = line["peak_bytes"] / 1e6, line["planned_bytes"] / 1e6
+        print(f"cap of {line['budget_MB']:,} MB, {line['shape']}, {line['tokens']} tokens: {held:,.0f} MB held, "
+              f"{planned:,.0f} planned, {line['tokens_per_s']:.0f} tok/s, stalled {line['stalled_share']:.0%}, "
+              f"{len(line['gave_way'])} times out of memory")  # fmt: skip
     for line in content["correctness"]:
         verdict = "FAILED" if line["failed"] else f"passed, worst {line['worst_of_allowed']:.0%} of what is allowed"
         print(f"correctness, {line['operator']}: {line['checks']} checks, {verdict}")

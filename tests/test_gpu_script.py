@@ -81,6 +81,32 @@ def test_a_plain_folder_with_a_wrong_kernel(repo_root, tmp_path):
     assert "CORRECTNESS FAILED" in done.stdout
 
 
+def test_a_model_built_as_its_plan_says_trains(gpu):
+    """bench/caps.py without a cap: everything that a budget can ask for, in a real step."""
+    import torch
+
+    from bench.caps import build, run
+    from bench.shapes import SHAPES
+    from jindo_core.memory import sizes_of
+    from jindo_core.plan import LINEARS, Job
+
+    shape, device = SHAPES["tiny"], torch.device("cpu")
+    found = run(shape, 600, 64, torch.float32, device, 2)
+    assert found["losses"][-1] < found["losses"][0]
+    assert (found["changes"], found["gave_way"]) == ([], [])
+    away = Job(
+        sizes=sizes_of(shape.config()), targets=LINEARS, dropout=0.0, checkpointed_layers=1, offload_layers=1,
+        offload_checkpoints=True, offload_embedding=True, offload_head=True,
+    )  # fmt: skip
+    model, ids = build(shape, away, torch.float32, device), torch.arange(40)[None]
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert model.model.stream.layers
+    assert model.lm_head.weight.is_meta
+    with pytest.raises(RuntimeError, match="tiny does not fit 500 MB"):
+        run(SHAPES["tiny"], 500, 64, torch.float32, torch.device("cpu"), 2)
+
+
 @pytest.mark.slow
 def test_all_sections(repo_root, tmp_path):
     done, content = run_script(repo_root, tmp_path)
@@ -89,6 +115,7 @@ def test_all_sections(repo_root, tmp_path):
     assert content["errors"] == []
     assert {"training step", "decoding step"} <= {row["name"] for row in content["rows"]}
     assert {line["who"] for line in content["memory"]} == {"jindo", "peft + bitsandbytes"}
+    assert [line["shape"] for line in content["caps"]] == ["tiny"]
     assert all(not row.get("failed_peers") for row in content["rows"])
 
 
