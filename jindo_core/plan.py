@@ -30,7 +30,7 @@ FRAGMENTATION = 0.03
 
 
 class Sizes(NamedTuple):
-    """A LLaMA's numbers."""
+    """A LLaMA's numbers. biases: elements of a layer's."""
 
     hidden: int
     inner: int
@@ -40,6 +40,7 @@ class Sizes(NamedTuple):
     head_dim: int
     vocab: int
     tied: bool = False
+    biases: int = 0
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -144,7 +145,7 @@ def plan(job: Job) -> Plan:
         "constants": kept_layers * constants,
         "embedding": 0 if on_host else embedding,
         "head": 0 if sizes.tied else embedding,
-        "norms": (2 * sizes.layers + 1) * sizes.hidden * item,
+        "norms": ((2 * sizes.layers + 1) * sizes.hidden + sizes.layers * sizes.biases) * item,
         "adapters": adapters,
         "gradients": adapters,
         "optimizer_resident": resident,

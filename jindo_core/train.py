@@ -148,10 +148,10 @@ def _prepare(config: TrainConfig, view: TrainingView) -> _Job:
     tokenizer = load_tokenizer(path)
     architecture = open_checkpoint(path).config
     tokenizer.check(architecture.vocab_size)
-    context = architecture.max_position_embeddings
-    if config.cutoff_len > context:
+    context = architecture.context
+    if context is not None and config.cutoff_len > context:
         view.notice(f"cutoff_len {config.cutoff_len} is beyond the model's context: {context} is used")
-    cutoff = min(config.cutoff_len, context)
+    cutoff = config.cutoff_len if context is None else min(config.cutoff_len, context)
     examples = _encode(training, tokenizer, template, config, cutoff, view)
     if not examples:
         raise InputError(
@@ -223,11 +223,12 @@ def _place(config: TrainConfig) -> str:
 
 
 def _choose_probe(
-    records: Sequence[Record], tokenizer: Tokenizer, template: Template, context: int
+    records: Sequence[Record], tokenizer: Tokenizer, template: Template, context: int | None
 ) -> Record | None:
     """The first row whose prompt leaves room for an answer within the model's context; None if there is none."""
     for record in records[:100]:
-        if len(tokenizer.encode(template.prompt(record.instruction, record.input))) + ANSWER_TOKENS <= context:
+        needed = len(tokenizer.encode(template.prompt(record.instruction, record.input))) + ANSWER_TOKENS
+        if context is None or needed <= context:
             return record
     return None
 

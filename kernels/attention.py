@@ -115,9 +115,10 @@ def _torch_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 # --- reference ------------------------------------------------------------------------------------------
 # A block of queries at a time, batched over the key/value heads. A block sees only the keys up to its last query, from
-# the first one in the window of its first query: half of the work without a window. Its scores stay in the cache. Scores and their gradients are fp32 at least; P and dS are
-# rounded to the activations' dtype for the products that follow, as FlashAttention does. The queries of one
-# key/value head lie side by side, so that grouped heads share a product.
+# the first one in the window of its first query: half of the work without a window. Its scores stay in the cache.
+# Scores and their gradients are fp32 at least; P and dS are rounded to the activations' dtype for the products that
+# follow, as FlashAttention does. The queries of one key/value head lie side by side, so that grouped heads share a
+# product.
 
 
 class Softmax(Protocol):
