@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -93,7 +94,7 @@ def naive_logits(model, ids, windows, mem_layers, kept=torch.float64):
 def windows_of(length, context=16, last=7):
     """Written again from the words: all but the last 7 tokens in windows of 16, then those."""
     cuts = [*range(0, max(length - last, 0), context), max(length - last, 0), length]
-    return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
+    return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
 
 
 @pytest.mark.parametrize("length", [7, 8, 23, 24, 50])
