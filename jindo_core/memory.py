@@ -29,7 +29,7 @@ def sizes_of(config: LlamaConfig) -> Sizes:
     return Sizes(
         config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads,
         config.num_key_value_heads, config.head_dim, config.vocab_size, config.tie_word_embeddings,
-        biases,
+        biases, config.attention_bias,
     )  # fmt: skip
 
 
