@@ -295,6 +295,49 @@ def test_absent_keys_mean_what_they_mean_to_transformers(raw):
     assert [ours.window(layer) for layer in range(32)] == wanted
 
 
+RELEASED = {
+    "SOLAR-10.7B": {
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        "rope_scaling": None, "rope_theta": 10000.0, "pretraining_tp": 1, "attention_bias": False,
+    },
+    "TinyLlama-1.1B": {
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+    },
+    "Mistral-7B-v0.1": {
+        "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
+    },
+    "Qwen2-0.5B": {
+        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "sliding_window": 131072, "max_window_layers": 24, "use_sliding_window": False,
+        "tie_word_embeddings": True, "attention_dropout": 0.0,
+    },
+}  # fmt: skip
+"""What config.json says in these releases, but for the number of layers."""
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_names_and_shapes_of_released_models(name):
+    raw = RELEASED[name] | {"num_hidden_layers": 2}
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw))
+        ours = ours_module.LlamaForCausalLM(ours_module.LlamaConfig.from_dict(raw))
+    shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    assert ours.config.rope_theta == theirs.config.rope_parameters["rope_theta"]
+    assert ours.config.window(1) == (4096 if "Mistral" in name else None)
+
+
+def test_torch_compile_takes_windows_and_biases(saved):
+    model, ids = load(saved("qwen2_some_layers_sliding")[1]), tokens(1, 20)
+    compiled = torch.compile(model.model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids), model.model(ids), atol=1e-5, rtol=1e-5)
+
+
 BASE = {"model_type": "qwen2", "num_hidden_layers": 3}
 
 

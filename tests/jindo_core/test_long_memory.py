@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from jindo_core.errors import InputError
 from jindo_core.generation import generate_ids
@@ -310,6 +311,19 @@ def test_memory_attention_is_one_softmax(heads):
     expected = scores.softmax(-1) @ values
     for grouping in (None, (1, 2), (2, 5)):
         torch.testing.assert_close(memory_attention(q, k, v, mk, mv, grouping=grouping), expected)
+
+
+def test_grouping_bounds_what_is_worked_on(monkeypatch):
+    real, seen = F.scaled_dot_product_attention, []
+
+    def watch(q, k, v, **options):
+        seen.append((q.shape[1], q.shape[2], k.shape[1]))
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    q, k = torch.randn(1, 6, 7, 8), torch.randn(1, 2, 7, 8)
+    memory_attention(q, k, k, k, k, grouping=(4, 3))
+    assert seen == [(heads, queries, heads) for heads in (4, 2) for queries in (3, 3, 1)]
 
 
 def test_windows_follow_the_authors():
