@@ -100,7 +100,7 @@ class MemoryStore:
     Args:
         batch: B. groups: G. head_dim: D. capacity: the most tokens, window and memory together.
     Attributes:
-        Memory: 2 * memory layers * B * G * capacity * D * itemsize bytes.
+        length: tokens that are memory. Bytes: 2 * memory layers * B * G * capacity * D * itemsize.
     """
 
     def __init__(

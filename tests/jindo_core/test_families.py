@@ -238,19 +238,13 @@ def test_the_plan_counts_every_element(name, saved):
     assert sizes.biases == (256 if name == "qwen2" else 0)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama"])
-def test_gguf_with_biases(kind, tmp_path):
-    """llama.cpp interleaves a LLaMA's q and k, biases included, and leaves a Qwen2's as they are."""
+def write_gguf(file, theirs, kind, window=None):
+    """As llama.cpp's converter lays it out: a LLaMA's q and k interleaved, biases too; a Qwen2's as they are."""
     import gguf
 
-    config = CASES["qwen2"] if kind == "qwen2" else LlamaConfig(**SMALL, attention_bias=True)
-    torch.manual_seed(0)
-    theirs = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
-    for key, parameter in theirs.named_parameters():
-        if key.endswith("bias"):
-            parameter.data.normal_()
-    file = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(file, kind)
+    if window:
+        writer.add_sliding_window(window)
     writer.add_embedding_length(128)
     writer.add_feed_forward_length(192)
     writer.add_block_count(3)
@@ -260,8 +254,8 @@ def test_gguf_with_biases(kind, tmp_path):
     writer.add_layer_norm_rms_eps(1e-5)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), 3)
     for key, value in theirs.state_dict().items():
-        if key == "lm_head.weight" and kind == "qwen2":
-            continue  # tied
+        if key == "lm_head.weight" and theirs.config.tie_word_embeddings:
+            continue
         heads = 4 if ".q_proj." in key else 2 if ".k_proj." in key else 0
         if kind == "llama" and heads:
             value = value.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
@@ -269,9 +263,29 @@ def test_gguf_with_biases(kind, tmp_path):
     for step in ("header", "kv_data", "tensors"):
         getattr(writer, f"write_{step}_to_file")()
     writer.close()
-    ids = tokens(2, 20)
+    return file
+
+
+@pytest.mark.parametrize(("config", "kind", "window"), [
+    (CASES["qwen2"], "qwen2", None),
+    (LlamaConfig(**SMALL, attention_bias=True), "llama", None),
+    (CASES["mistral"], "llama", 7),
+], ids=["qwen2", "llama_with_biases", "mistral"])  # fmt: skip
+def test_gguf(config, kind, window, tmp_path):
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+    for key, parameter in theirs.named_parameters():
+        if key.endswith("bias"):
+            parameter.data.normal_()
+    file, ids = write_gguf(tmp_path / "model.gguf", theirs, kind, window), tokens(2, 20)
     with torch.no_grad():
         torch.testing.assert_close(load(file, quantize=None)(ids).logits, theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_gguf_that_does_not_say_which_layers_slide_is_refused(saved, tmp_path):
+    file = write_gguf(tmp_path / "model.gguf", saved("qwen2")[0], "qwen2", window=7)
+    with pytest.raises(InputError, match="holds a qwen2 with a sliding window: expected none"):
+        load(file)
 
 
 @pytest.mark.parametrize("raw", [

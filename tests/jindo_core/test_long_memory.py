@@ -164,6 +164,12 @@ def test_without_memory_layers_it_is_llama(raw):
         assert torch.equal(model(ids).logits, make(SMALL | {"model_type": "llama"})(ids).logits)
 
 
+def test_a_llama_with_these_keys_is_a_longllama():
+    ids = tokens(1, 30)
+    with torch.no_grad():
+        assert torch.equal(make(LONG | {"model_type": "llama"})(ids).logits, make(LONG)(ids).logits)
+
+
 # --- a cache, generation, training ------------------------------------------------------------------------
 
 
