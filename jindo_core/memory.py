@@ -5,20 +5,24 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from jindo_core.config import TrainConfig
-from jindo_core.errors import InputError
+from jindo_core.errors import InputError, TrainingError
 from jindo_core.model import LlamaConfig, LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear
 from jindo_core.paged_adamw import PagedAdamW
-from jindo_core.plan import CONTEXT, LINEARS, Change, Job, Sizes, fit, plan
+from jindo_core.plan import CONTEXT, LINEARS, Change, Job, Sizes, fit, plan, spread
 from jindo_core.recompute import CheckpointOffload
 from jindo_core.streaming import LayerStream
 
 CUDA_CONTEXT = CONTEXT
+
+T = TypeVar("T")
 
 
 def sizes_of(config: LlamaConfig) -> Sizes:
@@ -114,11 +118,50 @@ class Relief:
         self._model, self._optimizer, self._place = model, optimizer, place
         self.micro_batch = micro_batch
 
-    def give_way(self) -> str | None:
-        """Free something, and say what; None where nothing is left that could."""
+    def outlive(self, run: Callable[[], T], step: int, said: Callable[[str], None], *, in_update: bool = False) -> T:
+        """run(), tried again with less in memory each time that it runs out of it.
+
+        Args:
+            run: the forward and backward passes of step `step`, or with `in_update` the optimizer's step.
+            said: is told what gave way.
+        Raises:
+            TrainingError: nothing is left that could give way; or it was an update that can't be tried again.
+        """
+        while True:
+            try:
+                return run()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if in_update and not isinstance(self._optimizer, PagedAdamW):  # some parameters may have been updated
+                    raise TrainingError(
+                        f"the update of step {step} ran out of memory, and torch's AdamW can't be tried again: take "
+                        "--optim paged_adamw_32bit"
+                    ) from error
+            # Out here the failed step's graph is gone with its exception.
+            if not in_update:
+                self._model.zero_grad(set_to_none=True)
+            done = self.give_way(in_update=in_update)
+            if self._model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if done is None:
+                raise TrainingError(
+                    f"step {step} is out of memory at micro-batch 1 with everything offloaded: lower --cutoff_len or "
+                    "--lora_r; jindo-core plan shows what takes it"
+                )
+            said(f"step {step} ran out of memory: {done}; the {'update' if in_update else 'step'} is tried again")
+
+    def give_way(self, *, in_update: bool = False) -> str | None:
+        """Free something, and say what; None where nothing is left that could.
+
+        Args:
+            in_update: it was the optimizer's step that ran out: smaller activations would not help it.
+        """
         stack, optimizer = self._model.model, self._optimizer
         if isinstance(optimizer, PagedAdamW) and optimizer.resident_bytes:
             return f"{optimizer.evict() / 1e6:,.0f} MB of AdamW's moments go to the host"
+        if in_update:
+            return self._embedding() or self._stream()
         if self.micro_batch > 1:
             self.micro_batch //= 2
             return f"micro-batches of {self.micro_batch} from now on, more of them to a step"
@@ -128,11 +171,14 @@ class Relief:
         if stack.checkpoint_offload is None:
             stack.checkpoint_offload = CheckpointOffload(self._place)
             return "layers' inputs go to the host from now on"
-        embedding = stack.embed_tokens.weight
-        if embedding.device.type != "cpu" and embedding is not self._model.lm_head.weight:
-            embedding.data = embedding.data.cpu()
-            return f"the embedding, {embedding.nbytes / 1e6:,.0f} MB, goes to the host"
-        return self._stream()
+        return self._embedding() or self._stream()
+
+    def _embedding(self) -> str | None:
+        embedding = self._model.model.embed_tokens.weight
+        if embedding.device.type == "cpu" or embedding is self._model.lm_head.weight:
+            return None
+        embedding.data = embedding.data.cpu()
+        return f"the embedding, {embedding.nbytes / 1e6:,.0f} MB, goes to the host"
 
     def _stream(self) -> str | None:
         stack = self._model.model
@@ -141,9 +187,11 @@ class Relief:
         if not left:
             return None
         stack.stream = stream
-        for number in left:
+        more = [left[i] for i in spread(max(-(-len(stack.layers) // 4), 2), len(left))] if len(left) > 2 else left
+        for number in more:
             stream.take(number, stack.layers[number])
-        return f"all layers, {stream.nbytes / 1e6:,.0f} MB, are streamed from the host from now on"
+        taken, size = len(stream.layers), stream.nbytes / 1e6
+        return f"{taken} of {len(stack.layers)} layers, {size:,.0f} MB, are streamed from the host from now on"
 
 
 def _holds_nf4(layer: torch.nn.Module) -> bool:

@@ -12,19 +12,16 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from jindo_core.adamw_pages import Page, Room, Segment, bits_of, place
 from jindo_core.kernels import adamw
 from jindo_core.pager import Counters, Pager
 from jindo_core.pages import PAGE_BYTES, PageStore
-
-SMALLEST_8BIT = 4096
-"""Tensors of fewer elements keep fp32 moments, as bitsandbytes' AdamW8bit."""
 
 JOINED_ON_CUDA = 1 << 62
 JOINED_ON_CPU = 1 << 16
@@ -38,25 +35,6 @@ SLOTS = 3
 
 MARGIN = 256 << 20
 """Bytes of a GPU that resident_bytes="auto" leaves free beyond the peak so far: workspaces, fragmentation."""
-
-
-class _Segment(NamedTuple):
-    """`length` elements of a parameter, from `start`, whose moments are elements `place`… of their page."""
-
-    param: torch.nn.Parameter
-    start: int
-    length: int
-    place: int
-
-
-@dataclass
-class _Page:
-    """A page's tenants: one parameter group, one kind of moments."""
-
-    group: int
-    bits: int
-    segments: list[_Segment]
-    used: int = 0
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -76,7 +54,8 @@ class PagedAdamW(torch.optim.Optimizer):
         skipped_steps: steps whose gradients were not finite.
     Raises:
         ValueError: a number out of bounds or a parameter that is not contiguous. InputError: a store that can't be
-        written to. At the first step: InputError where it has no room; nothing was changed then.
+        written to. In a step: InputError where the store has no room (the first step), torch.OutOfMemoryError where the
+        device has none; nothing was changed then, and the step may be tried again.
     """
 
     def __init__(
@@ -99,7 +78,7 @@ class PagedAdamW(torch.optim.Optimizer):
             PageStore(store).close()  # a folder that can't be written to is an error now
         self._bits, self._budget, self._place = state_bits, resident_bytes, store
         self._steps: dict[torch.nn.Parameter, int] = {}
-        self._pages: dict[torch.device, list[_Page]] = {}
+        self._pages: dict[torch.device, list[Page]] = {}
         self._pagers: dict[torch.device, Pager] = {}
         self._placed: set[torch.nn.Parameter] = set()
         self.skipped_steps = 0
@@ -134,6 +113,13 @@ class PagedAdamW(torch.optim.Optimizer):
             self.skipped_steps += 1
             return loss
         self._lay_out(given)
+        # All memory that the step takes is asked for here: from the first update on nothing can run out of it.
+        for param in given:
+            assert param.grad is not None
+            param.grad = param.grad.contiguous()
+        for pager in self._pagers.values():
+            pager.prepare()
+        room = {device: Room(device, pages) for device, pages in self._pages.items()}
         for param in given:
             self._steps[param] = self._steps.get(param, 0) + 1
         for device, pages in self._pages.items():
@@ -143,26 +129,25 @@ class PagedAdamW(torch.optim.Optimizer):
                 buffer = pager.get(i)
                 if turn + 1 < len(wanted):
                     pager.ahead(wanted[turn + 1])
-                self._update(pages[i], buffer)
+                self._update(pages[i], buffer, room[device])
                 pager.done(i, changed=True)
         return loss
 
-    def _update(self, page: _Page, buffer: Tensor) -> None:
-        moments = _moments(buffer, page)
-        for run in _runs(page, self._steps, JOINED_ON_CUDA if buffer.is_cuda else JOINED_ON_CPU):
+    def _update(self, page: Page, buffer: Tensor, room: Room) -> None:
+        moments = page.moments(buffer)
+        for run in page.runs(self._steps, JOINED_ON_CUDA if buffer.is_cuda else JOINED_ON_CPU):
             first, last = run[0].place, run[-1].place + run[-1].length
             group = self.param_groups[page.group]
             lr, (beta1, beta2), eps, decay = (group[name] for name in ("lr", "betas", "eps", "weight_decay"))
             step = self._steps[run[0].param]
             update = adamw.Update(float(lr), float(beta1), float(beta2), float(eps), float(decay), step)
-            own = [s.param.detach().view(-1)[s.start : s.start + s.length] for s in run]
-            gradients = [_flat_gradient(s) for s in run]
+            own, gradients = [segment.values for segment in run], [segment.gradient for segment in run]
             if len(run) == 1:
                 _step_flat(own[0], gradients[0], moments, first, last, update)
                 continue
-            joined = torch.cat(own)
-            _step_flat(joined, torch.cat(gradients), moments, first, last, update)
-            torch._foreach_copy_(own, list(joined.split([s.length for s in run])))
+            joined = room.join(0, own)
+            _step_flat(joined, room.join(1, gradients), moments, first, last, update)
+            torch._foreach_copy_(own, list(joined.split([segment.length for segment in run])))
 
     # --- memory -----------------------------------------------------------------------------------------
 
@@ -200,13 +185,13 @@ class PagedAdamW(torch.optim.Optimizer):
         if self._placed.issuperset(given):
             return
         kept = self._collect()
-        pages: dict[torch.device, list[_Page]] = {}
+        pages: dict[torch.device, list[Page]] = {}
         for number, group in enumerate(self.param_groups):
             for bits in (32, 8):
                 for param in group["params"]:
                     trained = param.requires_grad or param in self._steps
-                    if trained and _bits(param, self._bits) == bits:
-                        _place(param, number, bits, pages.setdefault(param.device, []))
+                    if trained and bits_of(param, self._bits) == bits:
+                        place(param, number, bits, pages.setdefault(param.device, []))
         pagers = {}
         for device, own in pages.items():
             pagers[device] = self._pager(device, len(own), self._affordable(device, len(own)) // PAGE_BYTES)
@@ -244,8 +229,8 @@ class PagedAdamW(torch.optim.Optimizer):
 
     # --- checkpoints ------------------------------------------------------------------------------------
 
-    def _places(self) -> Iterator[tuple[torch.nn.Parameter, list[tuple[torch.device, int, _Segment]]]]:
-        found: dict[torch.nn.Parameter, list[tuple[torch.device, int, _Segment]]] = {}
+    def _places(self) -> Iterator[tuple[torch.nn.Parameter, list[tuple[torch.device, int, Segment]]]]:
+        found: dict[torch.nn.Parameter, list[tuple[torch.device, int, Segment]]] = {}
         for device, pages in self._pages.items():
             for i, page in enumerate(pages):
                 for segment in page.segments:
@@ -285,7 +270,7 @@ class PagedAdamW(torch.optim.Optimizer):
         kept = {}
         for param, places in self._places():
             if param in self._steps:
-                bits = _bits(param, self._bits)
+                bits = bits_of(param, self._bits)
                 found = _empty_state(param, bits)
                 for device, i, segment in places:
                     self._exchange(device, i, segment, found, into_page=False)
@@ -326,90 +311,24 @@ class PagedAdamW(torch.optim.Optimizer):
         for param, places in self._places():
             if param not in state:
                 continue
-            moments = _converted(_unwrapped(state[param]), param, _bits(param, self._bits))
+            moments = _converted(_unwrapped(state[param]), param, bits_of(param, self._bits))
             for device, page, segment in places:
                 self._exchange(device, page, segment, moments, into_page=True)
         for pager in self._pagers.values():
             pager.flush()
 
     def _exchange(
-        self, device: torch.device, number: int, segment: _Segment, flat: dict[str, Tensor], *, into_page: bool
+        self, device: torch.device, number: int, segment: Segment, flat: dict[str, Tensor], *, into_page: bool
     ) -> None:
         """Copy a segment's moments between its page and flat CPU tensors of the whole parameter."""
         page, pager = self._pages[device][number], self._pagers[device]
-        moments = _moments(pager.get(number), page)
+        moments = page.moments(pager.get(number))
         for name, part in moments.items():
             block = adamw.BLOCK if name.startswith("absmax") else 1
             here = part[segment.place // block : -(-(segment.place + segment.length) // block)]
             there = flat[name][segment.start // block : -(-(segment.start + segment.length) // block)]
             (here if into_page else there).copy_(there if into_page else here)
         pager.done(number, changed=into_page)
-
-
-# --- pages ----------------------------------------------------------------------------------------------
-
-
-def capacity(bits: int) -> int:
-    """Elements whose moments a page holds: 8 bytes an element in fp32; 2, and 8 a block of 256, in 8 bits."""
-    return PAGE_BYTES // 8 if bits == 32 else PAGE_BYTES // (2 * adamw.BLOCK + 8) * adamw.BLOCK
-
-
-def _bits(param: Tensor, bits: int) -> int:
-    return 32 if param.numel() < SMALLEST_8BIT else bits
-
-
-def _place(param: torch.nn.Parameter, group: int, bits: int, pages: list[_Page]) -> None:
-    """Cut a parameter into segments, each at the start of a block of 256: the blocks are then a tensor's own."""
-    start, most = 0, capacity(bits)
-    while start < param.numel():
-        page = pages[-1] if pages and (pages[-1].group, pages[-1].bits) == (group, bits) else None
-        if page is None or page.used >= most:
-            page = _Page(group, bits, [])
-            pages.append(page)
-        count = min(param.numel() - start, most - page.used)
-        page.segments.append(_Segment(param, start, count, page.used))
-        page.used += -(-count // adamw.BLOCK) * adamw.BLOCK
-        start += count
-
-
-def _moments(buffer: Tensor, page: _Page) -> dict[str, Tensor]:
-    """The parts of a page: flat tensors of `capacity` elements, or blocks."""
-    most = capacity(page.bits)
-    if page.bits == 32:
-        return {"exp_avg": buffer[: 4 * most].view(torch.float32), "exp_avg_sq": buffer[4 * most :].view(torch.float32)}
-    maxima = buffer[2 * most :][: most // adamw.BLOCK * 8].view(torch.float32)
-    codes = {"codes1": buffer[:most], "codes2": buffer[most : 2 * most]}
-    return codes | dict(zip(("absmax1", "absmax2"), maxima.chunk(2), strict=True))
-
-
-def _runs(page: _Page, steps: dict[torch.nn.Parameter, int], joined: int) -> Iterator[list[_Segment]]:
-    """Segments with a gradient; neighbours of at most `joined` elements, without a gap, at the same step, together."""
-    run: list[_Segment] = []
-    for segment in page.segments:
-        if segment.param.grad is None:
-            continue
-        last = run[-1] if run else None
-        fits = (
-            last is not None
-            and max(last.length, segment.length) <= joined
-            and last.place + last.length == segment.place
-            and steps[last.param] == steps[segment.param]
-            and last.param.dtype == segment.param.dtype
-            and last.param.grad is not None
-            and last.param.grad.dtype == segment.param.grad.dtype
-        )
-        if run and not fits:
-            yield run
-            run = []
-        run.append(segment)
-    if run:
-        yield run
-
-
-def _flat_gradient(segment: _Segment) -> Tensor:
-    grad = segment.param.grad
-    assert grad is not None
-    return grad.reshape(-1)[segment.start : segment.start + segment.length]
 
 
 def _step_flat(

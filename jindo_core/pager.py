@@ -137,6 +137,11 @@ class Pager:
             slot.free = self._saved[unit] = self._copier.copy(self._cuts(unit, slot.buffer, False), [slot.free], True)
             self._count(out=True)
 
+    def prepare(self) -> None:
+        """Make the buffers now, so that later calls ask the device for no memory."""
+        for slot in self._slots[: self.units - self.resident]:
+            self._give_buffer(slot)
+
     def extend(self, units: int) -> None:
         """Let there be so many units. InputError where the store has no room; nothing has changed then."""
         self.store.reserve(units * self._pages)
@@ -178,13 +183,17 @@ class Pager:
     def _new_buffer(self) -> Tensor:
         return torch.zeros(self.unit_bytes, dtype=torch.uint8, device=self.device)
 
+    def _give_buffer(self, slot: _Slot) -> None:
+        if slot.buffer is None:
+            slot.buffer = self._new_buffer()
+            slot.free = self._copier.mark()  # its zeros
+
     def _find(self, unit: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.unit == unit), None)
 
     def _load(self, unit: int, slot: _Slot, *, copy: bool = True) -> None:
-        if slot.buffer is None:
-            slot.buffer = self._new_buffer()
-            slot.free = self._copier.mark()  # its zeros
+        self._give_buffer(slot)
+        assert slot.buffer is not None
         slot.unit, slot.fresh = unit, True
         # Behind the slot's last user, and behind the unit's own way back.
         before = [event for event in (slot.free, self._saved.get(unit)) if event is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -34,7 +35,6 @@ from jindo_core.memory import (
     CUDA_CONTEXT,
     Relief,
     current_bytes,
-    is_out_of_memory,
     job_of,
     keep_budget,
     peak_bytes,
@@ -289,12 +289,13 @@ def _loop(job: _Job, config: TrainConfig, view: TrainingView, history: _History)
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = _survive(job, batches, step, relief, view)
+            run = functools.partial(_accumulate, job, batches, step, relief)
+            loss = relief.outlive(run, step, view.notice)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
             if skipped.count(step, float(norm), view):
                 optimizer.zero_grad(set_to_none=True)
                 continue
-            optimizer.step()
+            relief.outlive(optimizer.step, step, view.notice, in_update=True)
             optimizer.zero_grad(set_to_none=True)
             tokens += sum(len(job.examples[i].input_ids) for batch in batches for i in batch)
             seconds = time.perf_counter() - started - evaluating
@@ -374,34 +375,14 @@ class _Skipped:
         return True
 
 
-def _survive(job: _Job, batches: list[list[int]], step: int, relief: Relief, view: TrainingView) -> float:
-    """`_accumulate`, tried again with less in memory each time that it runs out."""
-    while True:
-        try:
-            return _accumulate(job, _cut(batches, relief.micro_batch), step)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        # Out here the failed step's graph is gone with its exception.
-        job.model.zero_grad(set_to_none=True)
-        done = relief.give_way()
-        if job.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if done is None:
-            raise TrainingError(
-                f"step {step} is out of memory at micro-batch 1 with everything offloaded: lower --cutoff_len or "
-                "--lora_r; jindo-core plan shows what takes it"
-            )
-        view.notice(f"step {step} ran out of memory: {done}; the step is tried again")
-
-
 def _cut(batches: list[list[int]], most: int) -> list[list[int]]:
     """The same rows in micro-batches of at most `most`."""
     return [batch[i : i + most] for batch in batches for i in range(0, len(batch), most)]
 
 
-def _accumulate(job: _Job, batches: list[list[int]], step: int) -> float:
+def _accumulate(job: _Job, batches: list[list[int]], step: int, relief: Relief) -> float:
     """Forward and backward of one step; returns its loss. Every supervised token weighs the same."""
+    batches = _cut(batches, relief.micro_batch)
     collated = [collate([job.examples[i] for i in batch], job.tokenizer.pad_id) for batch in batches]
     counted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in collated)
     device = job.model.device

@@ -89,15 +89,14 @@ MOST_ROWS = 256
 
 def block_rows(heads: int, tokens: int, window: int | None = None) -> int:
     """Queries worked on at once: 2^20 scores, so that they stay in the cache, but 16 queries at least."""
-    keys = min(tokens, (window or tokens) + MOST_ROWS - 1)
+    keys = min(tokens, (window or tokens) + MOST_ROWS)
     rows = max((1 << 20) // max(heads * keys, 1), 16)
     return min(1 << (rows.bit_length() - 1), MOST_ROWS, max(tokens, 1))
 
 
 def _block_scores(heads: int, tokens: int, window: int) -> int:
-    """The most scores of a block: its queries, and the keys that any of them sees."""
-    rows = block_rows(heads, tokens, window)
-    return heads * rows * min(tokens, rows + window - 1)
+    """The most scores of a block."""
+    return heads * max((last - first) * (reach - start) for first, last, start, reach in _blocks(heads, tokens, window))
 
 
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -197,12 +196,17 @@ def _from_group(x: Tensor, batch: int, n: int) -> Tensor:
     return x.movedim(3, 1).flatten(2, 3)
 
 
-def _blocks(q: Tensor, window: int) -> Iterator[tuple[int, int, int]]:
-    """(first key, first query, end of both) of each block."""
-    tokens = q.shape[1]
-    step = block_rows(q.shape[0] * q.shape[2], tokens, window)
-    for first in range(0, tokens, step):
-        yield max(first - window + 1, 0), first, min(first + step, tokens)
+def _blocks(heads: int, tokens: int, window: int) -> Iterator[tuple[int, int, int, int]]:
+    """(first query, the one after the last, first key, the one after the last) of each block.
+
+    Keys in steps, beyond those that the queries see: oneDNN keeps a compiled product for every shape, and takes
+    milliseconds to make one. At 2,048 tokens, with a shape a block, those held 290 MB.
+    """
+    rows = block_rows(heads, tokens, window)
+    keys = max(64, 1 << max(min(tokens, window + rows).bit_length() - 5, 0))
+    for first in range(0, tokens, rows):
+        last = min(first + rows, tokens)
+        yield first, last, max(first - window + 1, 0) // keys * keys, min(-(-last // keys) * keys, tokens)
 
 
 @contextlib.contextmanager
@@ -227,14 +231,14 @@ def forward_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, softmax: Sof
     out, lse = q.new_empty(q.shape), q.new_empty(batch, tokens, heads, dtype=wide)
     keys, values = _by_group(k, groups).to(wide), _by_group(v, groups)
     (for_scores,), (for_p,) = _buffers(q, window, wide, 1)
-    for start, first, last in _blocks(q, window):
+    for first, last, start, reach in _blocks(batch * heads, tokens, window):
         queries = _by_group(q[:, first:last], groups)
-        shape = (*queries.shape[:2], last - start)
+        shape = (*queries.shape[:2], reach - start)
         with _exact_in_bf16(q):
-            scores = torch.bmm(queries.to(wide), keys[:, start:last].transpose(1, 2), out=for_scores.cut(*shape))
+            scores = torch.bmm(queries.to(wide), keys[:, start:reach].transpose(1, 2), out=for_scores.cut(*shape))
         p, sums = for_p.cut(*shape), lse.new_empty(shape[:2])
         softmax(scores, None, last - first, first - start, window, scale, sums, None, p, None)
-        out[:, first:last] = _from_group(torch.bmm(p, values[:, start:last]), batch, last - first)
+        out[:, first:last] = _from_group(torch.bmm(p, values[:, start:reach]), batch, last - first)
         lse[:, first:last] = _from_group(sums[..., None], batch, last - first)[..., 0]
     return out, lse
 
@@ -243,25 +247,25 @@ def backward_in_blocks(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int, softmax: Softmax
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK and dV, with `softmax` between the products."""
-    (batch, tokens, _, size), groups = q.shape, k.shape[2]
+    (batch, tokens, heads, size), groups = q.shape, k.shape[2]
     wide, scale = lse.dtype, 1.0 / math.sqrt(size)
     dq, own = q.new_empty(q.shape), _by_group(k, groups)
     keys, values = own.to(wide), _by_group(v, groups).to(wide)
     dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
     delta = (do.to(wide) * out.to(wide)).sum(-1)
     for_scores, for_rounded = _buffers(q, window, wide, 2)
-    for start, first, last in _blocks(q, window):
+    for first, last, start, reach in _blocks(batch * heads, tokens, window):
         queries, gradient = _by_group(q[:, first:last], groups), _by_group(do[:, first:last], groups)
-        shape = (*queries.shape[:2], last - start)
+        shape = (*queries.shape[:2], reach - start)
         with _exact_in_bf16(q):
-            scores = torch.bmm(queries.to(wide), keys[:, start:last].transpose(1, 2), out=for_scores[0].cut(*shape))
-            grads = torch.bmm(gradient.to(wide), values[:, start:last].transpose(1, 2), out=for_scores[1].cut(*shape))
+            scores = torch.bmm(queries.to(wide), keys[:, start:reach].transpose(1, 2), out=for_scores[0].cut(*shape))
+            grads = torch.bmm(gradient.to(wide), values[:, start:reach].transpose(1, 2), out=for_scores[1].cut(*shape))
         p, ds = for_rounded[0].cut(*shape), for_rounded[1].cut(*shape)
         sums, rows = _by_group(lse[:, first:last], groups), _by_group(delta[:, first:last], groups)
         softmax(scores, grads, last - first, first - start, window, scale, sums, rows, p, ds)
-        dvalues[:, start:last] += torch.bmm(p.transpose(1, 2), gradient)
-        dkeys[:, start:last] += torch.bmm(ds.transpose(1, 2), queries)
-        dq[:, first:last] = _from_group(torch.bmm(ds, own[:, start:last]), batch, last - first)
+        dvalues[:, start:reach] += torch.bmm(p.transpose(1, 2), gradient)
+        dkeys[:, start:reach] += torch.bmm(ds.transpose(1, 2), queries)
+        dq[:, first:last] = _from_group(torch.bmm(ds, own[:, start:reach]), batch, last - first)
     dk, dv = (_from_group(x, batch, tokens).to(q.dtype).contiguous() for x in (dkeys, dvalues))
     return dq, dk, dv
 

@@ -112,7 +112,8 @@ def test_relief_ends(stories260k, streamed):
     said = []
     while (done := relief.give_way()) is not None:
         said.append(done)
-    assert len(said) == 4, said
+    # a smaller micro-batch, checkpointing, checkpoints to the host; then two of the five layers at a time
+    assert len(said) == 3 + {0: 3, 2: 2}[streamed], said
     assert relief.micro_batch == 1
     assert len(model.model.stream.layers) == model.config.num_hidden_layers
     ids = torch.arange(3, 12)[None]

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import jindo_core
+from jindo_core.adamw_pages import capacity
 from jindo_core.errors import InputError
 from jindo_core.kernels import native
-from jindo_core.paged_adamw import WRAPPED, PagedAdamW, capacity
+from jindo_core.paged_adamw import WRAPPED, PagedAdamW
 from jindo_core.pager import Pager
 from jindo_core.pages import PAGE_BYTES
 
@@ -360,6 +361,36 @@ def test_a_state_that_does_not_fit_changes_nothing(fault):
         optimizer.load_state_dict(bad)
     for i, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(state[name], good["state"][i][name]) for name in state)
+
+
+def test_a_step_without_memory_changes_nothing(monkeypatch):
+    """What runs out does so before the first update; the step can then be tried again."""
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(30, 1000)), nn.Parameter(torch.randn(900, 700))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    optimizer, oracle = PagedAdamW(ours, lr=1e-2, resident_bytes=0), torch.optim.AdamW(theirs, lr=1e-2)
+    for turn in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape[::-1]).t()  # not row-major
+            b.grad = a.grad.clone()
+        if turn == 1:
+            before, state = [p.detach().clone() for p in ours], optimizer.state_dict()
+            for name in ("prepare", "_new_buffer"):
+                with monkeypatch.context() as short:
+                    short.setattr(Pager, name, _out_of_memory)
+                    for slot in (slot for pager in optimizer._pagers.values() for slot in pager._slots):
+                        slot.buffer = slot.unit = None
+                    with pytest.raises(torch.OutOfMemoryError):
+                        optimizer.step()
+            assert all(torch.equal(a, b) for a, b in zip(ours, before, strict=True))
+            assert str(optimizer.state_dict()) == str(state)
+        optimizer.step()
+        oracle.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_the_pages_capacity():

@@ -18,7 +18,9 @@ from jindo_core.data.examples import Example
 from jindo_core.errors import InputError, TrainingError
 from jindo_core.loader import load_model
 from jindo_core.lora import adapted_layers, attach_lora
+from jindo_core.memory import Relief
 from jindo_core.nf4 import NF4Linear
+from jindo_core.pager import Pager
 from jindo_core.run_record import read_run
 
 
@@ -136,10 +138,11 @@ def test_every_token_weighs_the_same_however_it_is_batched(stories260k):
         pad_id = 0
 
     job = training._Job(None, 0, model, Pad(), None, examples, [], None)  # type: ignore[arg-type]
+    relief = Relief(model, torch.optim.AdamW(model.parameters()), 4)
     gradients, losses = [], []
     for batches in ([[0, 1, 2, 3]], [[0], [1], [2], [3]], [[1, 3], [0, 2]]):
         model.zero_grad()
-        losses.append(training._accumulate(job, batches, 1))
+        losses.append(training._accumulate(job, batches, 1, relief))
         gradients.append([layer.lora_B.grad.clone() for _, layer in adapted_layers(model)])
     for other in (1, 2):
         assert losses[other] == pytest.approx(losses[0], rel=1e-5)
@@ -262,8 +265,8 @@ def test_running_out_of_memory_is_survived(stories260k, rows, tmp_path, monkeypa
     original, failures = training._accumulate, iter([2, 3, 3, 4, 5, 6])
     due = [next(failures)]
 
-    def short_of_memory(job, batches, step):
-        loss = original(job, batches, step)
+    def short_of_memory(job, batches, step, relief):
+        loss = original(job, batches, step, relief)
         if due and due[0] == step:
             due[:] = [n for n in [next(failures, None)] if n is not None]
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -278,6 +281,37 @@ def test_running_out_of_memory_is_survived(stories260k, rows, tmp_path, monkeypa
     ):  # fmt: skip
         assert part in said
     assert losses(tmp_path / "short") == pytest.approx(losses(tmp_path / "calm"), rel=1e-4)
+
+
+def test_an_update_that_runs_out_of_memory_is_tried_again(stories260k, rows, tmp_path, monkeypatch, capsys):
+    """The weights end bit for bit as they do where there is memory enough."""
+    more = {"max_steps": 4, "device": "cpu"}
+    training.train(*settings(stories260k, rows, tmp_path / "calm", **more))
+    original, calls = Pager.prepare, []
+
+    def short_of_memory(pager):
+        calls.append(pager)
+        if len(calls) in (2, 3):  # at step 2, once with the moments on the device and once without
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        original(pager)
+
+    monkeypatch.setattr(Pager, "prepare", short_of_memory)
+    training.train(*settings(stories260k, rows, tmp_path / "short", **more))
+    said = capsys.readouterr().out
+    assert "AdamW's moments go to the host; the update is tried again" in said
+    assert "are streamed from the host from now on; the update is tried again" in said
+    assert losses(tmp_path / "short") == losses(tmp_path / "calm")
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("short", "calm")]
+    assert weights[0] == weights[1]
+
+
+def test_torch_s_update_that_runs_out_of_memory_stops(stories260k, rows, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    with pytest.raises(TrainingError, match="update of step 1 ran out of memory, and torch's AdamW can't be"):
+        training.train(*settings(stories260k, rows, tmp_path / "out", optim="adamw_torch"))
 
 
 def test_when_nothing_is_left_to_give_way_the_run_says_so(stories260k, rows, tmp_path, monkeypatch):

@@ -139,10 +139,15 @@ def test_a_block_holds_at_most_two_to_the_twenty_scores(heads, tokens):
 def test_a_window_makes_blocks_smaller(heads, tokens, window):
     rows = attention.block_rows(heads, tokens, window)
     assert attention.block_rows(heads, tokens) <= rows <= tokens
-    keys = min(tokens, rows + window - 1)
-    assert heads * rows * keys <= 1 << 20 or rows == 16
+    blocks = list(attention._blocks(heads, tokens, window))
     held = attention.workspace_bytes(1, tokens, heads, 1, 0, 2, backward=True, window=window)
-    assert held == heads * rows * keys * 12
+    assert held == heads * max((last - first) * (reach - start) for first, last, start, reach in blocks) * 12
+    for first, last, start, reach in blocks:  # what it needs and, so that lengths are few, some more at each end
+        assert start <= max(first - window + 1, 0)
+        assert last <= reach <= tokens
+        needed = last - max(first - window + 1, 0)
+        assert reach - start <= needed + 2 * max(64, min(tokens, window + rows) // 16)
+    assert len({reach - start for _, _, start, reach in blocks}) <= 40
 
 
 @pytest.mark.parametrize("window", [0, -3])
