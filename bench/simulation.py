@@ -157,7 +157,8 @@ def cpu_workspace(name: str, args: tuple[Any, ...]) -> tuple[int, int]:
             again = name.endswith("backward")
             q, k = (args[1], args[2]) if again else args[:2]
             (b, t, h, d), groups = q.shape, k.shape[2]
-            return attention.workspace_bytes(b, t, h, groups, d, q.dtype.itemsize, backward=again), 0
+            held = attention.workspace_bytes(b, t, h, groups, d, q.dtype.itemsize, backward=again, window=args[-1])
+            return held, 0
     return cuda_workspace(name, args)
 
 

@@ -28,9 +28,13 @@ T = TypeVar("T")
 
 def sizes_of(config: LlamaConfig) -> Sizes:
     """A model's numbers as the planner takes them."""
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    biases = config.attention_bias * heads * config.head_dim + config.output_bias * config.hidden_size
+    biases += config.mlp_bias * (2 * config.intermediate_size + config.hidden_size)
     return Sizes(
         config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads,
         config.num_key_value_heads, config.head_dim, config.vocab_size, config.tie_word_embeddings,
+        biases, config.attention_bias,
     )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""LLaMA (Touvron et al. 2023, arXiv:2307.09288), under Hugging Face's module names.
+"""LLaMA (Touvron et al. 2023, arXiv:2307.09288) and the models of its shape, under Hugging Face's module names: Mistral
+(arXiv:2310.06825: windows), Qwen2 (arXiv:2407.10671: biases), LongLLaMA (long_memory.py).
 
 Shape suffixes in comments: B batch, T new tokens, S tokens attended to (cache and new), C hidden size,
 H query heads, G key/value heads, D head size, V vocabulary.
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jindo_core.errors import InputError
+from jindo_core.families import SLIDING, as_llama
 from jindo_core.head import StreamedHead
-from jindo_core.kernels.attention import causal_attention
+from jindo_core.kernels.attention import causal_attention, causal_mask
 from jindo_core.kernels.linear_cross_entropy import linear_cross_entropy
 from jindo_core.kernels.rms_norm import rms_norm
 from jindo_core.kernels.rope import rope
 from jindo_core.kernels.swiglu import swiglu
+from jindo_core.long_memory import LongMemory, MemoryStore, attention_in_windows, memory_attention
 from jindo_core.lora import project
 from jindo_core.recompute import CheckpointOffload, recomputed
+from jindo_core.rotary import rope_frequencies
 from jindo_core.streaming import LayerStream
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -39,7 +42,13 @@ ROPE_NEEDS = {
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The numbers of a LLaMA, under config.json's names. rope: the scaling's parameters, with `rope_type`."""
+    """The numbers of a LLaMA, under config.json's names.
+
+    Attributes:
+        attention_bias: q, k and v have one, and o but in a Qwen2. rope: the scaling's parameters, with `rope_type`.
+        sliding_window: tokens that the layers so named in `layer_types` see; None, and no names: all see everything.
+        memory: a LongLLaMA's; None: no layer has memory.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -56,6 +65,24 @@ class LlamaConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     eos_token_ids: tuple[int, ...] = ()
+    model_type: str = "llama"
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] = ()
+    memory: LongMemory | None = None
+
+    def window(self, layer: int) -> int | None:
+        """So many keys a query of this layer sees, its own the last; None: all up to its own."""
+        return self.sliding_window if self.layer_types and self.layer_types[layer] == SLIDING else None
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether o_proj has a bias."""
+        return self.attention_bias and self.model_type != "qwen2"
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens a sequence may have; None where memory takes what the window can't hold."""
+        return self.max_position_embeddings if self.memory is None else None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> LlamaConfig:
@@ -64,11 +91,7 @@ class LlamaConfig:
         Raises:
             InputError: another architecture, a missing or impossible number, or an unknown RoPE scaling.
         """
-        kind = raw.get("model_type")
-        if kind != "llama":
-            raise InputError(f"config.json has model_type {kind!r}, expected 'llama': other models can't be loaded")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise InputError(f"config.json has hidden_act {raw['hidden_act']!r}, expected 'silu'")
+        raw = as_llama(raw)
         given = {field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None}
         given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -103,73 +126,9 @@ class LlamaConfig:
         if any(not isinstance(i, int) for i in (eos if isinstance(eos, list) else [eos or 0])):
             raise InputError(f"config.json has eos_token_id = {eos!r}, expected a token id or a list of them")
         given["eos_token_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+        context = given.get("max_position_embeddings", cls.max_position_embeddings)
+        given["memory"] = LongMemory.from_dict(raw, given["num_hidden_layers"], context)
         return cls(**given)
-
-
-# --- rotary position embedding --------------------------------------------------------------------------
-
-
-def rope_frequencies(config: LlamaConfig, length: int) -> tuple[Tensor, float]:
-    """Inverse frequencies, fp32 [D/2] on the CPU, and the factor on cos and sin, for a sequence of `length`.
-
-    RoPE: Su et al. 2021 (arXiv:2104.09864). Scalings: linear (arXiv:2306.15595), dynamic NTK, llama3
-    (arXiv:2407.21783), yarn (arXiv:2309.00071).
-    """
-    dim, base = config.head_dim, config.rope_theta
-    scaling = config.rope or {"rope_type": "default"}
-    exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-    match scaling["rope_type"]:
-        case "linear":
-            return 1.0 / base**exponent / scaling["factor"], 1.0
-        case "dynamic":
-            # The base grows with the sequence once it outgrows the context of the pretraining.
-            context, factor = config.max_position_embeddings, scaling["factor"]
-            stretch = factor * max(length, context) / context - (factor - 1)
-            return 1.0 / (base * stretch ** (dim / (dim - 2))) ** exponent, 1.0
-        case "llama3":
-            return _llama3_frequencies(1.0 / base**exponent, config, scaling), 1.0
-        case "yarn":
-            return _yarn_frequencies(base**exponent, config, scaling)
-        case "factors":  # GGUF writes llama3 scaling out as a divisor for each frequency
-            return 1.0 / base**exponent / torch.tensor(scaling["factors"], dtype=torch.float32), 1.0
-    return 1.0 / base**exponent, 1.0
-
-
-def _llama3_frequencies(inverse: Tensor, config: LlamaConfig, scaling: Mapping[str, Any]) -> Tensor:
-    """Long wavelengths are divided by the factor, short ones kept, those between interpolated."""
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    context = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
-    rotations = context * inverse / (2 * math.pi)  # turns within the original context
-    smooth = ((rotations - low) / (high - low)).clamp(0, 1)
-    return (1 - smooth) * inverse / scaling["factor"] + smooth * inverse
-
-
-def _yarn_frequencies(
-    frequency: Tensor, config: LlamaConfig, scaling: Mapping[str, Any]
-) -> tuple[Tensor, float]:
-    dim, base = config.head_dim, config.rope_theta
-    context = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
-    factor = scaling.get("factor") or config.max_position_embeddings / context
-
-    def dimension(rotations: float) -> float:
-        """The dimension that turns so many times within the original context."""
-        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    inverse = ramp / (factor * frequency) + (1 - ramp) / frequency
-
-    def magnitude(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    attention = scaling.get("attention_factor")
-    if attention is None:
-        mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        attention = magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
-    return inverse, attention
 
 
 # --- key/value cache ------------------------------------------------------------------------------------
@@ -181,13 +140,17 @@ class KVCache:
     Args:
         batch: B. capacity: the most tokens a sequence may reach. dtype, device: the activations'.
     Attributes:
-        length: tokens held. Memory: 2 * layers * B * G * capacity * D * itemsize bytes.
+        length: tokens held; of a LongLLaMA, those in its window. Memory: 2 * layers * B * G * capacity * D * itemsize
+            bytes. A sliding window saves none of them.
+        memory: a LongLLaMA's; the window holds no more than its context, then all of it joins memory.
     """
 
     def __init__(
         self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        groups, size, memory = config.num_key_value_heads, config.head_dim, config.memory
+        self.memory = None if memory is None else MemoryStore(memory, batch, groups, size, capacity, device)
+        shape = (config.num_hidden_layers, batch, groups, min(capacity, memory.context) if memory else capacity, size)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
@@ -200,6 +163,12 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def begin_window(self) -> None:
+        """What is in a LongLLaMA's window joins its memory; the window is empty then."""
+        assert self.memory is not None
+        self.memory.length += self.length
+        self.length = 0
 
 
 # --- layers ---------------------------------------------------------------------------------------------
@@ -227,21 +196,50 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, groups, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, groups, bias=config.attention_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.output_bias)
         self.grouped = config.num_key_value_heads != config.num_attention_heads
+        self.window, self.memory = config.window(layer), config.memory
+        self.remembers = self.memory is not None and layer in self.memory.layers
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None
     ) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
-        q, k = rope(q, k, cos, sin)  # [B, T, H, D] and [B, T, G, D]
-        if causal and cache is None:
-            return self.o_proj(causal_attention(q, k, v).flatten(2))
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        plain_k = k  # as memory keeps it
+        if not self.remembers or (self.memory is not None and self.memory.positionals):
+            q, k = rope(q, k, cos, sin)  # [B, T, H, D] and [B, T, G, D]
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+            y = self._behind(cache, q, k, v, plain_k, mask, causal)
+        elif self.memory is not None and q.shape[1] > self.memory.last_context_length:
+            y = attention_in_windows(self.memory, self.layer, q, k, v, plain_k, mask)
+        elif causal:
+            y = causal_attention(q, k, v, self.window)
+        else:
+            y = self._masked(q, k.transpose(1, 2), v.transpose(1, 2), mask)
+        return self.o_proj(y.flatten(2))
+
+    def _behind(
+        self, cache: KVCache, q: Tensor, k: Tensor, v: Tensor, plain_k: Tensor, mask: Tensor | None, causal: bool
+    ) -> Tensor:
+        """[B, T, H, D] of new tokens behind those in the cache, which takes them."""
+        held_k, held_v = cache.extend(self.layer, k.transpose(1, 2), v.transpose(1, 2))
+        if self.remembers and cache.memory is not None and self.memory is not None:
+            cache.memory.put(self.layer, cache.length, plain_k.transpose(1, 2), v.transpose(1, 2))
+            if cache.memory.length:
+                past_k, past_v = cache.memory.read(self.layer)
+                grouping = self.memory.grouping
+                y = memory_attention(q.transpose(1, 2), held_k, held_v, past_k, past_v, grouping=grouping)
+                return y.transpose(1, 2)
+        if causal:  # the cache was empty: the new tokens are all there is
+            return causal_attention(q, k, v, self.window)
+        if self.window is not None and mask is None:  # one token, which sees the last keys
+            held_k, held_v = held_k[:, :, -self.window :], held_v[:, :, -self.window :]
+        return self._masked(q, held_k, held_v, mask)
+
+    def _masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q [B, T, H, D], k and v [B, G, S, D] -> [B, T, H, D]; mask None: all keys are seen."""
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=self.grouped)
+        return y.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -305,15 +303,41 @@ class LlamaModel(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """[B, T] -> [B, T, C]; arguments as in `LlamaForCausalLM.forward`."""
+        memory, new = self.config.memory, input_ids.shape[1]
+        if memory is not None and (cache is not None or new > memory.last_context_length):
+            if position_ids is not None or (cache is not None and attention_mask is not None):
+                raise ValueError(
+                    "a LongLLaMA counts positions in its windows, and its memory holds no padding: expected no "
+                    "position_ids, and no attention_mask with a cache"
+                )
+            if cache is not None:
+                return self._read_in_windows(input_ids, cache, memory)
+            position_ids = memory.places(new, input_ids.device)
+        return self._read(input_ids, attention_mask, position_ids, cache)
+
+    def _read_in_windows(self, input_ids: Tensor, cache: KVCache, memory: LongMemory) -> Tensor:
+        """Window by window, so that no more than one is worked on at a time."""
+        empty, hidden = cache.length == 0, []
+        for start, end in memory.windows(input_ids.shape[1]):
+            if (empty and start) or cache.length + end - start > memory.context:
+                cache.begin_window()
+            hidden.append(self._read(input_ids[:, start:end], None, None, cache))
+        return torch.cat(hidden, dim=1)
+
+    def _read(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         past = 0 if cache is None else cache.length
         new = input_ids.shape[1]
         if position_ids is None:
             position_ids = torch.arange(past, past + new, device=input_ids.device)[None]
         x = self._embed(input_ids)
-        cos, sin = self.angles(position_ids, past + new)
-        mask = _attention_mask(attention_mask, past, new, x.device)
-        causal = mask is None and new > 1
+        memory, windows = self.config.memory, [self.config.window(i) for i in range(len(self.layers))]
+        cos, sin = self.angles(position_ids, past + new if memory is None else min(past + new, memory.context))
+        masks = {window: _attention_mask(attention_mask, past, new, window, x.device) for window in set(windows)}
         for i, layer in enumerate(self.layers):
+            mask = masks[windows[i]]
+            causal = mask is None and new > 1
             run = functools.partial(layer, cos=cos, sin=sin, mask=mask, causal=causal, cache=cache)
             if self._checkpointed(i):
                 around = functools.partial(self._weights, i)
@@ -345,16 +369,17 @@ class LlamaModel(nn.Module):
         return angle.cos() * factor, angle.sin() * factor
 
 
-def _attention_mask(attention_mask: Tensor | None, past: int, new: int, device: torch.device) -> Tensor | None:
-    """bool [B or 1, 1, T, S], True where a query may look; None when plain causal attention says it all."""
+def _attention_mask(
+    attention_mask: Tensor | None, past: int, new: int, window: int | None, device: torch.device
+) -> Tensor | None:
+    """bool [B or 1, 1, T, S], True where a query may look; None when causality and the window say it all."""
     if attention_mask is None and (past == 0 or new == 1):
         return None
-    query = torch.arange(past, past + new, device=device)[:, None]
-    key = torch.arange(past + new, device=device)[None]
-    mask = (key <= query)[None, None]
+    query, key = torch.arange(past, past + new, device=device), torch.arange(past + new, device=device)
+    mask = causal_mask(query, key, window)[None, None]
     if attention_mask is not None:
         # A padded query sees itself: with no key at all its softmax, and its gradient, would be NaN.
-        mask = mask & (attention_mask.bool()[:, None, None] | (key == query))
+        mask = mask & (attention_mask.bool()[:, None, None] | (key[None] == query[:, None]))
     return mask
 
 

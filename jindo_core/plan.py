@@ -31,7 +31,7 @@ FRAGMENTATION = 0.03
 
 
 class Sizes(NamedTuple):
-    """A LLaMA's numbers."""
+    """A LLaMA's numbers. biases: elements of a layer's; attention_bias: whether q, k and v are among them."""
 
     hidden: int
     inner: int
@@ -41,6 +41,8 @@ class Sizes(NamedTuple):
     head_dim: int
     vocab: int
     tied: bool = False
+    biases: int = 0
+    attention_bias: bool = False
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -147,7 +149,7 @@ def plan(job: Job) -> Plan:
         "constants": kept_layers * constants,
         "embedding": 0 if on_host else embedding,
         "head": 0 if sizes.tied or job.offload_head else embedding,
-        "norms": (2 * sizes.layers + 1) * sizes.hidden * item,
+        "norms": ((2 * sizes.layers + 1) * sizes.hidden + sizes.layers * sizes.biases) * item,
         "adapters": adapters,
         "optimizer_resident": resident,
         "optimizer_staging": staging if resident < states else 0,
@@ -227,8 +229,9 @@ def kept_by_a_layer(job: Job) -> int:
     adapted = set(job.targets)
     narrow = 2 * c  # the input of each half: the norms keep it
     narrow += c * bool(adapted & {"q_proj", "k_proj", "v_proj"}) + c * bool(adapted & {"gate_proj", "up_proj"})
-    # q, k and v side by side (v stays, and holds the others), q and k turned, and the attention's result.
-    narrow += (queries + 2 * keys) + (queries + keys) + queries
+    # q, k and v side by side (v stays, and holds the others; behind a bias it stands alone), q and k turned, and the
+    # attention's result.
+    narrow += (keys if sizes.attention_bias else queries + 2 * keys) + (queries + keys) + queries
     narrow += 2 * sizes.inner + sizes.inner * ("down_proj" in adapted)
     narrow += job.lora_r * len(adapted)
     return m * (narrow * item + 4 * (2 + sizes.heads))
@@ -240,7 +243,7 @@ def _untracked(job: Job) -> int:
     c, queries, keys = sizes.hidden, sizes.heads * sizes.head_dim, sizes.groups * sizes.head_dim
     if adapted & {"q_proj", "k_proj", "v_proj"}:
         return 0
-    narrow, wide = c + 3 * (queries + keys), 1 + sizes.heads
+    narrow, wide = c + (2 if sizes.attention_bias else 3) * (queries + keys), 1 + sizes.heads
     if "o_proj" in adapted:
         narrow -= queries
     else:

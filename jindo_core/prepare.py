@@ -76,10 +76,10 @@ def prepare(config: TrainConfig, view: TrainingView) -> TrainingJob:
     tokenizer = load_tokenizer(path)
     architecture = open_checkpoint(path).config
     tokenizer.check(architecture.vocab_size)
-    context = architecture.max_position_embeddings
-    if config.cutoff_len > context:
+    context = architecture.context
+    if context is not None and config.cutoff_len > context:
         view.notice(f"cutoff_len {config.cutoff_len} is beyond the model's context: {context} is used")
-    cutoff = min(config.cutoff_len, context)
+    cutoff = config.cutoff_len if context is None else min(config.cutoff_len, context)
     examples = _encode(training, tokenizer, template, config, cutoff, view)
     if not examples:
         raise InputError(
@@ -205,13 +205,13 @@ def _place(config: TrainConfig) -> str:
 
 
 def _choose_probe(
-    records: Sequence[Record], tokenizer: Tokenizer, template: Template, cutoff: int, context: int
+    records: Sequence[Record], tokenizer: Tokenizer, template: Template, cutoff: int, context: int | None
 ) -> Record | None:
     """The first row whose prompt is no longer than what is trained on, and leaves room for an answer within the model's
     context; None if there is none."""
     for record in records[:100]:
         prompt = len(tokenizer.encode(template.prompt(record.instruction, record.input)))
-        if prompt <= cutoff and prompt + ANSWER_TOKENS <= context:
+        if prompt <= cutoff and (context is None or prompt + ANSWER_TOKENS <= context):
             return record
     return None
 

@@ -16,7 +16,7 @@ PARTS = {"kernels": {"kernels"}, "jindo_core": {"jindo_core", "kernels"}, "cli":
 ENGINE_ROWS = [
     {"errors"},
     {"settings", "plan", "files"},
-    {"config"},
+    {"config", "families", "long_memory", "rotary"},
     {"nf4"},
     {"lora", "pages"},
     {"pager"},

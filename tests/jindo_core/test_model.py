@@ -150,7 +150,6 @@ def test_torch_compile_takes_a_quantized_layer(stories260k):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"model_type": "mistral"}, "model_type 'mistral', expected 'llama'"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu', expected 'silu'"),
     ({"rope_scaling": {"type": "longrope"}}, "rope_type 'longrope', expected one of"),
     ({"num_attention_heads": 7}, "7 heads and 2 key/value heads"),
