@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from bench import peers
 from bench.cases import NF4_BYTES
-from bench.shapes import SHAPES, Shape
+from bench.shapes import SHAPES, FalconShape, Shape
 from bench.timing import OURS, Case
+from jindo_core.architectures import build
 from jindo_core.decoding import Decoder
 from jindo_core.lora import attach_lora
 from jindo_core.memory import CUDA_CONTEXT
@@ -42,12 +43,12 @@ NEW_TOKENS = 16
 Weights = Mapping[str, Tensor | NF4Weight]
 
 
-def random_weights(shape: Shape, dtype: torch.dtype, device: torch.device) -> Weights:
+def random_weights(shape: Shape | FalconShape, dtype: torch.dtype, device: torch.device) -> Weights:
     """Hugging Face's names -> random weights: NF4 codes for the layers' linears, plain tensors for the rest."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = LlamaForCausalLM(shape.config())
-    linears = {f"{name}.weight" for name, m in model.model.named_modules(prefix="model") if isinstance(m, nn.Linear)}
+        model = build(shape.config())
+    linears = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not model.lm_head}
     weights: dict[str, Tensor | NF4Weight] = {}
     for name, parameter in model.named_parameters():
         size = tuple(parameter.shape)

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from jindo_core.architectures import build
 from jindo_core.errors import InputError
 from jindo_core.formats import Checkpoint, missing_and_extra, open_checkpoint
 from jindo_core.hub import resolve_model
 from jindo_core.memory import give_back_freed
-from jindo_core.model import LlamaForCausalLM
+from jindo_core.model import CausalLM
 from jindo_core.nf4 import NF4Linear, quantize_nf4
 from jindo_core.plan import spread
 from jindo_core.streaming import LayerStream
@@ -31,8 +32,8 @@ def load_model(
     offload_layers: int = 0,
     offload_embedding: bool = False,
     offload_folder: str | Path = "host",
-) -> LlamaForCausalLM:
-    """Load a LLaMA, ready for `attach_lora`, `load_adapter` or `generate`.
+) -> CausalLM:
+    """Load a model, ready for `attach_lora`, `load_adapter` or `generate`.
 
     Args:
         path: a folder in Hugging Face's layout (safetensors, single or sharded), a .gguf file, a Hub id, or
@@ -58,11 +59,11 @@ def load_model(
     resolved = resolve_model(None if path is None else str(path))
     checkpoint = open_checkpoint(resolved)
     with torch.device("meta"):
-        model = LlamaForCausalLM(checkpoint.config)
+        model = build(checkpoint.config)
     _check_tensors(model, checkpoint, resolved)
     if offload_layers:
         _check_offload(offload_layers, model.config.num_hidden_layers, quantize)
-        model.model.stream = LayerStream(device, offload_folder)
+        model.stack.stream = LayerStream(device, offload_folder)
     streamed = spread(offload_layers, model.config.num_hidden_layers)
     on_host = offload_embedding and not model.config.tie_word_embeddings
     _fill(model, checkpoint, quantize == "nf4", double_quant, dtype, device, streamed, on_host)
@@ -118,10 +119,10 @@ def _check_tensors(model: nn.Module, checkpoint: Checkpoint, source: Path) -> No
         raise InputError(f"{source}: {faults[0]}{more}: the checkpoint does not fit its configuration")
 
 
-def _layer_of(name: str) -> int:
-    """Of a parameter's name; -1 where it is in no layer."""
-    pieces = name.split(".")
-    return int(pieces[2]) if pieces[:2] == ["model", "layers"] else -1
+def _layer_of(name: str, layers: str) -> int:
+    """Of a parameter's name; -1 where it is in none of the layers at the path `layers`."""
+    inside = name.removeprefix(f"{layers}.")
+    return int(inside.partition(".")[0]) if inside != name else -1
 
 
 def _check_offload(layers: int, available: int, quantize: str | None) -> None:
@@ -132,7 +133,7 @@ def _check_offload(layers: int, available: int, quantize: str | None) -> None:
 
 
 def _fill(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     checkpoint: Checkpoint,
     nf4: bool,
     double_quant: bool,
@@ -144,12 +145,14 @@ def _fill(
     """Replace every meta parameter by its tensor, and the layers' linears by quantized ones; a layer that is to be
     streamed leaves the device as soon as it is complete."""
     quantized = {
-        f"{path}.weight" for path, module in model.model.named_modules(prefix="model") if isinstance(module, nn.Linear)
+        f"{path}.weight"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not model.lm_head
     }
     names = [name for name, _ in model.named_parameters()]
-    last_of = {_layer_of(name): name for name in names}
+    last_of = {_layer_of(name, model.LAYERS): name for name in names}
     for name in names:
-        on_host = embedding_on_host and name == "model.embed_tokens.weight"
+        on_host = embedding_on_host and name == f"{model.EMBEDDING}.weight"
         value: Tensor = checkpoint.read(name).to("cpu" if on_host else device)
         path, _, leaf = name.rpartition(".")
         if nf4 and name in quantized:
@@ -162,8 +165,8 @@ def _fill(
             # A copy even where nothing changes: `value` may lie in the checkpoint's mapped file.
             copied = value.to(dtype, copy=True)
             setattr(model.get_submodule(path), leaf, nn.Parameter(copied, requires_grad=False))
-        layer = _layer_of(name)
-        if layer in streamed and last_of[layer] == name and model.model.stream is not None:
-            model.model.stream.take(layer, model.model.layers[layer])
+        layer = _layer_of(name, model.LAYERS)
+        if layer in streamed and last_of[layer] == name and model.stack.stream is not None:
+            model.stack.stream.take(layer, model.stack.layers[layer])
     if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        model.lm_head.weight = model.stack.embedding.weight

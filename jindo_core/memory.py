@@ -9,27 +9,48 @@ from pathlib import Path
 
 import torch
 
-from jindo_core.config import TrainConfig
+from jindo_core.config import PROFILES, TrainConfig
 from jindo_core.errors import InputError
-from jindo_core.model import LlamaConfig, LlamaForCausalLM
+from jindo_core.falcon import FalconConfig
+from jindo_core.model import CausalLM, LlamaConfig, ModelConfig
 from jindo_core.nf4 import NF4Linear
 from jindo_core.paged_adamw import PagedAdamW
-from jindo_core.plan import CONTEXT, LINEARS, Change, Job, Sizes, fit, plan
+from jindo_core.plan import CONTEXT, Change, Job, Sizes, fit, plan
+from jindo_core.plan_falcon import FalconSizes
 from jindo_core.recompute import CheckpointOffload
 from jindo_core.streaming import LayerStream
 
 CUDA_CONTEXT = CONTEXT
 
 
-def sizes_of(config: LlamaConfig) -> Sizes:
+def sizes_of(config: ModelConfig) -> Sizes | FalconSizes:
     """A model's numbers as the planner takes them."""
+    if isinstance(config, FalconConfig):
+        return FalconSizes(
+            config.hidden_size, config.ffn_hidden_size, config.num_hidden_layers, config.num_attention_heads,
+            config.num_key_value_heads, config.head_dim, config.vocab_size, config.norms, config.tie_word_embeddings,
+            config.bias,
+        )  # fmt: skip
+    assert isinstance(config, LlamaConfig)
     return Sizes(
         config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads,
         config.num_key_value_heads, config.head_dim, config.vocab_size, config.tie_word_embeddings,
     )  # fmt: skip
 
 
-def job_of(config: TrainConfig, sizes: Sizes, *, length: int, itemsize: int, context: int) -> Job:
+def usual_targets(config: TrainConfig, named: bool, sizes: Sizes | FalconSizes) -> TrainConfig:
+    """The settings with the family's usual layers to adapt, where the profile's are another family's.
+
+    Args:
+        named: whether the user gave --lora_target_modules, which then stays as it is.
+    """
+    names = config.lora_target_modules
+    if named or names != PROFILES["alpaca"]["lora_target_modules"] or any(n in sizes.linears for n in names):
+        return config
+    return dataclasses.replace(config, lora_target_modules=sizes.usual_targets)
+
+
+def job_of(config: TrainConfig, sizes: Sizes | FalconSizes, *, length: int, itemsize: int, context: int) -> Job:
     """A training run's step as the planner takes it.
 
     Args:
@@ -37,7 +58,8 @@ def job_of(config: TrainConfig, sizes: Sizes, *, length: int, itemsize: int, con
         context: bytes that the process holds beside the step.
     """
     names = config.lora_target_modules
-    targets = LINEARS if names == ("all-linear",) else tuple(n for n in LINEARS if any(x.endswith(n) for x in names))
+    known = tuple(sizes.linears)
+    targets = known if names == ("all-linear",) else tuple(n for n in known if any(x.endswith(n) for x in names))
     every = config.gradient_checkpointing
     layers = sizes.layers if every else min(config.checkpointed_layers, sizes.layers)
     return Job(
@@ -105,14 +127,14 @@ class Relief:
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, micro_batch: int, place: str = "host"
+        self, model: CausalLM, optimizer: torch.optim.Optimizer, micro_batch: int, place: str = "host"
     ) -> None:
         self._model, self._optimizer, self._place = model, optimizer, place
         self.micro_batch = micro_batch
 
     def give_way(self) -> str | None:
         """Free something, and say what; None where nothing is left that could."""
-        stack, optimizer = self._model.model, self._optimizer
+        stack, optimizer = self._model.stack, self._optimizer
         if isinstance(optimizer, PagedAdamW) and optimizer.resident_bytes:
             return f"{optimizer.evict() / 1e6:,.0f} MB of AdamW's moments go to the host"
         if self.micro_batch > 1:
@@ -124,14 +146,14 @@ class Relief:
         if stack.checkpoint_offload is None:
             stack.checkpoint_offload = CheckpointOffload(self._place)
             return "layers' inputs go to the host from now on"
-        embedding = stack.embed_tokens.weight
+        embedding = stack.embedding.weight
         if embedding.device.type != "cpu" and embedding is not self._model.lm_head.weight:
             embedding.data = embedding.data.cpu()
             return f"the embedding, {embedding.nbytes / 1e6:,.0f} MB, goes to the host"
         return self._stream()
 
     def _stream(self) -> str | None:
-        stack = self._model.model
+        stack = self._model.stack
         stream = stack.stream or LayerStream(self._model.device, self._place)
         left = [n for n, layer in enumerate(stack.layers) if n not in stream and _holds_nf4(layer)]
         if not left:

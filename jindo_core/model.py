@@ -1,4 +1,4 @@
-"""LLaMA (Touvron et al. 2023, arXiv:2307.09288), under Hugging Face's module names.
+"""LLaMA (Touvron et al. 2023, arXiv:2307.09288), under Hugging Face's module names, and what all architectures share.
 
 Shape suffixes in comments: B batch, T new tokens, S tokens attended to (cache and new), C hidden size,
 H query heads, G key/value heads, D head size, V vocabulary.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from jindo_core.kernels.rope import rope
 from jindo_core.kernels.swiglu import swiglu
 from jindo_core.lora import project
 from jindo_core.recompute import CheckpointOffload, recomputed
+from jindo_core.rotary import RotaryConfig, rope_frequencies
 from jindo_core.streaming import LayerStream
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -34,6 +35,25 @@ ROPE_NEEDS = {
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+
+
+class ModelConfig(RotaryConfig, Protocol):
+    """What the engine asks of any architecture's configuration."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -105,72 +125,6 @@ class LlamaConfig:
         return cls(**given)
 
 
-# --- rotary position embedding --------------------------------------------------------------------------
-
-
-def rope_frequencies(config: LlamaConfig, length: int) -> tuple[Tensor, float]:
-    """Inverse frequencies, fp32 [D/2] on the CPU, and the factor on cos and sin, for a sequence of `length`.
-
-    RoPE: Su et al. 2021 (arXiv:2104.09864). Scalings: linear (arXiv:2306.15595), dynamic NTK, llama3
-    (arXiv:2407.21783), yarn (arXiv:2309.00071).
-    """
-    dim, base = config.head_dim, config.rope_theta
-    scaling = config.rope or {"rope_type": "default"}
-    exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-    match scaling["rope_type"]:
-        case "linear":
-            return 1.0 / base**exponent / scaling["factor"], 1.0
-        case "dynamic":
-            # The base grows with the sequence once it outgrows the context of the pretraining.
-            context, factor = config.max_position_embeddings, scaling["factor"]
-            stretch = factor * max(length, context) / context - (factor - 1)
-            return 1.0 / (base * stretch ** (dim / (dim - 2))) ** exponent, 1.0
-        case "llama3":
-            return _llama3_frequencies(1.0 / base**exponent, config, scaling), 1.0
-        case "yarn":
-            return _yarn_frequencies(base**exponent, config, scaling)
-        case "factors":  # GGUF writes llama3 scaling out as a divisor for each frequency
-            return 1.0 / base**exponent / torch.tensor(scaling["factors"], dtype=torch.float32), 1.0
-    return 1.0 / base**exponent, 1.0
-
-
-def _llama3_frequencies(inverse: Tensor, config: LlamaConfig, scaling: Mapping[str, Any]) -> Tensor:
-    """Long wavelengths are divided by the factor, short ones kept, those between interpolated."""
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    context = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
-    rotations = context * inverse / (2 * math.pi)  # turns within the original context
-    smooth = ((rotations - low) / (high - low)).clamp(0, 1)
-    return (1 - smooth) * inverse / scaling["factor"] + smooth * inverse
-
-
-def _yarn_frequencies(
-    frequency: Tensor, config: LlamaConfig, scaling: Mapping[str, Any]
-) -> tuple[Tensor, float]:
-    dim, base = config.head_dim, config.rope_theta
-    context = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
-    factor = scaling.get("factor") or config.max_position_embeddings / context
-
-    def dimension(rotations: float) -> float:
-        """The dimension that turns so many times within the original context."""
-        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    inverse = ramp / (factor * frequency) + (1 - ramp) / frequency
-
-    def magnitude(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    attention = scaling.get("attention_factor")
-    if attention is None:
-        mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        attention = magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
-    return inverse, attention
-
-
 # --- key/value cache ------------------------------------------------------------------------------------
 
 
@@ -184,7 +138,7 @@ class KVCache:
     """
 
     def __init__(
-        self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
@@ -273,18 +227,27 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class LlamaModel(nn.Module):
-    """The stack below the head: token ids to hidden states."""
+class DecoderStack(nn.Module, ABC):
+    """The stack below the head: token ids to hidden states. A subclass holds the modules, under its own names.
 
-    def __init__(self, config: LlamaConfig) -> None:
+    Attributes:
+        layers: each called as `DecoderLayer` is. norm: behind the last one; its weight says device and dtype.
+    """
+
+    layers: nn.ModuleList
+    norm: RMSNorm | nn.LayerNorm
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.checkpointed_layers = 0
         self.checkpoint_offload: CheckpointOffload | None = None
         self.stream: LayerStream | None = None
+
+    @property
+    @abstractmethod
+    def embedding(self) -> nn.Embedding:
+        """Of the input tokens."""
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -303,7 +266,7 @@ class LlamaModel(nn.Module):
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """[B, T] -> [B, T, C]; arguments as in `LlamaForCausalLM.forward`."""
+        """[B, T] -> [B, T, C]; arguments as in `CausalLM.forward`."""
         past = 0 if cache is None else cache.length
         new = input_ids.shape[1]
         if position_ids is None:
@@ -326,8 +289,8 @@ class LlamaModel(nn.Module):
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         """The table may lie on the CPU while the layers do not."""
-        weight = self.embed_tokens.weight
-        return self.embed_tokens(input_ids.to(weight.device)).to(self.norm.weight.device)
+        embedding = self.embedding
+        return embedding(input_ids.to(embedding.weight.device)).to(self.norm.weight.device)
 
     def _checkpointed(self, layer: int) -> bool:
         # A streamed layer's weights are gone when its backward pass comes: it has to run again.
@@ -342,6 +305,20 @@ class LlamaModel(nn.Module):
         inverse, factor = rope_frequencies(self.config, length)
         angle = position_ids[:, :, None].float() * inverse.to(position_ids.device)
         return angle.cos() * factor, angle.sin() * factor
+
+
+class LlamaModel(DecoderStack):
+    """LLaMA's stack."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.embed_tokens
 
 
 def _attention_mask(attention_mask: Tensor | None, past: int, new: int, device: torch.device) -> Tensor | None:
@@ -375,16 +352,23 @@ class CausalLMOutput:
         return self._logits
 
 
-class LlamaForCausalLM(nn.Module):
-    """LLaMA with its language-model head, called as transformers' class of the same name is."""
+class CausalLM(nn.Module, ABC):
+    """A decoder with its language-model head: what every architecture's model is to the rest of the engine.
 
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = LlamaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+    Attributes:
+        LAYERS, EMBEDDING: paths of the list of layers and of the input embedding, in the checkpoint's names.
+        lm_head: without bias; its weight may be the embedding's.
+    """
+
+    LAYERS: ClassVar[str]
+    EMBEDDING: ClassVar[str]
+    config: ModelConfig
+    lm_head: nn.Linear
+
+    @property
+    @abstractmethod
+    def stack(self) -> DecoderStack:
+        """All below the head."""
 
     def forward(
         self,
@@ -408,7 +392,7 @@ class LlamaForCausalLM(nn.Module):
         Returns:
             `.loss`: mean cross entropy, or None. `.logits`: [B, T, V].
         """
-        hidden = self.model(input_ids, attention_mask, position_ids, cache)
+        hidden = self.stack(input_ids, attention_mask, position_ids, cache)
         if labels is None:
             return CausalLMOutput(hidden, self.lm_head, None)
         shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -419,9 +403,28 @@ class LlamaForCausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.norm.weight.device
+        return self.stack.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations, embedding, norms and head."""
-        return self.model.norm.weight.dtype
+        return self.stack.norm.weight.dtype
+
+
+class LlamaForCausalLM(CausalLM):
+    """LLaMA with its language-model head, called as transformers' class of the same name is."""
+
+    LAYERS, EMBEDDING = "model.layers", "model.embed_tokens"
+    config: LlamaConfig
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def stack(self) -> LlamaModel:
+        return self.model

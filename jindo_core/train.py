@@ -1,4 +1,4 @@
-"""The main job: load a LLaMA in NF4, train LoRA adapters on instructions, save and check the adapter."""
+"""The main job: load a model in NF4, train LoRA adapters on instructions, save and check the adapter."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ from jindo_core.memory import (
     keep_budget,
     peak_bytes,
     sizes_of,
+    usual_targets,
     within_budget,
 )
-from jindo_core.model import LlamaConfig, LlamaForCausalLM
+from jindo_core.model import CausalLM, ModelConfig
 from jindo_core.optim import build_optimizer, learning_rate_factor
 from jindo_core.pages import PageStore
 from jindo_core.plan import Job as MemoryJob
@@ -79,7 +80,7 @@ class _Job:
 
     config: TrainConfig
     resident_states: int | str
-    model: LlamaForCausalLM
+    model: CausalLM
     tokenizer: Tokenizer
     template: Template
     examples: list[Example]
@@ -99,7 +100,7 @@ def train(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> TrainR
     """
     view = TrainingView()
     output_dir = choose_output_dir(config, "output_dir" in explicit)
-    job = _prepare(config, view)
+    job = _prepare(config, explicit, view)
     config = job.config
     part = output_dir / f"{METRICS}.part"
     with _open_log(part) as log:
@@ -131,7 +132,7 @@ def _open_log(path: Path) -> TextIO:
 # --- before the first step ------------------------------------------------------------------------------
 
 
-def _prepare(config: TrainConfig, view: TrainingView) -> _Job:
+def _prepare(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> _Job:
     """Read and check everything; cheap checks first, the model last."""
     if config.base_model is None:
         view.say(f"Base model: {embedded.NAME}, embedded default (135M weights; it was made for English)")
@@ -148,6 +149,11 @@ def _prepare(config: TrainConfig, view: TrainingView) -> _Job:
     tokenizer = load_tokenizer(path)
     architecture = open_checkpoint(path).config
     tokenizer.check(architecture.vocab_size)
+    given = config.lora_target_modules
+    config = usual_targets(config, "lora_target_modules" in explicit, sizes_of(architecture))
+    if config.lora_target_modules != given:
+        adapted = ", ".join(config.lora_target_modules)
+        view.notice(f"this model has no {', '.join(given)}: {adapted} is adapted, or what --lora_target_modules names")
     context = architecture.max_position_embeddings
     if config.cutoff_len > context:
         view.notice(f"cutoff_len {config.cutoff_len} is beyond the model's context: {context} is used")
@@ -171,7 +177,7 @@ def _prepare(config: TrainConfig, view: TrainingView) -> _Job:
 
 
 def _plan(
-    config: TrainConfig, architecture: LlamaConfig, examples: Sequence[Example], view: TrainingView
+    config: TrainConfig, architecture: ModelConfig, examples: Sequence[Example], view: TrainingView
 ) -> tuple[TrainConfig, MemoryJob]:
     """What the budget makes necessary; shows the memory plan."""
     device = pick_device(config.device)
@@ -191,7 +197,7 @@ def _plan(
     return config, planned
 
 
-def _load(path: Path, config: TrainConfig, view: TrainingView) -> LlamaForCausalLM:
+def _load(path: Path, config: TrainConfig, view: TrainingView) -> CausalLM:
     """The model with its adapter attached, as the settings say what is kept where."""
     torch.manual_seed(config.seed)
     model = load_model(
@@ -211,7 +217,7 @@ def _load(path: Path, config: TrainConfig, view: TrainingView) -> LlamaForCausal
         )
     for message in caught:
         view.notice(str(message.message))
-    stack = model.model
+    stack = model.stack
     stack.checkpointed_layers = len(stack.layers) if config.gradient_checkpointing else config.checkpointed_layers
     if config.offload_checkpoints:
         stack.checkpoint_offload = CheckpointOffload(_place(config))

@@ -15,13 +15,15 @@ import pytest
 PARTS = {"kernels": {"kernels"}, "jindo_core": {"jindo_core", "kernels"}, "cli": {"cli", "jindo_core"}}
 ENGINE_ROWS = [
     {"errors"},
-    {"settings", "plan", "files"},
+    {"settings", "plan", "plan_falcon", "files"},
     {"config"},
-    {"nf4"},
+    {"nf4", "rotary"},
     {"lora", "pages"},
     {"pager"},
     {"recompute", "streaming", "paged_adamw"},
     {"model"},
+    {"falcon"},
+    {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation"},
     {"evaluate", "progress", "tune", "doctor"},

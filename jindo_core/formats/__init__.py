@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jindo_core.formats.gguf import GGUFCheckpoint
 from jindo_core.formats.huggingface import SafetensorsCheckpoint
-from jindo_core.model import LlamaConfig
+from jindo_core.model import ModelConfig
 
 
 class Checkpoint(Protocol):
@@ -19,7 +19,7 @@ class Checkpoint(Protocol):
     `shapes` maps every tensor's name to its shape, known without reading data; `read` gives one tensor.
     """
 
-    config: LlamaConfig
+    config: ModelConfig
     shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str) -> Tensor: ...

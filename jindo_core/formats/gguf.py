@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jindo_core.errors import InputError
-from jindo_core.model import LlamaConfig
+from jindo_core.model import LlamaConfig, ModelConfig
 
 GGUF_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -55,7 +55,7 @@ class GGUFCheckpoint:
             self.shapes = {
                 name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()
             }
-            self.config = self._read_config()
+            self.config: ModelConfig = self._read_config()
         except InputError:
             raise
         except GGUF_FAULTS as error:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jindo_core.architectures import read_config
 from jindo_core.errors import InputError
 from jindo_core.files import read_json
-from jindo_core.model import LlamaConfig
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -24,7 +24,7 @@ class SafetensorsCheckpoint:
     def __init__(self, folder: Path) -> None:
         if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
             raise InputError(f"{folder} is a LoRA adapter: give it as --lora_weights, and its base as --base_model")
-        self.config = LlamaConfig.from_dict(read_json(folder / "config.json"))
+        self.config = read_config(read_json(folder / "config.json"))
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
         for file, names in _shards(folder).items():
