@@ -61,6 +61,7 @@ class FalconShape(NamedTuple):
 FALCONS = {
     shape.name: shape
     for shape in (
+        FalconShape("falcon-110m", 768, 3072, 12, 12, 1, 1, 32000),
         FalconShape("falcon-7b", 4544, 18176, 32, 71, 1, 1),
         FalconShape("falcon-40b", 8192, 32768, 60, 128, 8, 2),
     )

@@ -60,8 +60,8 @@ def rows(tmp_path):
 def train(base, rows, out, *more):
     given = ["--base_model", base, "--data_path", rows, "--output_dir", out, "--batch_size", 4, "--cutoff_len", 64]
     given += ["--micro_batch_size", 4, "--num_epochs", 4, "--learning_rate", 3e-2, "--val_set_size", 4]
-    given += ["--device", "cpu", "--prompt_template_name", "alpaca_short", "--dtype", "fp32", "--no_train_on_inputs", *more]
-    return main(["train", *map(str, given)])
+    given += ["--device", "cpu", "--prompt_template_name", "alpaca_short", "--dtype", "fp32", "--no_train_on_inputs"]
+    return main(["train", *map(str, [*given, *more])])
 
 
 def test_train_and_generate(base, rows, tmp_path, capsys):
