@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from jindo_core.errors import InputError
 from jindo_core.kernels.attention import causal_attention
 from jindo_core.kernels.rope import rope
-from jindo_core.lora import project
 from jindo_core.model import CausalLM, DecoderStack, KVCache
 
 MODEL_TYPES = ("falcon", "RefinedWeb", "RefinedWebModel")
@@ -192,10 +191,9 @@ class Attention(nn.Module):
         self.grouped = self.groups != config.num_attention_heads
 
     def forward(
-        self, fused: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None
     ) -> Tensor:
-        """fused: what `query_key_value` made, [B, T, (H + 2 G) D]. Returns [B, T, C]."""
-        parts = fused.unflatten(-1, (self.groups, -1, self.head_dim))
+        parts = self.query_key_value(x).unflatten(-1, (self.groups, -1, self.head_dim))
         q, k, v = parts.split((parts.shape[3] - 2, 1, 1), dim=3)  # [B, T, G, H / G, D] and twice [B, T, G, 1, D]
         k, v = k.squeeze(3), v.squeeze(3)
         q, k = rope(q.flatten(2, 3), k, cos, sin)  # [B, T, H, D] and [B, T, G, D]
@@ -216,13 +214,12 @@ class MLP(nn.Module):
         self.dense_h_to_4h = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=config.bias)
         self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.bias)
 
-    def forward(self, inner: Tensor) -> Tensor:
-        """inner: what `dense_h_to_4h` made, [B, T, ffn]. Returns [B, T, C]."""
-        return self.dense_4h_to_h(F.gelu(inner))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x)))
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP side by side. Their first layers are called here: with one norm, as one operator."""
+    """Attention and MLP side by side, behind one norm or one each."""
 
     def __init__(self, config: FalconConfig, layer: int) -> None:
         super().__init__()
@@ -238,14 +235,11 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None
     ) -> Tensor:
-        query_key_value, dense_h_to_4h = self.self_attention.query_key_value, self.mlp.dense_h_to_4h
-        if self.shared:
-            fused, inner = project(self.input_layernorm(x), query_key_value, dense_h_to_4h)
-            attended = self.self_attention(fused, cos, sin, mask, causal, cache)
-        else:  # one half after the other, so that their gradients are not all there at once
-            attended = self.self_attention(query_key_value(self.ln_attn(x)), cos, sin, mask, causal, cache)
-            inner = dense_h_to_4h(self.ln_mlp(x))
-        return x + (self.mlp(inner) + attended)
+        # One half after the other: query_key_value and dense_h_to_4h as one operator, where the norm is one, took the
+        # same time and held both halves' gradients at once.
+        normed = self.input_layernorm(x) if self.shared else self.ln_attn(x)
+        attended = self.self_attention(normed, cos, sin, mask, causal, cache)
+        return x + (self.mlp(normed if self.shared else self.ln_mlp(x)) + attended)
 
 
 class FalconModel(DecoderStack):

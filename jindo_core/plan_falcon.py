@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 FIRST = frozenset({"query_key_value", "dense_h_to_4h"})
-"""What reads a norm: one operator where the norm is one."""
+"""What reads a norm."""
 
 
 class FalconSizes(NamedTuple):
@@ -71,15 +71,12 @@ def kept_by_a_layer(sizes: FalconSizes, job: Job) -> int:
 def untracked(sizes: FalconSizes, job: Job) -> int:
     """Bytes of `kept_by_a_layer` that the first layer does not keep: before an adapter nothing has a gradient."""
     adapted = set(job.targets)
-    first = adapted & FIRST
-    if sizes.norms == 1 and first:  # both results come from one operator
-        first = set(FIRST)
     narrow, wide = sizes.hidden, 2 * sizes.norms
-    if "query_key_value" not in first:
+    if "query_key_value" not in adapted:
         narrow += sizes.fused + (sizes.heads + sizes.groups) * sizes.head_dim
         narrow += sizes.queries * ("dense" not in adapted)
         wide += sizes.heads
-    if "dense_h_to_4h" not in first:
+    if "dense_h_to_4h" not in adapted:
         narrow += sizes.inner
     return job.tokens * (narrow * job.itemsize + 4 * wide)
 
@@ -102,11 +99,10 @@ def backward_of_a_layer(sizes: FalconSizes, job: Job) -> int:
 
 def _attention_backward(sizes: FalconSizes, job: Job) -> int:
     """Its gradients and FlashAttention-2's temporaries (dQ in fp32; where heads share keys, dK and dV of every head),
-    while h is gone, and the gradient of GELU's input waits for the other half of the one operator, or is gone too."""
-    m, item, width = job.tokens, job.itemsize, sizes.heads * sizes.head_dim
-    waiting = sizes.inner if sizes.norms == 1 else -sizes.inner
-    waiting -= sizes.inner * ("dense_4h_to_h" in job.targets)
+    while what the MLP kept is gone."""
+    m, item, width = job.tokens, job.itemsize, sizes.queries
+    gone = sizes.inner * (1 + ("dense_4h_to_h" in job.targets))
     rows, padded = -(-job.length // 128) * 128, -(-sizes.head_dim // 32) * 32
     inside = job.micro_batch * rows * sizes.heads * (padded + 1) * 4
     inside += 2 * m * width * item if sizes.heads != sizes.groups else 0
-    return (waiting + sizes.queries + sizes.fused) * m * item + inside
+    return (width + sizes.fused - gone) * m * item + inside
