@@ -5,6 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from torch import nn
 from transformers import FalconConfig as TheirConfig
 from transformers import FalconForCausalLM as Theirs
@@ -17,8 +18,10 @@ from jindo_core.falcon import FalconConfig, FalconForCausalLM
 from jindo_core.generation import generate_ids
 from jindo_core.loader import load_model
 from jindo_core.lora import adapted_layers, attach_lora
+from jindo_core.memory import Relief, sizes_of
 from jindo_core.model import KVCache, LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear
+from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.recompute import CheckpointOffload
 from jindo_core.streaming import LayerStream
 
@@ -262,6 +265,10 @@ def test_an_adapter_goes_to_peft_and_back(saved, targets, tmp_path):
     assert torch.equal(back(ids).logits, wanted)
 
 
+def test_the_usual_targets_are_peft_s():
+    assert list(sizes_of(read_config(BASE)).usual_targets) == PEFT_TARGETS["falcon"]
+
+
 def test_target_modules_that_no_falcon_has(saved):
     model = load_model(saved[1], dtype="fp32", device="cpu")
     with pytest.raises(InputError, match=r"\[q_proj, v_proj\] match no linear layer; this model has \[dense, dense_4h"):
@@ -304,6 +311,28 @@ def test_bf16_stays_near_fp32(layout):
     assert got.dtype == model.dtype == torch.bfloat16
     error = (got.float() - wanted).norm() / wanted.norm()
     assert 1e-5 < error < 0.05
+
+
+def test_relief_ends(saved):
+    """What gives way when a step runs out of memory."""
+    model = attach_lora(load_model(saved[1], dtype="fp32", device="cpu"), r=4, target_modules="all-linear").train()
+    optimizer = PagedAdamW([p for p in model.parameters() if p.requires_grad])
+    relief = Relief(model, optimizer, 2)
+    said = []
+    while (done := relief.give_way()) is not None:
+        said.append(done)
+    # A smaller batch, checkpoints, those to the host, the layers; the embedding is on the CPU already.
+    assert len(said) == 4, said
+    assert model.stack.stream.layers == [0, 1, 2]
+    step(model, random_ids(1, 9))
+
+
+@both_layouts
+def test_torch_compile(layout):
+    model = nf4_model(layout).eval()
+    ids = random_ids(1, 12)
+    compiled = torch.compile(model.stack, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids), model.stack(ids), atol=1e-5, rtol=1e-5)
 
 
 # --- the configuration ----------------------------------------------------------------------------------
