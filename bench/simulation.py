@@ -30,10 +30,10 @@ from bench.shapes import FALCONS, SHAPES, FalconShape, Shape
 from bench.steps import random_weights
 from jindo_core import paged_adamw, pager, pages
 from jindo_core.architectures import build
+from jindo_core.causal_lm import CausalLM
 from jindo_core.kernels import attention, dispatch, linear_cross_entropy, lora_matmul
 from jindo_core.lora import attach_lora
 from jindo_core.memory import current_bytes, give_back_freed, peak_bytes
-from jindo_core.model import CausalLM
 from jindo_core.nf4 import NF4Linear, NF4Weight
 from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.plan import spread
@@ -156,7 +156,8 @@ def cpu_workspace(name: str, args: tuple[Any, ...]) -> tuple[int, int]:
             again = name.endswith("backward")
             q, k = (args[1], args[2]) if again else args[:2]
             (b, t, h, d), groups = q.shape, k.shape[2]
-            return attention.workspace_bytes(b, t, h, groups, d, q.dtype.itemsize, backward=again), 0
+            held = attention.workspace_bytes(b, t, h, groups, d, q.dtype.itemsize, backward=again, window=args[-1])
+            return held, 0
     return cuda_workspace(name, args)
 
 

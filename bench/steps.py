@@ -23,10 +23,10 @@ from bench.shapes import FALCONS, SHAPES, FalconShape, Shape
 from bench.timing import OURS, Case
 from jindo_core import plan_falcon
 from jindo_core.architectures import build
+from jindo_core.causal_lm import CausalLM, KVCache
 from jindo_core.decoding import Decoder
 from jindo_core.lora import attach_lora
 from jindo_core.memory import CUDA_CONTEXT
-from jindo_core.model import CausalLM, KVCache
 from jindo_core.nf4 import NF4Linear, NF4Weight
 from jindo_core.optim import OPTIMIZERS, build_optimizer
 from jindo_core.train import backward

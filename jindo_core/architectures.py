@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jindo_core import falcon
+from jindo_core.causal_lm import CausalLM, ModelConfig
 from jindo_core.falcon import FalconConfig, FalconForCausalLM
-from jindo_core.model import CausalLM, LlamaConfig, LlamaForCausalLM, ModelConfig
+from jindo_core.model import LlamaConfig, LlamaForCausalLM
 
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:

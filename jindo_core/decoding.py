@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from jindo_core.causal_lm import CausalLM, KVCache
+from jindo_core.kernels.attention import causal_mask
 from jindo_core.kernels.decode_cpu import DecodeStep, Layer, fits
 from jindo_core.kernels.lora_matmul import Projection
 from jindo_core.lora import LoraLinear
-from jindo_core.model import CausalLM, DecoderLayer, KVCache, LlamaForCausalLM
+from jindo_core.model import DecoderLayer, LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear
 from jindo_core.rotary import rope_frequencies
 
@@ -58,6 +60,7 @@ class FixedStep:
         self.tokens = torch.zeros(cache.keys.shape[1], dtype=torch.int64, device=device)
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
         self._places = torch.arange(size, device=device)
+        self._windows = [model.config.window(layer) for layer in range(model.config.num_hidden_layers)]
         inverse, self._factor = rope_frequencies(model.config, size)
         self._inverse = inverse.to(device)
 
@@ -73,10 +76,10 @@ class FixedStep:
         stack = self._model.stack
         angle = (self.place.float() * self._inverse)[None, None]
         cos, sin = angle.cos() * self._factor, angle.sin() * self._factor
-        mask = (self._places <= self.place)[None, None, None]
+        masks = {w: causal_mask(self.place, self._places, w)[None, None] for w in set(self._windows)}
         x = stack.embedding(self.tokens[:, None])
-        for layer in stack.layers:
-            x = layer(x, cos, sin, mask, False, self)
+        for layer, window in zip(stack.layers, self._windows, strict=True):
+            x = layer(x, cos, sin, masks[window], False, self)
         return self._model.lm_head(stack.norm(x)[:, -1]).float()
 
 
@@ -119,21 +122,23 @@ class GraphedStep:
 
 
 def _capturable(model: CausalLM) -> bool:
-    """Whether the model's steps can be captured: all of it on one GPU, no hooks, and angles that depend on the place
-    alone (those of dynamic NTK change with the length)."""
+    """Whether the model's steps can be captured: all of it on one GPU, no hooks, no memory that grows, and angles that
+    depend on the place alone (those of dynamic NTK change with the length)."""
     devices = {parameter.device for parameter in model.parameters()}
     dynamic = (model.config.rope or {}).get("rope_type") == "dynamic"
     watched = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    return len(devices) == 1 and next(iter(devices)).type == "cuda" and not dynamic and not watched
+    still = not dynamic and model.config.memory is None
+    return len(devices) == 1 and next(iter(devices)).type == "cuda" and still and not watched
 
 
 def _prepare(model: CausalLM, cache: KVCache) -> DecodeStep | None:
-    """The prepared step, or None where the model is no LLaMA, not all NF4 on a CPU, or watched by hooks."""
+    """The prepared step, or None where the model is no LLaMA, is not all NF4 on a CPU, has memory, or is watched by
+    hooks."""
     if not isinstance(model, LlamaForCausalLM):
         return None
     stack = model.stack
     kinds = {(p.dtype, p.device.type) for p in (stack.norm.weight, model.lm_head.weight, cache.keys)}
-    if stack.stream is not None:
+    if stack.stream is not None or model.config.memory is not None:
         return None
     if len(kinds) != 1 or stack.norm.weight.device.type != "cpu" or type(model.lm_head) is not nn.Linear:
         return None
@@ -146,16 +151,19 @@ def _prepare(model: CausalLM, cache: KVCache) -> DecodeStep | None:
         own = layer.self_attn, layer.mlp
         linears = (*(getattr(own[0], f"{n}_proj") for n in "qkvo"), own[1].gate_proj, own[1].up_proj, own[1].down_proj)
         projections: list[Projection] = []
+        biases: list[Tensor | None] = []
         for linear in linears:
             base = linear.base if isinstance(linear, LoraLinear) else linear
-            if not isinstance(base, NF4Linear) or base.bias is not None:
+            if not isinstance(base, NF4Linear):
                 return None
+            biases.append(base.bias)
             adapter = (linear.lora_A, linear.lora_B) if isinstance(linear, LoraLinear) else (None, None)
             scale = linear.scale if isinstance(linear, LoraLinear) else 1.0
             projections.append(base.projection(*adapter, scale=scale))
             block_sizes.add(base.block_size)
         norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        layers.append(Layer(projections, *norms, cache.keys[index], cache.values[index]))
+        held = cache.keys[index], cache.values[index]
+        layers.append(Layer(projections, biases, *norms, *held, model.config.window(index)))
     if len(block_sizes) != 1 or not fits(layers, stack.norm.weight, block_size := block_sizes.pop()):
         return None
     config = model.config

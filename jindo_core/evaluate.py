@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from jindo_core.causal_lm import CausalLM
 from jindo_core.data.examples import Example, collate
-from jindo_core.model import CausalLM
 
 
 @torch.no_grad()

@@ -16,10 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jindo_core.causal_lm import CausalLM, DecoderStack, KVCache
 from jindo_core.errors import InputError
 from jindo_core.kernels.attention import causal_attention
 from jindo_core.kernels.rope import rope
-from jindo_core.model import CausalLM, DecoderStack, KVCache
+from jindo_core.long_memory import LongMemory
 
 MODEL_TYPES = ("falcon", "RefinedWeb", "RefinedWebModel")
 """As config.json says it; the last two are the first releases' own code (40B, 7B): the same weights and names."""
@@ -40,7 +41,7 @@ class FalconConfig:
     Attributes:
         num_key_value_heads: G; 1 in the 7B. ffn_hidden_size: of the MLP.
         norms: 1 where attention and MLP read one norm (input_layernorm), 2 where each has its own (ln_attn, ln_mlp).
-        bias: whether the linear layers have one. rope: always None, no scaling is known for these.
+        bias: whether the linear layers have one. rope, memory: always None, these are not scaled and have none.
     """
 
     vocab_size: int
@@ -57,6 +58,16 @@ class FalconConfig:
     tie_word_embeddings: bool = True
     eos_token_ids: tuple[int, ...] = ()
     rope: Mapping[str, Any] | None = None
+    memory: LongMemory | None = None
+
+    def window(self, layer: int) -> int | None:
+        """None: every layer's queries see all keys up to their own."""
+        return None
+
+    @property
+    def context(self) -> int:
+        """The most tokens a sequence may have."""
+        return self.max_position_embeddings
 
     @property
     def head_dim(self) -> int:
@@ -197,12 +208,12 @@ class Attention(nn.Module):
         q, k, v = parts.split((parts.shape[3] - 2, 1, 1), dim=3)  # [B, T, G, H / G, D] and twice [B, T, G, 1, D]
         k, v = k.squeeze(3), v.squeeze(3)
         q, k = rope(q.flatten(2, 3), k, cos, sin)  # [B, T, H, D] and [B, T, G, D]
-        if causal and cache is None:
-            return self.dense(causal_attention(q, k, v).flatten(2))
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        held_k, held_v = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+            held_k, held_v = cache.extend(self.layer, held_k, held_v)
+        if causal:  # a cache was empty: the new tokens are all there is
+            return self.dense(causal_attention(q, k, v).flatten(2))
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), held_k, held_v, attn_mask=mask, enable_gqa=self.grouped)
         return self.dense(y.transpose(1, 2).flatten(2))
 
 
@@ -260,7 +271,7 @@ class FalconModel(DecoderStack):
         return self.h
 
     @property
-    def norm(self) -> LayerNorm:  # type: ignore[override]
+    def norm(self) -> LayerNorm:
         return self.ln_f
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from jindo_core.causal_lm import CausalLM, KVCache
 from jindo_core.decoding import Decoder
 from jindo_core.errors import InputError
-from jindo_core.model import CausalLM, KVCache
 
 if TYPE_CHECKING:
     from jindo_core.config import GenerateConfig
@@ -90,12 +90,12 @@ def generate_ids(
     seed: int | None = None,
 ) -> Iterator[int]:
     """Yield new token ids, a stop id last; arguments as in `generate`."""
-    context = model.config.max_position_embeddings
+    context = model.config.context
     if not ids:
         raise InputError("the prompt is empty: expected at least one token")
-    if len(ids) >= context:
+    if context is not None and len(ids) >= context:
         raise InputError(f"the prompt is {len(ids)} tokens long, the model's context {context}: shorten it")
-    room = min(max_new_tokens, context - len(ids))
+    room = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
     was_training = model.training
     model.eval()
     try:

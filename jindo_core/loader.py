@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from jindo_core.architectures import build
+from jindo_core.causal_lm import CausalLM
 from jindo_core.errors import InputError
 from jindo_core.formats import Checkpoint, missing_and_extra, open_checkpoint
 from jindo_core.hub import resolve_model
 from jindo_core.memory import give_back_freed
-from jindo_core.model import CausalLM
 from jindo_core.nf4 import NF4Linear, quantize_nf4
 from jindo_core.plan import spread
 from jindo_core.streaming import LayerStream

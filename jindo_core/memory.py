@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from jindo_core.causal_lm import CausalLM, ModelConfig
 from jindo_core.config import PROFILES, TrainConfig
 from jindo_core.errors import InputError
 from jindo_core.falcon import FalconConfig
-from jindo_core.model import CausalLM, LlamaConfig, ModelConfig
+from jindo_core.model import LlamaConfig
 from jindo_core.nf4 import NF4Linear
 from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.plan import CONTEXT, Change, Job, Sizes, fit, plan
@@ -32,9 +33,13 @@ def sizes_of(config: ModelConfig) -> Sizes | FalconSizes:
             config.bias,
         )  # fmt: skip
     assert isinstance(config, LlamaConfig)
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    biases = config.attention_bias * heads * config.head_dim + config.output_bias * config.hidden_size
+    biases += config.mlp_bias * (2 * config.intermediate_size + config.hidden_size)
     return Sizes(
         config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads,
         config.num_key_value_heads, config.head_dim, config.vocab_size, config.tie_word_embeddings,
+        biases, config.attention_bias,
     )  # fmt: skip
 
 

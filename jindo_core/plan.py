@@ -33,7 +33,7 @@ FRAGMENTATION = 0.03
 
 
 class Sizes(NamedTuple):
-    """A LLaMA's numbers."""
+    """A LLaMA's numbers. biases: elements of a layer's; attention_bias: whether q, k and v are among them."""
 
     hidden: int
     inner: int
@@ -43,6 +43,8 @@ class Sizes(NamedTuple):
     head_dim: int
     vocab: int
     tied: bool = False
+    biases: int = 0
+    attention_bias: bool = False
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -59,8 +61,8 @@ class Sizes(NamedTuple):
 
     @property
     def vectors(self) -> int:
-        """Elements of the norms."""
-        return (2 * self.layers + 1) * self.hidden
+        """Elements of the norms and biases."""
+        return (2 * self.layers + 1) * self.hidden + self.layers * self.biases
 
 
 SHAPES: dict[str, Sizes | FalconSizes] = {
@@ -235,8 +237,9 @@ def kept_by_a_layer(job: Job) -> int:
     adapted = set(job.targets)
     narrow = 2 * c  # the input of each half: the norms keep it
     narrow += c * bool(adapted & {"q_proj", "k_proj", "v_proj"}) + c * bool(adapted & {"gate_proj", "up_proj"})
-    # q, k and v side by side (v stays, and holds the others), q and k turned, and the attention's result.
-    narrow += (queries + 2 * keys) + (queries + keys) + queries
+    # q, k and v side by side (v stays, and holds the others; behind a bias it stands alone), q and k turned, and the
+    # attention's result.
+    narrow += (keys if sizes.attention_bias else queries + 2 * keys) + (queries + keys) + queries
     narrow += 2 * sizes.inner + sizes.inner * ("down_proj" in adapted)
     narrow += job.lora_r * len(adapted)
     return m * (narrow * item + 4 * (2 + sizes.heads))
@@ -250,7 +253,7 @@ def _untracked(job: Job) -> int:
     c, queries, keys = sizes.hidden, sizes.heads * sizes.head_dim, sizes.groups * sizes.head_dim
     if adapted & {"q_proj", "k_proj", "v_proj"}:
         return 0
-    narrow, wide = c + 3 * (queries + keys), 1 + sizes.heads
+    narrow, wide = c + (2 if sizes.attention_bias else 3) * (queries + keys), 1 + sizes.heads
     if "o_proj" in adapted:
         narrow -= queries
     else:

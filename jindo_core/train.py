@@ -19,6 +19,7 @@ from torch import Tensor
 
 from jindo_core import embedded
 from jindo_core.adapters import CONFIG, WEIGHTS, save_adapter
+from jindo_core.causal_lm import CausalLM, ModelConfig
 from jindo_core.config import TrainConfig
 from jindo_core.data.examples import Example, collate, encode_all, epoch_batches
 from jindo_core.data.records import Record, bundled_path, read_records, split_records
@@ -42,7 +43,6 @@ from jindo_core.memory import (
     usual_targets,
     within_budget,
 )
-from jindo_core.model import CausalLM, ModelConfig
 from jindo_core.optim import build_optimizer, learning_rate_factor
 from jindo_core.pages import PageStore
 from jindo_core.plan import Job as MemoryJob
@@ -154,10 +154,10 @@ def _prepare(config: TrainConfig, explicit: frozenset[str], view: TrainingView) 
     if config.lora_target_modules != given:
         adapted = ", ".join(config.lora_target_modules)
         view.notice(f"this model has no {', '.join(given)}: {adapted} is adapted, or what --lora_target_modules names")
-    context = architecture.max_position_embeddings
-    if config.cutoff_len > context:
+    context = architecture.context
+    if context is not None and config.cutoff_len > context:
         view.notice(f"cutoff_len {config.cutoff_len} is beyond the model's context: {context} is used")
-    cutoff = min(config.cutoff_len, context)
+    cutoff = config.cutoff_len if context is None else min(config.cutoff_len, context)
     examples = _encode(training, tokenizer, template, config, cutoff, view)
     if not examples:
         raise InputError(
@@ -229,11 +229,12 @@ def _place(config: TrainConfig) -> str:
 
 
 def _choose_probe(
-    records: Sequence[Record], tokenizer: Tokenizer, template: Template, context: int
+    records: Sequence[Record], tokenizer: Tokenizer, template: Template, context: int | None
 ) -> Record | None:
     """The first row whose prompt leaves room for an answer within the model's context; None if there is none."""
     for record in records[:100]:
-        if len(tokenizer.encode(template.prompt(record.instruction, record.input))) + ANSWER_TOKENS <= context:
+        needed = len(tokenizer.encode(template.prompt(record.instruction, record.input))) + ANSWER_TOKENS
+        if context is None or needed <= context:
             return record
     return None
 

@@ -24,14 +24,18 @@ class Layer(NamedTuple):
     """One decoder layer: q, k, v, o, gate, up and down, its two norms' weights [C], and its part of the cache.
 
     Attributes:
+        biases: [out] or None, one for each projection.
         keys, values: [B, G, capacity, D], contiguous, of the activations' dtype.
+        window: so many keys are seen, the new one the last; None: all.
     """
 
     projections: Sequence[Projection]
+    biases: Sequence[Tensor | None]
     attention_norm: Tensor
     mlp_norm: Tensor
     keys: Tensor
     values: Tensor
+    window: int | None = None
 
 
 def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
@@ -40,14 +44,18 @@ def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
 
 class _Matrix(ctypes.Structure):
     _fields_ = (
-        *_fields(POINTER, "codes", "absmax", "nested", "offset", "a", "b"),
+        *_fields(POINTER, "codes", "absmax", "nested", "offset", "a", "b", "bias"),
         *_fields(LONG, "inputs", "outputs", "rank"),
         ("scale", FLOAT),
     )
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = (("m", _Matrix * 7), *_fields(POINTER, "attention_norm", "mlp_norm", "keys", "values"))
+    _fields_ = (
+        ("m", _Matrix * 7),
+        *_fields(POINTER, "attention_norm", "mlp_norm", "keys", "values"),
+        ("window", LONG),
+    )
 
 
 _SIZES = (
@@ -98,19 +106,21 @@ class DecodeStep:
         self._run = native.function("jindo_decode", ctypes.POINTER(_Step), returns=INT)
 
     def _describe(self, layer: Layer) -> _Layer:
+        matrices = (self._matrix(*both) for both in zip(layer.projections, layer.biases, strict=True))
         return _Layer(
-            (_Matrix * 7)(*(self._matrix(projection) for projection in layer.projections)),
-            address(layer.attention_norm), address(layer.mlp_norm), address(layer.keys), address(layer.values),
+            (_Matrix * 7)(*matrices), address(layer.attention_norm), address(layer.mlp_norm), address(layer.keys),
+            address(layer.values), layer.window or layer.keys.shape[2],
         )  # fmt: skip
 
-    def _matrix(self, w: Projection) -> _Matrix:
+    def _matrix(self, w: Projection, bias: Tensor | None) -> _Matrix:
+        bias = None if bias is None else bias.detach().float().contiguous()
         a = None if w.lora_A is None else w.lora_A.detach().float().contiguous()
         b = None if w.lora_B is None else w.lora_B.detach().float().contiguous()
         packed, absmax = w.packed.contiguous(), w.absmax.contiguous()
-        self._kept.append((a, b, packed, absmax, w.nested_absmax, w.offset))
+        self._kept.append((a, b, bias, packed, absmax, w.nested_absmax, w.offset))
         return _Matrix(
             address(packed), address(absmax), address(w.nested_absmax), address(w.offset), address(a), address(b),
-            packed.numel() * 2 // w.out_features, w.out_features, w.rank, w.scale,
+            address(bias), packed.numel() * 2 // w.out_features, w.out_features, w.rank, w.scale,
         )  # fmt: skip
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, length: int) -> Tensor:

@@ -30,7 +30,7 @@ def shapes(repo_root):
     return importlib.import_module("bench.shapes").SHAPES
 
 
-def both(simulation, shape, *, layers=None, targets=LINEARS, **given):
+def both(simulation, shape, *, layers=None, targets=LINEARS, biases=0, attention_bias=False, **given):
     """The simulation and the plan of one step, and the bytes of weights in both."""
     shape = shape if layers is None else shape._replace(layers=layers)
     names = "all-linear" if targets in (LINEARS, plan_falcon.LINEARS) else list(targets)
@@ -39,8 +39,9 @@ def both(simulation, shape, *, layers=None, targets=LINEARS, **given):
         sizes = SHAPES[shape.name]._replace(layers=shape.layers)
     else:
         sizes = Sizes(
-            shape.hidden, shape.inner, shape.layers, shape.heads, shape.groups, shape.hidden // shape.heads, shape.vocab
-        )
+            shape.hidden, shape.inner, shape.layers, shape.heads, shape.groups, shape.hidden // shape.heads,
+            shape.vocab, biases=biases, attention_bias=attention_bias,
+        )  # fmt: skip
     more = dict(given)
     if not more.pop("resident_states", True):
         more["resident_states"] = 0
@@ -54,6 +55,30 @@ def agree(simulated, planned, fixed):
     assert planned == pytest.approx(simulated, rel=0.03)
     # Of a large model most is weights, where nobody errs: what comes and goes has to agree too.
     assert planned - fixed == pytest.approx(simulated - fixed, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointed", [0, 2, 4])
+@pytest.mark.parametrize("targets", [LINEARS, ("down_proj",)])
+def test_the_plan_agrees_where_q_k_and_v_have_biases(targets, checkpointed, simulation, shapes, monkeypatch):
+    """What a Qwen2 keeps: q and k are gone once they are turned."""
+    real = simulation._build
+
+    def biased(*given):
+        model = real(*given)
+        for layer in model.model.layers:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                linear = getattr(layer.self_attn, name)
+                base = getattr(linear, "base", linear)
+                base.bias = torch.nn.Parameter(torch.zeros(base.out_features, dtype=model.dtype), requires_grad=False)
+        return model
+
+    monkeypatch.setattr(simulation, "_build", biased)
+    agree(
+        *both(
+            simulation, shapes["8b"], layers=4, tokens=512, micro_batch=4, checkpointed_layers=checkpointed,
+            targets=targets, biases=6144, attention_bias=True,
+        )
+    )  # fmt: skip
 
 
 GRID = list(itertools.product(["7b", "8b", "13b", "70b"], [512, 2048], [1, 4], ["none", "some", "all"]))

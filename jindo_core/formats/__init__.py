@@ -8,9 +8,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from jindo_core.causal_lm import ModelConfig
 from jindo_core.formats.gguf import GGUFCheckpoint
 from jindo_core.formats.huggingface import SafetensorsCheckpoint
-from jindo_core.model import ModelConfig
 
 
 class Checkpoint(Protocol):
@@ -19,8 +19,10 @@ class Checkpoint(Protocol):
     `shapes` maps every tensor's name to its shape, known without reading data; `read` gives one tensor.
     """
 
-    config: ModelConfig
     shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def config(self) -> ModelConfig: ...
 
     def read(self, name: str) -> Tensor: ...
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jindo_core.errors import InputError
-from jindo_core.model import LlamaConfig, ModelConfig
+from jindo_core.model import LlamaConfig
 
 GGUF_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -28,6 +28,7 @@ GGUF_LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+GGUF_KINDS = ("llama", "qwen2")
 GGUF_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 # What the gguf package raises on a file that is cut short or is no GGUF.
 GGUF_FAULTS = (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError)
@@ -43,7 +44,7 @@ def gguf_to_hf_name(name: str) -> str:
 
 
 class GGUFCheckpoint:
-    """A LLaMA in llama.cpp's format, dequantized tensor by tensor as it is read."""
+    """A LLaMA or Qwen2 in llama.cpp's format, dequantized tensor by tensor as it is read."""
 
     def __init__(self, file: Path) -> None:
         from gguf import GGUFReader
@@ -55,7 +56,7 @@ class GGUFCheckpoint:
             self.shapes = {
                 name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()
             }
-            self.config: ModelConfig = self._read_config()
+            self.config = self._read_config()
         except InputError:
             raise
         except GGUF_FAULTS as error:
@@ -71,7 +72,10 @@ class GGUFCheckpoint:
         except (NotImplementedError, *GGUF_FAULTS) as error:
             raise InputError(f"the tensor {name} in {self._file} can't be read: {error}") from None
         value = torch.from_numpy(values.copy() if not values.flags.writeable else values)
-        # llama.cpp rotates pairs (2i, 2i + 1), Hugging Face (i, i + D/2): its converter interleaves the rows.
+        # llama.cpp rotates a LLaMA's pairs (2i, 2i + 1), Hugging Face (i, i + D/2): its converter interleaves the rows.
+        # Of a Qwen2 it rotates Hugging Face's pairs.
+        if self.config.model_type == "qwen2":
+            return value
         if ".q_proj." in name:
             return _deinterleave(value, self.config.num_attention_heads)
         if ".k_proj." in name:
@@ -84,36 +88,44 @@ class GGUFCheckpoint:
 
     def _read_config(self) -> LlamaConfig:
         kind = self._field("general.architecture")
-        if kind != "llama":
-            raise InputError(f"{self._file} holds a {kind!r} model, expected 'llama': other models can't be loaded")
-        heads = self._field("llama.attention.head_count")
+        if kind not in GGUF_KINDS:
+            raise InputError(
+                f"{self._file} holds a {kind!r} model, expected one of {', '.join(GGUF_KINDS)}: "
+                "other models can't be loaded"
+            )
+        heads = self._field(f"{kind}.attention.head_count")
+        window = self._field(f"{kind}.attention.sliding_window")
+        if window and kind == "qwen2":
+            raise InputError(f"{self._file} holds a qwen2 with a sliding window: expected none (use its safetensors)")
         raw: dict[str, Any] = {
-            "model_type": "llama",
+            # llama.cpp calls a Mistral llama; what tells them apart is the window.
+            "model_type": "mistral" if window else kind,
+            "sliding_window": window or None,
             "vocab_size": self.shapes["model.embed_tokens.weight"][0],
-            "hidden_size": self._field("llama.embedding_length"),
-            "intermediate_size": self._field("llama.feed_forward_length"),
-            "num_hidden_layers": self._field("llama.block_count"),
+            "hidden_size": self._field(f"{kind}.embedding_length"),
+            "intermediate_size": self._field(f"{kind}.feed_forward_length"),
+            "num_hidden_layers": self._field(f"{kind}.block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._field("llama.attention.head_count_kv", heads),
-            "head_dim": self._field("llama.attention.key_length"),
-            "max_position_embeddings": self._field("llama.context_length"),
-            "rms_norm_eps": self._field("llama.attention.layer_norm_rms_epsilon"),
-            "rope_theta": self._field("llama.rope.freq_base", 10000.0),
+            "num_key_value_heads": self._field(f"{kind}.attention.head_count_kv", heads),
+            "head_dim": self._field(f"{kind}.attention.key_length"),
+            "max_position_embeddings": self._field(f"{kind}.context_length"),
+            "rms_norm_eps": self._field(f"{kind}.attention.layer_norm_rms_epsilon"),
+            "rope_theta": self._field(f"{kind}.rope.freq_base", 10000.0),
             "tie_word_embeddings": "lm_head.weight" not in self.shapes,
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.shapes,
         }
-        config = LlamaConfig.from_dict(raw | {"rope_scaling": self._read_rope()})
+        config = LlamaConfig.from_dict(raw | {"rope_scaling": self._read_rope(kind)})
         if "rope_freqs.weight" in self._tensors:
             factors = self._tensors["rope_freqs.weight"].data.tolist()
             return LlamaConfig(**{**vars(config), "rope": {"rope_type": "factors", "factors": factors}})
         return config
 
-    def _read_rope(self) -> dict[str, Any] | None:
-        kind = self._field("llama.rope.scaling.type", "none")
-        if kind == "none":
+    def _read_rope(self, kind: str) -> dict[str, Any] | None:
+        scaling = self._field(f"{kind}.rope.scaling.type", "none")
+        if scaling == "none":
             return None
-        context = self._field("llama.rope.scaling.original_context_length")
-        rope = {"rope_type": kind, "factor": self._field("llama.rope.scaling.factor")}
+        context = self._field(f"{kind}.rope.scaling.original_context_length")
+        rope = {"rope_type": scaling, "factor": self._field(f"{kind}.rope.scaling.factor")}
         return rope | ({} if context is None else {"original_max_position_embeddings": context})
 
 

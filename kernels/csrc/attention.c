@@ -2,45 +2,49 @@
 #include "common.h"
 #include "exp.h"
 
-/* Rows come in runs of `run` queries; query i of a run sees first + i + 1 of the n keys. */
+/* Rows come in runs of `run` queries; query i of a run sees, of the n keys, the `window` ones up to key first + i. */
 typedef struct {
     const float *scores, *grads;   /* [rows][n]: q k^T, and dO v^T */
     float *lse;                    /* [rows] */
     const float *delta;            /* [rows]: sum(dO * O) */
-    int64_t run, first, n;
+    int64_t run, first, window, n;
     float scale;
     int type;
     void *p, *ds;                  /* [rows][n] */
 } softmax_t;
 
-static inline void clear(const softmax_t *s, void *to, int64_t row, int64_t seen)
+/* All of a row but the `seen` elements at `at`. */
+static inline void clear(const softmax_t *s, void *to, int64_t row, int64_t at, int64_t seen)
 {
-    size_t size = s->type == FP32 ? 4 : 2;
-    memset((char *)to + (size_t)(row * s->n + seen) * size, 0, (size_t)(s->n - seen) * size);
+    const size_t size = s->type == FP32 ? 4 : 2, start = (size_t)(row * s->n) * size;
+    const size_t before = (size_t)(at - row * s->n) * size, end = before + (size_t)seen * size;
+    memset((char *)to + start, 0, before);
+    memset((char *)to + start + end, 0, (size_t)s->n * size - end);
 }
 
-static void forward_row(const softmax_t *s, int64_t row, int64_t seen)
+/* The `seen` keys of a row from index `at` of all scores on. */
+static void forward_row(const softmax_t *s, int64_t row, int64_t at, int64_t seen)
 {
-    const float *z = s->scores + row * s->n;
+    const float *z = s->scores + at;
     float peak = -INFINITY, sum = 0;
     for (int64_t i = 0; i < seen; i++) peak = z[i] > peak || z[i] != z[i] ? z[i] : peak;
     for (int64_t i = 0; i < seen; i++) sum += expf((z[i] - peak) * s->scale);
     s->lse[row] = peak * s->scale + logf(sum);
     for (int64_t i = 0; i < seen; i++)
-        store_float(s->p, row * s->n + i, s->type, expf((z[i] - peak) * s->scale) / sum);
-    clear(s, s->p, row, seen);
+        store_float(s->p, at + i, s->type, expf((z[i] - peak) * s->scale) / sum);
+    clear(s, s->p, row, at, seen);
 }
 
-static void backward_row(const softmax_t *s, int64_t row, int64_t seen)
+static void backward_row(const softmax_t *s, int64_t row, int64_t at, int64_t seen)
 {
-    const float *z = s->scores + row * s->n, *g = s->grads + row * s->n;
+    const float *z = s->scores + at, *g = s->grads + at;
     for (int64_t i = 0; i < seen; i++) {
         float p = expf(z[i] * s->scale - s->lse[row]);
-        store_float(s->p, row * s->n + i, s->type, p);
-        store_float(s->ds, row * s->n + i, s->type, p * (g[i] - s->delta[row]) * s->scale);
+        store_float(s->p, at + i, s->type, p);
+        store_float(s->ds, at + i, s->type, p * (g[i] - s->delta[row]) * s->scale);
     }
-    clear(s, s->p, row, seen);
-    clear(s, s->ds, row, seen);
+    clear(s, s->p, row, at, seen);
+    clear(s, s->ds, row, at, seen);
 }
 
 #ifdef JINDO_X86
@@ -56,9 +60,9 @@ AVX512 static inline void store_lanes(void *to, int64_t at, int type, __mmask16 
     }
 }
 
-AVX512 static void forward_row_avx512(const softmax_t *s, int64_t row, int64_t seen)
+AVX512 static void forward_row_avx512(const softmax_t *s, int64_t row, int64_t at, int64_t seen)
 {
-    const float *z = s->scores + row * s->n;
+    const float *z = s->scores + at;
     const __m512 lowest = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(s->scale);
     __m512 peaks = lowest, sums = _mm512_setzero_ps();
     for (int64_t i = 0; i < seen; i += 16)
@@ -75,38 +79,41 @@ AVX512 static void forward_row_avx512(const softmax_t *s, int64_t row, int64_t s
     for (int64_t i = 0; i < seen; i += 16) {
         __mmask16 lanes = first_lanes(seen - i);
         __m512 v = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(lanes, z + i), scale, total);
-        store_lanes(s->p, row * s->n + i, s->type, lanes, exp16(v));
+        store_lanes(s->p, at + i, s->type, lanes, exp16(v));
     }
-    clear(s, s->p, row, seen);
+    clear(s, s->p, row, at, seen);
 }
 
-AVX512 static void backward_row_avx512(const softmax_t *s, int64_t row, int64_t seen)
+AVX512 static void backward_row_avx512(const softmax_t *s, int64_t row, int64_t at, int64_t seen)
 {
-    const float *z = s->scores + row * s->n, *g = s->grads + row * s->n;
+    const float *z = s->scores + at, *g = s->grads + at;
     const __m512 scale = _mm512_set1_ps(s->scale), lse = _mm512_set1_ps(s->lse[row]);
     const __m512 delta = _mm512_set1_ps(s->delta[row]);
     for (int64_t i = 0; i < seen; i += 16) {
         __mmask16 lanes = first_lanes(seen - i);
         __m512 p = exp16(_mm512_fmsub_ps(_mm512_maskz_loadu_ps(lanes, z + i), scale, lse));
         __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, g + i), delta);
-        store_lanes(s->p, row * s->n + i, s->type, lanes, p);
-        store_lanes(s->ds, row * s->n + i, s->type, lanes, _mm512_mul_ps(_mm512_mul_ps(p, d), scale));
+        store_lanes(s->p, at + i, s->type, lanes, p);
+        store_lanes(s->ds, at + i, s->type, lanes, _mm512_mul_ps(_mm512_mul_ps(p, d), scale));
     }
-    clear(s, s->p, row, seen);
-    clear(s, s->ds, row, seen);
+    clear(s, s->p, row, at, seen);
+    clear(s, s->ds, row, at, seen);
 }
 #endif
 
 /* grads null: p and lse are made from the scores. Else p again, and ds. */
 EXPORT void jindo_causal_softmax(
-    const float *scores, const float *grads, int64_t rows, int64_t run, int64_t first, int64_t n, float scale,
-    int type, float *lse, const float *delta, void *p, void *ds)
+    const float *scores, const float *grads, int64_t rows, int64_t run, int64_t first, int64_t window, int64_t n,
+    float scale, int type, float *lse, const float *delta, void *p, void *ds)
 {
-    const softmax_t s = {scores, grads, lse, delta, run, first, n, scale, type, p, ds};
-    void (*one)(const softmax_t *, int64_t, int64_t) = grads ? backward_row : forward_row;
+    const softmax_t s = {scores, grads, lse, delta, run, first, window, n, scale, type, p, ds};
+    void (*one)(const softmax_t *, int64_t, int64_t, int64_t) = grads ? backward_row : forward_row;
 #ifdef JINDO_X86
     if (jindo_level_in_use == LEVEL_AVX512) one = grads ? backward_row_avx512 : forward_row_avx512;
 #endif
 #pragma omp parallel for schedule(static, 8) if (rows * n >= 8192)
-    for (int64_t row = 0; row < rows; row++) one(&s, row, first + row % run + 1);
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t end = first + row % run + 1, start = end > window ? end - window : 0;
+        one(&s, row, row * n + start, end - start);
+    }
 }

@@ -11,7 +11,7 @@
 typedef struct {
     const uint8_t *codes;
     const void *absmax;
-    const float *nested, *offset, *a, *b;   /* a, b: the adapter, fp32, or null */
+    const float *nested, *offset, *a, *b, *bias; /* a, b: the adapter; bias [out]; fp32, or null */
     int64_t in, out, rank;
     float scale;
 } matrix_t;
@@ -22,6 +22,7 @@ typedef struct {
     matrix_t m[MATRICES];
     const void *attention_norm, *mlp_norm;  /* [C], of the cache's type */
     void *keys, *values;                    /* [rows][G][capacity][D] */
+    int64_t window;                         /* so many keys are seen, the new one the last */
 } layer_t;
 
 typedef struct {
@@ -82,6 +83,8 @@ static void multiply(
         int64_t share = (w->out / 4 + s->threads - 1) / s->threads * 4 + 4, first = thread * share;
         int64_t last = first + share < w->out ? first + share : w->out;
         if (first < last) run(&job, first, last);
+        for (int64_t m = 0; w->bias && m < s->rows; m++)
+            for (int64_t n = first; n < last; n++) out[i][m * w->out + n] += w->bias[n];
         down += s->rows * w->rank;
     }
 }
@@ -111,15 +114,16 @@ static void turn(const step_t *s, float *x)
     }
 }
 
-/* One query head against its cached keys and values: q [D] -> out [D]. */
-static void attend_portable(const step_t *s, const float *q, const void *keys, const void *values, float *p, float *out)
+/* One query head against its cached keys and values from place `first` on: q [D] -> out [D]. */
+static void attend_portable(
+    const step_t *s, const float *q, const void *keys, const void *values, int64_t first, float *p, float *out)
 {
-    const int64_t seen = s->length + 1, size = s->head;
+    const int64_t seen = s->length + 1 - first, size = s->head, at = first * size;
     const float scale = 1 / sqrtf((float)size);
     float peak = -INFINITY, sum = 0;
     for (int64_t t = 0; t < seen; t++) {
         float z = 0;
-        for (int64_t i = 0; i < size; i++) z += q[i] * load_as_float(keys, t * size + i, s->type);
+        for (int64_t i = 0; i < size; i++) z += q[i] * load_as_float(keys, at + t * size + i, s->type);
         p[t] = z * scale;
         peak = p[t] > peak ? p[t] : peak;
     }
@@ -127,21 +131,22 @@ static void attend_portable(const step_t *s, const float *q, const void *keys, c
     for (int64_t t = 0; t < seen; t++) {
         float e = expf(p[t] - peak);
         sum += e;
-        for (int64_t i = 0; i < size; i++) out[i] += e * load_as_float(values, t * size + i, s->type);
+        for (int64_t i = 0; i < size; i++) out[i] += e * load_as_float(values, at + t * size + i, s->type);
     }
     for (int64_t i = 0; i < size; i++) out[i] /= sum;
 }
 
 #ifdef JINDO_X86
-AVX512 static void attend_avx512(const step_t *s, const float *q, const void *keys, const void *values, float *p, float *out)
+AVX512 static void attend_avx512(
+    const step_t *s, const float *q, const void *keys, const void *values, int64_t first, float *p, float *out)
 {
-    const int64_t seen = s->length + 1, size = s->head;
+    const int64_t seen = s->length + 1 - first, size = s->head, at = first * size;
     const float scale = 1 / sqrtf((float)size);
     float peak = -INFINITY, sum = 0;
     for (int64_t t = 0; t < seen; t++) {
         __m512 z = _mm512_setzero_ps();
         for (int64_t i = 0; i < size; i += 16)
-            z = _mm512_fmadd_ps(_mm512_loadu_ps(q + i), load16(keys, t * size + i, s->type), z);
+            z = _mm512_fmadd_ps(_mm512_loadu_ps(q + i), load16(keys, at + t * size + i, s->type), z);
         p[t] = _mm512_reduce_add_ps(z) * scale;
         peak = p[t] > peak ? p[t] : peak;
     }
@@ -154,7 +159,7 @@ AVX512 static void attend_avx512(const step_t *s, const float *q, const void *ke
     for (int64_t i = 0; i < size; i += 16) {
         __m512 total = _mm512_setzero_ps();
         for (int64_t t = 0; t < seen; t++)
-            total = _mm512_fmadd_ps(_mm512_set1_ps(p[t]), load16(values, t * size + i, s->type), total);
+            total = _mm512_fmadd_ps(_mm512_set1_ps(p[t]), load16(values, at + t * size + i, s->type), total);
         _mm512_storeu_ps(out + i, _mm512_div_ps(total, _mm512_set1_ps(sum)));
     }
 }
@@ -163,11 +168,12 @@ AVX512 static void attend_avx512(const step_t *s, const float *q, const void *ke
 /* Turns and stores the new keys, stores the new values, and attends: by key/value heads. q is overwritten. */
 static void attend(const step_t *s, const layer_t *l, float *q, float *k, const float *v, float *p, int thread)
 {
-    void (*one)(const step_t *, const float *, const void *, const void *, float *, float *) = attend_portable;
+    void (*one)(const step_t *, const float *, const void *, const void *, int64_t, float *, float *) = attend_portable;
 #ifdef JINDO_X86
     if (jindo_level_in_use == LEVEL_AVX512 && s->head % 16 == 0) one = attend_avx512;
 #endif
     const int64_t size = s->head, shared = s->heads / s->groups, bytes = s->type == FP32 ? 4 : 2;
+    const int64_t start = s->length + 1 > l->window ? s->length + 1 - l->window : 0;
     float *result = p + s->capacity;
     for (int64_t i = thread; i < s->rows * s->groups; i += s->threads) {
         char *keys = (char *)l->keys + i * s->capacity * size * bytes;
@@ -179,7 +185,7 @@ static void attend(const step_t *s, const layer_t *l, float *q, float *k, const 
         }
         for (int64_t h = i * shared; h < (i + 1) * shared; h++) { /* [rows][H] and [rows][G] run alike */
             turn(s, q + h * size);
-            one(s, q + h * size, keys, values, p, result);
+            one(s, q + h * size, keys, values, start, p, result);
             memcpy(q + h * size, result, (size_t)size * sizeof(float));
         }
     }

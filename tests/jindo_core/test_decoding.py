@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
 
+from jindo_core.causal_lm import KVCache
 from jindo_core.decoding import Decoder, FixedStep, GraphedStep, _capturable
 from jindo_core.kernels import native
+from jindo_core.long_memory import LongMemory
 from jindo_core.lora import attach_lora
-from jindo_core.model import KVCache, LlamaConfig, LlamaForCausalLM
+from jindo_core.model import LlamaConfig, LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear
 
 CONFIG = LlamaConfig(
@@ -110,7 +113,7 @@ def test_another_number_of_threads_is_an_error():
             torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("why", ["hook", "dense", "bias"])
+@pytest.mark.parametrize("why", ["hook", "dense", "memory"])
 def test_other_models_run_module_by_module(why):
     model = make_model(torch.float32)
     layer = model.model.layers[1].mlp
@@ -120,8 +123,9 @@ def test_other_models_run_module_by_module(why):
     elif why == "dense":
         layer.up_proj = nn.Linear(128, 192, bias=False)
     else:
-        layer.up_proj = NF4Linear.from_linear(nn.Linear(128, 192))
-    cache, other = (KVCache(CONFIG, 1, 8, torch.float32, torch.device("cpu")) for _ in range(2))
+        memory = LongMemory(layers=(1,), context=64, last_context_length=32)
+        model = make_model(torch.float32, config=dataclasses.replace(CONFIG, memory=memory))
+    cache, other = (KVCache(model.config, 1, 8, torch.float32, torch.device("cpu")) for _ in range(2))
     with torch.no_grad():
         model.model(torch.tensor([[1, 2]]), cache=cache)
         model.model(torch.tensor([[1, 2]]), cache=other)

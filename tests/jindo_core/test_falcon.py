@@ -12,6 +12,7 @@ from transformers import FalconForCausalLM as Theirs
 
 from jindo_core.adapters import load_adapter, save_adapter
 from jindo_core.architectures import build, read_config
+from jindo_core.causal_lm import KVCache
 from jindo_core.decoding import Decoder, FixedStep
 from jindo_core.errors import InputError
 from jindo_core.falcon import FalconConfig, FalconForCausalLM
@@ -19,7 +20,7 @@ from jindo_core.generation import generate_ids
 from jindo_core.loader import load_model
 from jindo_core.lora import adapted_layers, attach_lora
 from jindo_core.memory import Relief, sizes_of
-from jindo_core.model import KVCache, LlamaForCausalLM
+from jindo_core.model import LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear
 from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.recompute import CheckpointOffload
