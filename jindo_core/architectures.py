@@ -24,9 +24,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 def build(config: ModelConfig) -> CausalLM:
     """The model of `config`, with fresh weights on the default device."""
-    return model_class(config)(config)
-
-
-def model_class(config: ModelConfig) -> Any:
-    """The subclass of `CausalLM` that `config` is for."""
-    return FalconForCausalLM if isinstance(config, FalconConfig) else LlamaForCausalLM
+    if isinstance(config, FalconConfig):
+        return FalconForCausalLM(config)
+    assert isinstance(config, LlamaConfig)
+    return LlamaForCausalLM(config)

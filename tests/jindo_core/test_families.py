@@ -358,7 +358,7 @@ BASE = {"model_type": "qwen2", "num_hidden_layers": 3}
 @pytest.mark.parametrize(("raw", "message"), [
     ({"model_type": "gpt_neox"}, r"'gpt_neox', a GPT-NeoX, as Polyglot-Ko, .*: quantize .* jindo_core\.integrations"),
     ({"model_type": "qwen3"}, r"'qwen3', a Qwen3, whose queries and keys are normed, expected one of llama, "),
-    ({"model_type": "gemma"}, r"model_type 'gemma', expected one of llama, .*mistral, qwen2: "),
+    ({"model_type": "gemma"}, r"model_type 'gemma', expected one of llama, .*mistral, qwen2 or falcon: "),
     ({"model_type": None}, "model_type None, expected one of"),
     ({"model_type": ["llama"]}, r"model_type \['llama'\], expected one of"),
     (BASE | {"hidden_act": "gelu"}, "hidden_act 'gelu', expected 'silu'"),
