@@ -449,7 +449,7 @@ def check_opcheck(device: torch.device, quick: bool) -> Iterator[Finding]:
         "lora_matmul": (x.clone().requires_grad_(), *parts, [a], [b], [2.0], 0.0, None, False),
         "lora_matmul, dropout": (x.clone().requires_grad_(), *parts, [a], [b], [2.0], 0.3, seed, False),
         "lora_matmul, keep_weight": (x.clone().requires_grad_(), *parts, [a], [b], [2.0], 0.0, None, True),
-        "causal_attention": (*(heads.roll(i, 1).requires_grad_() for i in range(3)), None),
+        "causal_attention": (*(heads.roll(i, 1).requires_grad_() for i in range(3)), 4),
         "rms_norm": (x.clone().requires_grad_(), torch.ones(64, device=device), 1e-5),
         "swiglu": (x.clone().requires_grad_(), x.flip(0).contiguous().requires_grad_()),
         "rope": (heads.clone().requires_grad_(), heads.flip(1).requires_grad_(), angle.cos(), angle.sin(), False),
