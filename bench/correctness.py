@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from bench import peers
 from bench.shapes import Shape
 from bench.steps import ours, random_weights
+from jindo_core.causal_lm import KVCache
 from jindo_core.decoding import Decoder, GraphedStep
 from jindo_core.kernels import adamw, dispatch, native, nf4
 from jindo_core.kernels.attention import causal_attention
@@ -29,7 +30,7 @@ from jindo_core.kernels.lora_matmul import Projection, lora_matmul, lora_matmul_
 from jindo_core.kernels.rms_norm import rms_norm
 from jindo_core.kernels.rope import rope
 from jindo_core.kernels.swiglu import swiglu
-from jindo_core.model import KVCache, LlamaForCausalLM
+from jindo_core.model import LlamaForCausalLM
 from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.plan import spread
 from jindo_core.recompute import CheckpointOffload
@@ -448,7 +449,7 @@ def check_opcheck(device: torch.device, quick: bool) -> Iterator[Finding]:
         "lora_matmul": (x.clone().requires_grad_(), *parts, [a], [b], [2.0], 0.0, None, False),
         "lora_matmul, dropout": (x.clone().requires_grad_(), *parts, [a], [b], [2.0], 0.3, seed, False),
         "lora_matmul, keep_weight": (x.clone().requires_grad_(), *parts, [a], [b], [2.0], 0.0, None, True),
-        "causal_attention": tuple(heads.roll(i, 1).requires_grad_() for i in range(3)),
+        "causal_attention": (*(heads.roll(i, 1).requires_grad_() for i in range(3)), 4),
         "rms_norm": (x.clone().requires_grad_(), torch.ones(64, device=device), 1e-5),
         "swiglu": (x.clone().requires_grad_(), x.flip(0).contiguous().requires_grad_()),
         "rope": (heads.clone().requires_grad_(), heads.flip(1).requires_grad_(), angle.cos(), angle.sin(), False),

@@ -1,9 +1,10 @@
-"""The LLaMAs whose layers are measured."""
+"""The models whose layers are measured."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from jindo_core.falcon import FalconConfig
 from jindo_core.model import LlamaConfig
 
 
@@ -38,6 +39,33 @@ class Shape(NamedTuple):
         )  # fmt: skip
 
 
+class FalconShape(NamedTuple):
+    """A Falcon's numbers, as `Shape`; norms: before a layer's halves, one for both or one each."""
+
+    name: str
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    groups: int
+    norms: int
+    vocab: int = 65024
+
+    def config(self) -> FalconConfig:
+        return FalconConfig(
+            vocab_size=self.vocab, hidden_size=self.hidden, ffn_hidden_size=self.inner, num_hidden_layers=self.layers,
+            num_attention_heads=self.heads, num_key_value_heads=self.groups, norms=self.norms,
+        )  # fmt: skip
+
+
+FALCONS = {
+    shape.name: shape
+    for shape in (
+        FalconShape("falcon-110m", 768, 3072, 12, 12, 1, 1, 32000),
+        FalconShape("falcon-7b", 4544, 18176, 32, 71, 1, 1),
+        FalconShape("falcon-40b", 8192, 32768, 60, 128, 8, 2),
+    )
+}
 SHAPES = {
     shape.name: shape
     for shape in (

@@ -26,14 +26,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.shapes import SHAPES, Shape
+from bench.shapes import FALCONS, SHAPES, FalconShape, Shape
 from bench.steps import random_weights
 from jindo_core import paged_adamw, pager, pages
+from jindo_core.architectures import build
+from jindo_core.causal_lm import CausalLM
 from jindo_core.head import StreamedHead
 from jindo_core.kernels import attention, dispatch, linear_cross_entropy, lora_matmul
 from jindo_core.lora import attach_lora
 from jindo_core.memory import current_bytes, give_back_freed, peak_bytes
-from jindo_core.model import LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear, NF4Weight
 from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.plan import spread
@@ -230,7 +231,7 @@ def fake_world(*, cuda: bool = True) -> Iterator[None]:
 
 
 def simulate(
-    shape: Shape, step: Step, *, dtype: torch.dtype = torch.bfloat16, steps: int = 2, cuda: bool = True
+    shape: Shape | FalconShape, step: Step, *, dtype: torch.dtype = torch.bfloat16, steps: int = 2, cuda: bool = True
 ) -> LiveBytes:
     """Run `steps` real training steps without bytes; the counter tells the peak of all of them, model included.
 
@@ -250,7 +251,7 @@ def simulate(
         return counter
 
 
-def measure(shape: Shape, step: Step, *, dtype: torch.dtype = torch.bfloat16, steps: int = 2) -> int:
+def measure(shape: Shape | FalconShape, step: Step, *, dtype: torch.dtype = torch.bfloat16, steps: int = 2) -> int:
     """Bytes by which this process's resident memory grows in real steps on the CPU, from the loaded model on.
 
     The C allocator must give freed blocks back for that (MALLOC_MMAP_THRESHOLD_=65536 in the environment, from the
@@ -269,14 +270,14 @@ def measure(shape: Shape, step: Step, *, dtype: torch.dtype = torch.bfloat16, st
     return peak_bytes(torch.device("cpu")) - before
 
 
-def _optimizer(model: LlamaForCausalLM, step: Step) -> PagedAdamW:
+def _optimizer(model: CausalLM, step: Step) -> PagedAdamW:
     trained = [p for p in model.parameters() if p.requires_grad]
     return PagedAdamW(
         trained, state_bits=step.state_bits, resident_bytes=1 << 60 if step.resident_states else 0
     )  # fmt: skip
 
 
-def _train(model: LlamaForCausalLM, optimizer: PagedAdamW, step: Step, counter: LiveBytes | None = None) -> None:
+def _train(model: CausalLM, optimizer: PagedAdamW, step: Step, counter: LiveBytes | None = None) -> None:
     """One step."""
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = torch.zeros(step.micro_batch, step.tokens, dtype=torch.int64)
@@ -292,21 +293,23 @@ def _train(model: LlamaForCausalLM, optimizer: PagedAdamW, step: Step, counter: 
     optimizer.zero_grad(set_to_none=True)
 
 
-def _build(shape: Shape, step: Step, dtype: torch.dtype) -> LlamaForCausalLM:
+def _build(shape: Shape | FalconShape, step: Step, dtype: torch.dtype) -> CausalLM:
     weights = random_weights(shape, dtype, torch.device("cpu"))
     with torch.device("meta"):
-        model = LlamaForCausalLM(shape.config())
-    stack = model.model
+        model = build(shape.config())
+    stack = model.stack
     for name, weight in weights.items():
         path, _, leaf = name.rpartition(".")
         if isinstance(weight, NF4Weight):
             parent, _, attribute = path.rpartition(".")
             setattr(model.get_submodule(parent), attribute, NF4Linear(weight))
-        elif step.offload_embedding and name == "model.embed_tokens.weight":
+        elif step.offload_embedding and name == f"{model.EMBEDDING}.weight":
             held = nn.Parameter(weight.to("meta"), requires_grad=False)  # the host's
-            stack.embed_tokens.weight = held
+            stack.embedding.weight = held
         else:
             setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = stack.embedding.weight
     attach_lora(model, step.lora_r, 16, step.dropout, step.targets)
     stack.checkpointed_layers = step.checkpointed_layers
     if step.offload_checkpoints:
@@ -320,8 +323,8 @@ def _build(shape: Shape, step: Step, dtype: torch.dtype) -> LlamaForCausalLM:
     return model.train()
 
 
-def _name(counter: LiveBytes, model: LlamaForCausalLM) -> None:
-    stack = model.model
+def _name(counter: LiveBytes, model: CausalLM) -> None:
+    stack = model.stack
     linears = [m for m in model.modules() if isinstance(m, NF4Linear)]
     real = [m for m in linears if not m.weight.is_meta]
     counter.name("weights", [m.weight for m in real])
@@ -329,8 +332,8 @@ def _name(counter: LiveBytes, model: LlamaForCausalLM) -> None:
     counter.name("adapters", [p for p in model.parameters() if p.requires_grad])
     if not model.lm_head.weight.is_meta:
         counter.name("head", [model.lm_head.weight])
-    if not stack.embed_tokens.weight.is_meta:
-        counter.name("embedding", [stack.embed_tokens.weight])
+    if not stack.embedding.weight.is_meta:
+        counter.name("embedding", [stack.embedding.weight])
 
 
 def _buffers(optimizer: PagedAdamW) -> list[Tensor]:
@@ -342,7 +345,7 @@ def _buffers(optimizer: PagedAdamW) -> list[Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.simulation", allow_abbrev=False)
-    parser.add_argument("--shape", default="7b", choices=list(SHAPES))
+    parser.add_argument("--shape", default="7b", choices=[*SHAPES, *FALCONS])
     for name, default in Step._field_defaults.items():
         if isinstance(default, bool):
             parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default)
@@ -351,7 +354,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--measure", action="store_true", help="real steps on this CPU: how much the process grows")
     given = vars(parser.parse_args())
-    shape, device, real = SHAPES[given.pop("shape")], given.pop("device"), given.pop("measure")
+    shape, device, real = (SHAPES | FALCONS)[given.pop("shape")], given.pop("device"), given.pop("measure")
     if real:
         print(measure(shape, Step(**given)))
         return

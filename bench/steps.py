@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from bench import peers
 from bench.cases import NF4_BYTES
-from bench.shapes import SHAPES, Shape
+from bench.shapes import FALCONS, SHAPES, FalconShape, Shape
 from bench.timing import OURS, Case
+from jindo_core import plan_falcon
+from jindo_core.architectures import build
+from jindo_core.causal_lm import CausalLM, KVCache
 from jindo_core.decoding import Decoder
 from jindo_core.lora import attach_lora
 from jindo_core.memory import CUDA_CONTEXT
-from jindo_core.model import KVCache, LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear, NF4Weight
 from jindo_core.optim import OPTIMIZERS, build_optimizer
 from jindo_core.train import backward
@@ -42,12 +44,12 @@ NEW_TOKENS = 16
 Weights = Mapping[str, Tensor | NF4Weight]
 
 
-def random_weights(shape: Shape, dtype: torch.dtype, device: torch.device) -> Weights:
+def random_weights(shape: Shape | FalconShape, dtype: torch.dtype, device: torch.device) -> Weights:
     """Hugging Face's names -> random weights: NF4 codes for the layers' linears, plain tensors for the rest."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = LlamaForCausalLM(shape.config())
-    linears = {f"{name}.weight" for name, m in model.model.named_modules(prefix="model") if isinstance(m, nn.Linear)}
+        model = build(shape.config())
+    linears = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not model.lm_head}
     weights: dict[str, Tensor | NF4Weight] = {}
     for name, parameter in model.named_parameters():
         size = tuple(parameter.shape)
@@ -70,36 +72,30 @@ def _fill(model: nn.Module, weights: Weights, linear: Callable[[NF4Weight], nn.M
             setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
 
 
-def ours(shape: Shape, weights: Weights, *, train: bool, checkpointing: bool = False) -> nn.Module:
+def ours(shape: Shape | FalconShape, weights: Weights, *, train: bool, checkpointing: bool = False) -> nn.Module:
     """Our model, adapted."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(shape.config())
+        model = build(shape.config())
     _fill(model, weights, NF4Linear)
-    model.model.gradient_checkpointing = checkpointing
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.stack.embedding.weight
+    model.stack.gradient_checkpointing = checkpointing
     torch.manual_seed(1)
     return attach_lora(model.eval(), r=8, alpha=16, target_modules="all-linear").train(train)
 
 
 def peer(
-    shape: Shape, weights: Weights, *, train: bool, prepare: bool = False, checkpointing: bool = False
+    shape: Shape | FalconShape, weights: Weights, *, train: bool, prepare: bool = False, checkpointing: bool = False
 ) -> nn.Module:
     """The peers' model, adapted; `prepare`: by peft's prepare_model_for_kbit_training."""
-    transformers, peft = peers.load("transformers"), peers.load("peft")
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    config = transformers.LlamaConfig(
-        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.groups,
-        max_position_embeddings=8192, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        attn_implementation="sdpa",
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
+    peft = peers.load("peft")
+    model = _their_model(shape)
     device = next(weight.device for weight in weights.values() if isinstance(weight, Tensor))
     with device:
-        model.model.rotary_emb = LlamaRotaryEmbedding(config)
+        model.base_model.rotary_emb = type(model.base_model.rotary_emb)(model.config)
     dtype = next(weight.dtype for weight in weights.values() if isinstance(weight, Tensor))
     _fill(model, weights, lambda weight: peers.linear4bit(weight, dtype))
+    model.tie_weights()
     if prepare:
         model.is_loaded_in_4bit = True
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
@@ -107,8 +103,30 @@ def peer(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     torch.manual_seed(1)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=TARGETS, **peers.LORA))
+    targets = list(plan_falcon.LINEARS) if isinstance(shape, FalconShape) else TARGETS
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, **peers.LORA))
     return adapted.train(train)
+
+
+def _their_model(shape: Shape | FalconShape) -> Any:
+    """transformers' model, on the meta device."""
+    transformers = peers.load("transformers")
+    common: dict[str, Any] = {
+        "vocab_size": shape.vocab, "hidden_size": shape.hidden, "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads, "max_position_embeddings": 8192, "bos_token_id": None,
+        "eos_token_id": None, "pad_token_id": None, "attn_implementation": "sdpa",
+    }  # fmt: skip
+    with torch.device("meta"):
+        if isinstance(shape, FalconShape):
+            config = transformers.FalconConfig(
+                ffn_hidden_size=shape.inner, new_decoder_architecture=shape.norms == 2, num_kv_heads=shape.groups,
+                **common,
+            )  # fmt: skip
+            return transformers.FalconForCausalLM(config)
+        config = transformers.LlamaConfig(
+            intermediate_size=shape.inner, num_key_value_heads=shape.groups, rms_norm_eps=1e-5, **common
+        )
+        return transformers.LlamaForCausalLM(config)
 
 
 def training_step(
@@ -134,7 +152,7 @@ def adamw_of(model: nn.Module, who: str) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0)
 
 
-def training_call(who: str, shape: Shape, weights: Weights, ids: Tensor) -> Callable[[int], Tensor]:
+def training_call(who: str, shape: Shape | FalconShape, weights: Weights, ids: Tensor) -> Callable[[int], Tensor]:
     """A training step of `jindo`, `jindo, checkpointed` or one of `TRAINING_PEERS`."""
     if who.startswith(OURS):
         model = ours(shape, weights, train=True, checkpointing=who == OURS_CHECKPOINTED)
@@ -144,7 +162,9 @@ def training_call(who: str, shape: Shape, weights: Weights, ids: Tensor) -> Call
     return training_step(model, adamw_of(model, who), ids, backward if who.startswith(OURS) else Tensor.backward)
 
 
-def decoding_call(who: str, shape: Shape, weights: Weights, prompt: Tensor, new: int) -> Callable[[int], Any]:
+def decoding_call(
+    who: str, shape: Shape | FalconShape, weights: Weights, prompt: Tensor, new: int
+) -> Callable[[int], Any]:
     """Greedy decoding of `new` tokens behind a prompt that is in the cache already."""
     if who == OURS:
         return _our_decoding(ours(shape, weights, train=False), prompt, new)
@@ -152,10 +172,10 @@ def decoding_call(who: str, shape: Shape, weights: Weights, prompt: Tensor, new:
 
 
 def _our_decoding(model: nn.Module, prompt: Tensor, new: int) -> Callable[[int], Any]:
-    assert isinstance(model, LlamaForCausalLM)
+    assert isinstance(model, CausalLM)
     cache = KVCache(model.config, 1, prompt.shape[1] + new, model.dtype, model.device)
     with torch.no_grad():
-        first = model.lm_head(model.model(prompt, cache=cache)[:, -1])
+        first = model.lm_head(model.stack(prompt, cache=cache)[:, -1])
 
     decoder = Decoder(model, cache)
 
@@ -248,7 +268,9 @@ def peak_mib(device: torch.device) -> float:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
-def alone(what: str, who: str, shape: Shape, dtype: torch.dtype, device: torch.device, tokens: int) -> dict[str, Any]:
+def alone(
+    what: str, who: str, shape: Shape | FalconShape, dtype: torch.dtype, device: torch.device, tokens: int
+) -> dict[str, Any]:
     """Peak memory and median speed of one side, which is all that this process holds."""
     weights = random_weights(shape, dtype, device)
     ids = torch.randint(0, shape.vocab, (1, tokens), device=device)
@@ -267,13 +289,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.steps")
     parser.add_argument("what", choices=["train", "decode"])
     parser.add_argument("who", choices=[OURS, OURS_CHECKPOINTED, *TRAINING_PEERS])
-    parser.add_argument("shape", choices=list(SHAPES))
+    parser.add_argument("shape", choices=[*SHAPES, *FALCONS])
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
     given = parser.parse_args()
     dtype, device = getattr(torch, given.dtype), torch.device(given.device)
-    print(json.dumps(alone(given.what, given.who, SHAPES[given.shape], dtype, device, given.tokens)))
+    print(json.dumps(alone(given.what, given.who, (SHAPES | FALCONS)[given.shape], dtype, device, given.tokens)))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def run(argv: list[str]) -> int:
     config_class = _config_class()
     given = parse_flags(config_class, argv, prog="jindo-core plan", description=_DESCRIPTION, epilog=_EPILOG)
     config = config_class(**given)
+    targets_named = "lora_target_modules" in given
     if "micro_batch_size" in given and "batch_size" not in given:
         config = dataclasses.replace(config, batch_size=max(config.batch_size, config.micro_batch_size))
     if (config.base_model is None) == (config.shape is None):
@@ -62,7 +63,7 @@ def run(argv: list[str]) -> int:
 
     from jindo_core.plan import as_json, fit
 
-    job = _job(config)
+    job = _job(config, targets_named)
     budget = config.max_memory_MB * 1_000_000 or None
     found, changes, fits = (job, [], True) if budget is None else fit(job, budget)
     if config.json:
@@ -128,23 +129,18 @@ def _flags(before: Any, after: Any) -> Iterator[str]:
             yield from (f"--{name}", str(value))
 
 
-def _job(config: Any) -> Any:
+def _job(config: Any, targets_named: bool) -> Any:
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     train = TrainConfig(**{name: value for name, value in dataclasses.asdict(config).items() if name in names})
-    from jindo_core.plan import LINEARS, SHAPES, Sizes
+    from jindo_core.memory import job_of, usual_targets
+    from jindo_core.plan import CONTEXT, SHAPES
 
-    unknown = [n for n in train.lora_target_modules if n != "all-linear" and n.rpartition(".")[2] not in LINEARS]
-    if unknown:
-        raise InputError(
-            f"--lora_target_modules: got {show(tuple(unknown))}, expected some of {', '.join(LINEARS)}, or all-linear."
-            f"{nearest(unknown[0], [*LINEARS, 'all-linear'])}"
-        )
     if config.shape is None:
         from jindo_core.formats import open_checkpoint
         from jindo_core.hub import resolve_model
         from jindo_core.memory import sizes_of
 
-        sizes: Sizes = sizes_of(open_checkpoint(resolve_model(config.base_model)).config)
+        sizes = sizes_of(open_checkpoint(resolve_model(config.base_model)).config)
     else:
         name = config.shape.lower()
         name = next((known for known in (name, *(f"llama{n}-{name}" for n in ("", 2, 3))) if known in SHAPES), name)
@@ -152,7 +148,11 @@ def _job(config: Any) -> Any:
             known = ", ".join(SHAPES)
             raise InputError(f"--shape: got {config.shape!r}, expected one of {known}.{nearest(name, SHAPES)}")
         sizes = SHAPES[name]
-    from jindo_core.memory import job_of
-    from jindo_core.plan import CONTEXT
-
+    train, linears = usual_targets(train, targets_named, sizes), tuple(sizes.linears)
+    unknown = [n for n in train.lora_target_modules if n != "all-linear" and n.rpartition(".")[2] not in linears]
+    if unknown:
+        raise InputError(
+            f"--lora_target_modules: got {show(tuple(unknown))}, expected some of {', '.join(linears)}, or all-linear."
+            f"{nearest(unknown[0], [*linears, 'all-linear'])}"
+        )
     return job_of(train, sizes, length=config.cutoff_len, itemsize=4 if config.dtype == "fp32" else 2, context=CONTEXT)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from jindo_core.causal_lm import CausalLM, KVCache
 from jindo_core.kernels.attention import causal_mask
 from jindo_core.kernels.decode_cpu import DecodeStep, Layer, fits
 from jindo_core.kernels.lora_matmul import Projection
 from jindo_core.lora import LoraLinear
-from jindo_core.model import DecoderLayer, KVCache, LlamaForCausalLM
+from jindo_core.model import DecoderLayer, LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear
 from jindo_core.rotary import rope_frequencies
 
@@ -17,14 +18,14 @@ from jindo_core.rotary import rope_frequencies
 class Decoder:
     """Logits of one new token a sequence after another, behind a cache that holds the prompt.
 
-    On the CPU an NF4 model runs as one prepared call a token, on a GPU as a CUDA graph, captured at the first token;
+    On the CPU a LLaMA in NF4 runs as one prepared call a token, on a GPU as a CUDA graph, captured at the first token;
     any other runs through its modules.
 
     Args:
-        model: in eval mode. cache: filled with the prompt by `model.model`. Its length may be set back between calls.
+        model: in eval mode. cache: filled with the prompt by `model.stack`. Its length may be set back between calls.
     """
 
-    def __init__(self, model: LlamaForCausalLM, cache: KVCache) -> None:
+    def __init__(self, model: CausalLM, cache: KVCache) -> None:
         self._model, self._cache = model, cache
         self._step = _prepare(model, cache)
         self._graph = GraphedStep(model, cache) if _capturable(model) else None
@@ -36,10 +37,10 @@ class Decoder:
         if self._graph is not None:
             return self._graph(tokens)
         if self._step is None:
-            return model.lm_head(model.model(tokens[:, None], cache=cache)[:, -1]).float()
+            return model.lm_head(model.stack(tokens[:, None], cache=cache)[:, -1]).float()
         place = torch.tensor([[cache.length]], device=tokens.device)
-        cos, sin = model.model.angles(place, cache.length + 1)
-        logits = self._step(model.model.embed_tokens(tokens), cos.flatten(), sin.flatten(), cache.length)
+        cos, sin = model.stack.angles(place, cache.length + 1)
+        logits = self._step(model.stack.embedding(tokens), cos.flatten(), sin.flatten(), cache.length)
         cache.length += 1
         return logits
 
@@ -52,7 +53,7 @@ class FixedStep:
         tokens: int64 [B] and place: int64 [1], filled before a run.
     """
 
-    def __init__(self, model: LlamaForCausalLM, cache: KVCache, size: int) -> None:
+    def __init__(self, model: CausalLM, cache: KVCache, size: int) -> None:
         self._model = model
         self._keys, self._values = cache.keys[:, :, :, :size], cache.values[:, :, :, :size]
         device = cache.keys.device
@@ -72,11 +73,11 @@ class FixedStep:
 
     def run(self) -> Tensor:
         """fp32 logits [B, V]."""
-        stack = self._model.model
+        stack = self._model.stack
         angle = (self.place.float() * self._inverse)[None, None]
         cos, sin = angle.cos() * self._factor, angle.sin() * self._factor
         masks = {w: causal_mask(self.place, self._places, w)[None, None] for w in set(self._windows)}
-        x = stack.embed_tokens(self.tokens[:, None])
+        x = stack.embedding(self.tokens[:, None])
         for layer, window in zip(stack.layers, self._windows, strict=True):
             x = layer(x, cos, sin, masks[window], False, self)
         return self._model.lm_head(stack.norm(x)[:, -1]).float()
@@ -88,7 +89,7 @@ class GraphedStep:
 
     WINDOW = 512
 
-    def __init__(self, model: LlamaForCausalLM, cache: KVCache) -> None:
+    def __init__(self, model: CausalLM, cache: KVCache) -> None:
         self._model, self._cache = model, cache
         self._size = 0
         for held in (cache.keys, cache.values):  # a masked place weighs 0, but 0 times the NaN of fresh memory is NaN
@@ -120,7 +121,7 @@ class GraphedStep:
             self._logits = self._step.run()
 
 
-def _capturable(model: LlamaForCausalLM) -> bool:
+def _capturable(model: CausalLM) -> bool:
     """Whether the model's steps can be captured: all of it on one GPU, no hooks, no memory that grows, and angles that
     depend on the place alone (those of dynamic NTK change with the length)."""
     devices = {parameter.device for parameter in model.parameters()}
@@ -130,9 +131,12 @@ def _capturable(model: LlamaForCausalLM) -> bool:
     return len(devices) == 1 and next(iter(devices)).type == "cuda" and still and not watched
 
 
-def _prepare(model: LlamaForCausalLM, cache: KVCache) -> DecodeStep | None:
-    """The prepared step, or None where the model is not all NF4 on a CPU, has memory, or is watched by hooks."""
-    stack = model.model
+def _prepare(model: CausalLM, cache: KVCache) -> DecodeStep | None:
+    """The prepared step, or None where the model is no LLaMA, is not all NF4 on a CPU, has memory, or is watched by
+    hooks."""
+    if not isinstance(model, LlamaForCausalLM):
+        return None
+    stack = model.stack
     kinds = {(p.dtype, p.device.type) for p in (stack.norm.weight, model.lm_head.weight, cache.keys)}
     if stack.stream is not None or model.config.memory is not None:
         return None

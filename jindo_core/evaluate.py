@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from jindo_core.causal_lm import CausalLM
 from jindo_core.data.examples import Example, collate
-from jindo_core.model import LlamaForCausalLM
 
 
 @torch.no_grad()
-def held_out_loss(model: LlamaForCausalLM, examples: Sequence[Example], *, batch_size: int, pad_id: int) -> float:
+def held_out_loss(model: CausalLM, examples: Sequence[Example], *, batch_size: int, pad_id: int) -> float:
     """Mean cross entropy over the supervised tokens of all examples, dropout off.
 
     Every token weighs the same, whatever the batch it is in. NaN when there are no examples.

@@ -52,7 +52,7 @@ def as_llama(raw: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in FAMILIES:
         said = f", {ELSEWHERE[kind]}" if isinstance(kind, str) and kind in ELSEWHERE else ""
         raise InputError(
-            f"config.json has model_type {kind!r}{said}, expected one of {', '.join(FAMILIES)}: "
+            f"config.json has model_type {kind!r}{said}, expected one of {', '.join(FAMILIES)} or falcon: "
             "quantize other models through transformers with jindo_core.integrations"
         )
     for name, allowed in MUST_BE.items():

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from jindo_core.causal_lm import CausalLM, KVCache
 from jindo_core.decoding import Decoder
 from jindo_core.errors import InputError
-from jindo_core.model import KVCache, LlamaForCausalLM
 
 if TYPE_CHECKING:
     from jindo_core.config import GenerateConfig
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -71,7 +71,7 @@ def generate(
     return "".join(pieces)
 
 
-def stop_ids(model: LlamaForCausalLM, tokenizer: Tokenizer) -> frozenset[int]:
+def stop_ids(model: CausalLM, tokenizer: Tokenizer) -> frozenset[int]:
     """The ids that end a text: the tokenizer's EOS, and those that the model's configuration names."""
     own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     return frozenset((*own, *model.config.eos_token_ids))
@@ -79,7 +79,7 @@ def stop_ids(model: LlamaForCausalLM, tokenizer: Tokenizer) -> frozenset[int]:
 
 @torch.no_grad()
 def generate_ids(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     ids: Sequence[int],
     *,
     max_new_tokens: int,
@@ -102,7 +102,7 @@ def generate_ids(
         generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
         cache = KVCache(model.config, 1, len(ids) + room, model.dtype, model.device)
         prompt = torch.tensor([list(ids)], device=model.device)
-        logits = model.lm_head(model.model(prompt, cache=cache)[:, -1]).float()
+        logits = model.lm_head(model.stack(prompt, cache=cache)[:, -1]).float()
         decoder = Decoder(model, cache)
         for made in range(1, room + 1):
             token = _pick(logits[0], temperature, top_p, top_k, generator)

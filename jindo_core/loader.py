@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from jindo_core.architectures import build
+from jindo_core.causal_lm import CausalLM
 from jindo_core.errors import InputError
 from jindo_core.formats import Checkpoint, missing_and_extra, open_checkpoint
 from jindo_core.head import StreamedHead
 from jindo_core.hub import resolve_model
 from jindo_core.memory import give_back_freed
-from jindo_core.model import LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear, NF4Weight, quantize_nf4
 from jindo_core.plan import spread
 from jindo_core.streaming import LayerStream
@@ -37,8 +38,8 @@ def load_model(
     offload_head: bool = False,
     offload_folder: str | Path = "host",
     on_progress: Callable[[int, int], None] | None = None,
-) -> LlamaForCausalLM:
-    """Load a LLaMA, ready for `attach_lora`, `load_adapter` or `generate`.
+) -> CausalLM:
+    """Load a model, ready for `attach_lora`, `load_adapter` or `generate`.
 
     Args:
         path: a folder in Hugging Face's layout (safetensors or .bin, single or sharded, 16 bits or NF4) or in Meta's
@@ -68,16 +69,16 @@ def load_model(
     resolved = resolve_model(None if path is None else str(path))
     checkpoint = open_checkpoint(resolved)
     with torch.device("meta"):
-        model = LlamaForCausalLM(checkpoint.config)
+        model = build(checkpoint.config)
     _check_tensors(model, checkpoint, resolved)
     if offload_layers:
         _check_offload(offload_layers, model.config.num_hidden_layers, quantize)
-        model.model.stream = LayerStream(device, offload_folder)
+        model.stack.stream = LayerStream(device, offload_folder)
     streamed = spread(offload_layers, model.config.num_hidden_layers)
     tied = model.config.tie_word_embeddings
     on_host = {"lm_head.weight"} if offload_head else set()
     if offload_head if tied else offload_embedding:
-        on_host.add("model.embed_tokens.weight")
+        on_host.add(f"{model.EMBEDDING}.weight")
     fill = _Fill(model, checkpoint, quantize == "nf4", double_quant, dtype, device, streamed, on_host)
     fill.run(on_progress)
     if offload_head:
@@ -134,10 +135,10 @@ def _check_tensors(model: nn.Module, checkpoint: Checkpoint, source: Path) -> No
         raise InputError(f"{source}: {faults[0]}{more}: the checkpoint does not fit its configuration")
 
 
-def _layer_of(name: str) -> int:
-    """Of a parameter's name; -1 where it is in no layer."""
-    pieces = name.split(".")
-    return int(pieces[2]) if pieces[:2] == ["model", "layers"] else -1
+def _layer_of(name: str, layers: str) -> int:
+    """Of a parameter's name; -1 where it is in none of the layers at the path `layers`."""
+    inside = name.removeprefix(f"{layers}.")
+    return int(inside.partition(".")[0]) if inside != name else -1
 
 
 def _check_offload(layers: int, available: int, quantize: str | None) -> None:
@@ -153,7 +154,7 @@ class _Fill:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: CausalLM,
         checkpoint: Checkpoint,
         nf4: bool,
         double_quant: bool,
@@ -165,8 +166,11 @@ class _Fill:
         self.model, self.checkpoint = model, checkpoint
         self.double_quant, self.dtype, self.device = double_quant, dtype, device
         self.streamed, self.on_host = streamed, on_host
-        stack = model.model.named_modules(prefix="model")
-        linears = {f"{path}.weight" for path, module in stack if isinstance(module, nn.Linear)}
+        linears = {
+            f"{path}.weight"
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not model.lm_head
+        }
         # A checkpoint that was quantized says itself which linears were left out.
         chosen = linears & checkpoint.quantized if checkpoint.quantized else linears
         self.to_quantize = chosen if nf4 else set()
@@ -174,20 +178,20 @@ class _Fill:
 
     def run(self, on_progress: Callable[[int, int], None] | None) -> None:
         names = [name for name, _ in self.model.named_parameters()]
-        last_of = {_layer_of(name): name for name in names}
+        last_of = {_layer_of(name, self.model.LAYERS): name for name in names}
         whole, done = sum(self.checkpoint.nbytes_of(name) for name in names), 0
         with closing(self._read_ahead(names)) as pieces:
             for name, value in pieces:
                 self._place(name, value)
                 del value  # before the next one is waited for
-                layer, stream = _layer_of(name), self.model.model.stream
+                layer, stream = _layer_of(name, self.model.LAYERS), self.model.stack.stream
                 if layer in self.streamed and last_of[layer] == name and stream is not None:
-                    stream.take(layer, self.model.model.layers[layer])
+                    stream.take(layer, self.model.stack.layers[layer])
                 done += self.checkpoint.nbytes_of(name)
                 if on_progress is not None:
                     on_progress(self.checkpoint.nbytes * done // whole, self.checkpoint.nbytes)
         if self.model.config.tie_word_embeddings:
-            self.model.lm_head.weight = self.model.model.embed_tokens.weight
+            self.model.lm_head.weight = self.model.stack.embedding.weight
 
     def _read_ahead(self, names: Sequence[str]) -> Generator[tuple[str, Tensor | NF4Weight]]:
         """Every tensor, read on a thread while the one before it is quantized; both together never take more than the

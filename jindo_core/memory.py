@@ -11,13 +11,16 @@ from typing import TypeVar
 
 import torch
 
-from jindo_core.config import TrainConfig
+from jindo_core.causal_lm import CausalLM, ModelConfig
+from jindo_core.config import PROFILES, TrainConfig
 from jindo_core.errors import InputError, TrainingError
+from jindo_core.falcon import FalconConfig
 from jindo_core.head import StreamedHead
-from jindo_core.model import LlamaConfig, LlamaForCausalLM
+from jindo_core.model import LlamaConfig
 from jindo_core.nf4 import NF4Linear
 from jindo_core.paged_adamw import PagedAdamW
-from jindo_core.plan import CONTEXT, LINEARS, Change, Job, Sizes, fit, plan, spread
+from jindo_core.plan import CONTEXT, Change, Job, Sizes, fit, plan, spread
+from jindo_core.plan_falcon import FalconSizes
 from jindo_core.recompute import CheckpointOffload, random_state, set_random_state
 from jindo_core.streaming import LayerStream
 
@@ -26,8 +29,15 @@ CUDA_CONTEXT = CONTEXT
 T = TypeVar("T")
 
 
-def sizes_of(config: LlamaConfig) -> Sizes:
+def sizes_of(config: ModelConfig) -> Sizes | FalconSizes:
     """A model's numbers as the planner takes them."""
+    if isinstance(config, FalconConfig):
+        return FalconSizes(
+            config.hidden_size, config.ffn_hidden_size, config.num_hidden_layers, config.num_attention_heads,
+            config.num_key_value_heads, config.head_dim, config.vocab_size, config.norms, config.tie_word_embeddings,
+            config.bias,
+        )  # fmt: skip
+    assert isinstance(config, LlamaConfig)
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     biases = config.attention_bias * heads * config.head_dim + config.output_bias * config.hidden_size
     biases += config.mlp_bias * (2 * config.intermediate_size + config.hidden_size)
@@ -38,7 +48,19 @@ def sizes_of(config: LlamaConfig) -> Sizes:
     )  # fmt: skip
 
 
-def job_of(config: TrainConfig, sizes: Sizes, *, length: int, itemsize: int, context: int) -> Job:
+def usual_targets(config: TrainConfig, named: bool, sizes: Sizes | FalconSizes) -> TrainConfig:
+    """The settings with the family's usual layers to adapt, where the profile's are another family's.
+
+    Args:
+        named: whether the user gave --lora_target_modules, which then stays as it is.
+    """
+    names = config.lora_target_modules
+    if named or names != PROFILES["alpaca"]["lora_target_modules"] or any(n in sizes.linears for n in names):
+        return config
+    return dataclasses.replace(config, lora_target_modules=sizes.usual_targets)
+
+
+def job_of(config: TrainConfig, sizes: Sizes | FalconSizes, *, length: int, itemsize: int, context: int) -> Job:
     """A training run's step as the planner takes it.
 
     Args:
@@ -46,7 +68,8 @@ def job_of(config: TrainConfig, sizes: Sizes, *, length: int, itemsize: int, con
         context: bytes that the process holds beside the step.
     """
     names = config.lora_target_modules
-    targets = LINEARS if names == ("all-linear",) else tuple(n for n in LINEARS if any(x.endswith(n) for x in names))
+    known = tuple(sizes.linears)
+    targets = known if names == ("all-linear",) else tuple(n for n in known if any(x.endswith(n) for x in names))
     for name in ("checkpointed_layers", "offload_layers"):
         if getattr(config, name) > sizes.layers:
             raise InputError(
@@ -125,7 +148,7 @@ class Relief:
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, micro_batch: int, place: str = "host",
+        self, model: CausalLM, optimizer: torch.optim.Optimizer, micro_batch: int, place: str = "host",
         advice: str = "",
     ) -> None:  # fmt: skip
         self._model, self._optimizer, self._place, self._advice = model, optimizer, place, advice
@@ -198,19 +221,19 @@ class Relief:
         return f"micro-batches of {self.micro_batch} from now on, more of them to a step"
 
     def _checkpoint(self) -> str | None:
-        if self._model.model.gradient_checkpointing:
+        if self._model.stack.gradient_checkpointing:
             return None
-        self._model.model.gradient_checkpointing = True
+        self._model.stack.gradient_checkpointing = True
         return "every layer runs again in the backward pass from now on"
 
     def _checkpoints(self) -> str | None:
-        if self._model.model.checkpoint_offload is not None:
+        if self._model.stack.checkpoint_offload is not None:
             return None
-        self._model.model.checkpoint_offload = CheckpointOffload(self._place)
+        self._model.stack.checkpoint_offload = CheckpointOffload(self._place)
         return "layers' inputs go to the host from now on"
 
     def _embedding(self) -> str | None:
-        embedding = self._model.model.embed_tokens.weight
+        embedding = self._model.stack.embedding.weight
         if embedding.device.type == "cpu" or embedding is self._model.lm_head.weight:
             return None
         embedding.data = embedding.data.cpu()
@@ -220,16 +243,16 @@ class Relief:
         model, head = self._model, self._model.lm_head
         if isinstance(head, StreamedHead):
             return None
-        tied = head.weight is model.model.embed_tokens.weight
+        tied = head.weight is model.stack.embedding.weight
         streamed = StreamedHead(head.weight, model.device, self._place)
         if tied:
-            model.model.embed_tokens.weight.data = head.weight.data.cpu()
+            model.stack.embedding.weight.data = head.weight.data.cpu()
         model.lm_head = streamed
         return f"the head, {streamed.nbytes / 1e6:,.0f} MB, is streamed from the host from now on"
 
     def _stream(self) -> str | None:
         """A quarter of the layers, of those that are not streamed yet."""
-        stack = self._model.model
+        stack = self._model.stack
         stream = stack.stream or LayerStream(self._model.device, self._place)
         left = [n for n, layer in enumerate(stack.layers) if n not in stream and _holds_nf4(layer)]
         if not left:

@@ -7,8 +7,6 @@ H query heads, G key/value heads, D head size, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -17,19 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jindo_core.causal_lm import CausalLM, DecoderStack, KVCache
 from jindo_core.errors import InputError
 from jindo_core.families import SLIDING, as_llama
-from jindo_core.head import StreamedHead
-from jindo_core.kernels.attention import causal_attention, causal_mask
-from jindo_core.kernels.linear_cross_entropy import linear_cross_entropy
+from jindo_core.kernels.attention import causal_attention
 from jindo_core.kernels.rms_norm import rms_norm
 from jindo_core.kernels.rope import rope
 from jindo_core.kernels.swiglu import swiglu
-from jindo_core.long_memory import LongMemory, MemoryStore, attention_in_windows, memory_attention
+from jindo_core.long_memory import LongMemory, attention_in_windows, memory_attention
 from jindo_core.lora import project
-from jindo_core.recompute import CheckpointOffload, recomputed
-from jindo_core.rotary import rope_frequencies
-from jindo_core.streaming import LayerStream
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
@@ -129,46 +123,6 @@ class LlamaConfig:
         context = given.get("max_position_embeddings", cls.max_position_embeddings)
         given["memory"] = LongMemory.from_dict(raw, given["num_hidden_layers"], context)
         return cls(**given)
-
-
-# --- key/value cache ------------------------------------------------------------------------------------
-
-
-class KVCache:
-    """Keys and values of the tokens so far; given to the model as an argument, and filled by it.
-
-    Args:
-        batch: B. capacity: the most tokens a sequence may reach. dtype, device: the activations'.
-    Attributes:
-        length: tokens held; of a LongLLaMA, those in its window. Memory: 2 * layers * B * G * capacity * D * itemsize
-            bytes. A sliding window saves none of them.
-        memory: a LongLLaMA's; the window holds no more than its context, then all of it joins memory.
-    """
-
-    def __init__(
-        self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        groups, size, memory = config.num_key_value_heads, config.head_dim, config.memory
-        self.memory = None if memory is None else MemoryStore(memory, batch, groups, size, capacity, device)
-        shape = (config.num_hidden_layers, batch, groups, min(capacity, memory.context) if memory else capacity, size)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v [B, G, T, D] of one layer; returns all of that layer's [B, G, S, D]."""
-        end = self.length + k.shape[2]
-        if end > self.keys.shape[3]:
-            raise ValueError(f"the cache holds {self.keys.shape[3]} tokens, {end} are needed: make it larger")
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def begin_window(self) -> None:
-        """What is in a LongLLaMA's window joins its memory; the window is empty then."""
-        assert self.memory is not None
-        self.memory.length += self.length
-        self.length = 0
 
 
 # --- layers ---------------------------------------------------------------------------------------------
@@ -272,184 +226,34 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class LlamaModel(nn.Module):
-    """The stack below the head: token ids to hidden states."""
+class LlamaModel(DecoderStack):
+    """LLaMA's stack."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.checkpointed_layers = 0
-        self.checkpoint_offload: CheckpointOffload | None = None
-        self.stream: LayerStream | None = None
 
     @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether every layer is checkpointed in training. `checkpointed_layers` says how many of the first are: the
-        activations of the others are gone again by the time the first ones run a second time."""
-        return self.checkpointed_layers >= len(self.layers)
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, every: bool) -> None:
-        self.checkpointed_layers = len(self.layers) if every else 0
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """[B, T] -> [B, T, C]; arguments as in `LlamaForCausalLM.forward`."""
-        memory, new = self.config.memory, input_ids.shape[1]
-        if memory is not None and (cache is not None or new > memory.last_context_length):
-            if position_ids is not None or (cache is not None and attention_mask is not None):
-                raise ValueError(
-                    "a LongLLaMA counts positions in its windows, and its memory holds no padding: expected no "
-                    "position_ids, and no attention_mask with a cache"
-                )
-            if cache is not None:
-                return self._read_in_windows(input_ids, cache, memory)
-            position_ids = memory.places(new, input_ids.device)
-        return self._read(input_ids, attention_mask, position_ids, cache)
-
-    def _read_in_windows(self, input_ids: Tensor, cache: KVCache, memory: LongMemory) -> Tensor:
-        """Window by window, so that no more than one is worked on at a time."""
-        empty, hidden = cache.length == 0, []
-        for start, end in memory.windows(input_ids.shape[1]):
-            if (empty and start) or cache.length + end - start > memory.context:
-                cache.begin_window()
-            hidden.append(self._read(input_ids[:, start:end], None, None, cache))
-        return torch.cat(hidden, dim=1)
-
-    def _read(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
-        past = 0 if cache is None else cache.length
-        new = input_ids.shape[1]
-        if position_ids is None:
-            position_ids = torch.arange(past, past + new, device=input_ids.device)[None]
-        x = self._embed(input_ids)
-        memory, windows = self.config.memory, [self.config.window(i) for i in range(len(self.layers))]
-        cos, sin = self.angles(position_ids, past + new if memory is None else min(past + new, memory.context))
-        masks = {window: _attention_mask(attention_mask, past, new, window, x.device) for window in set(windows)}
-        for i, layer in enumerate(self.layers):
-            mask = masks[windows[i]]
-            causal = mask is None and new > 1
-            run = functools.partial(layer, cos=cos, sin=sin, mask=mask, causal=causal, cache=cache)
-            if self._checkpointed(i):
-                around = functools.partial(self._weights, i)
-                x = recomputed(run, x, tuple(layer.parameters()), around=around, offload=self.checkpoint_offload)
-            else:
-                with self._weights(i, False):
-                    x = run(x)
-        if cache is not None:
-            cache.length += new
-        return self.norm(x)
-
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        """The table may lie on the CPU while the layers do not."""
-        weight = self.embed_tokens.weight
-        return self.embed_tokens(input_ids.to(weight.device)).to(self.norm.weight.device)
-
-    def _checkpointed(self, layer: int) -> bool:
-        # A streamed layer's weights are gone when its backward pass comes: it has to run again.
-        streamed = self.stream is not None and layer in self.stream
-        return torch.is_grad_enabled() and (streamed or (self.training and layer < self.checkpointed_layers))
-
-    def _weights(self, layer: int, again: bool) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.stream is None else self.stream.use(layer, backwards=again)
-
-    def angles(self, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, fp32 [B or 1, T, D/2]."""
-        inverse, factor = rope_frequencies(self.config, length)
-        angle = position_ids[:, :, None].float() * inverse.to(position_ids.device)
-        return angle.cos() * factor, angle.sin() * factor
+    def embedding(self) -> nn.Embedding:
+        return self.embed_tokens
 
 
-def _attention_mask(
-    attention_mask: Tensor | None, past: int, new: int, window: int | None, device: torch.device
-) -> Tensor | None:
-    """bool [B or 1, 1, T, S], True where a query may look; None when causality and the window say it all."""
-    if attention_mask is None and (past == 0 or new == 1):
-        return None
-    query, key = torch.arange(past, past + new, device=device), torch.arange(past + new, device=device)
-    mask = causal_mask(query, key, window)[None, None]
-    if attention_mask is not None:
-        # A padded query sees itself: with no key at all its softmax, and its gradient, would be NaN.
-        mask = mask & (attention_mask.bool()[:, None, None] | (key[None] == query[:, None]))
-    return mask
-
-
-class CausalLMOutput:
-    """What the model returns: `.loss` (fp32 scalar, or None without labels) and `.logits` [B, T, V].
-
-    With labels the logits are made only when asked for: the loss never needs them whole.
-    """
-
-    def __init__(self, hidden: Tensor, head: nn.Module, loss: Tensor | None) -> None:
-        self.loss = loss
-        self._hidden, self._head = hidden, head
-        self._logits = head(hidden) if loss is None else None
-
-    @property
-    def logits(self) -> Tensor:
-        if self._logits is None:
-            self._logits = self._head(self._hidden)
-        return self._logits
-
-
-class LlamaForCausalLM(nn.Module):
+class LlamaForCausalLM(CausalLM):
     """LLaMA with its language-model head, called as transformers' class of the same name is."""
+
+    LAYERS, EMBEDDING = "model.layers", "model.embed_tokens"
+    config: LlamaConfig
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.model = LlamaModel(config)
-        self.lm_head: nn.Linear | StreamedHead = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        position_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-        num_items_in_batch: Tensor | float | None = None,
-    ) -> CausalLMOutput:
-        """
-        Args:
-            input_ids: int64 [B, T].
-            attention_mask: [B, S], 1 for tokens and 0 for padding. Right padding needs none: a causal token
-                never sees what follows it.
-            labels: int64 [B, T], the token ids with -100 where no loss counts; shifted here.
-            position_ids: int64 [B, T]; counted from the cache's length by default.
-            cache: filled with this call's keys and values.
-            num_items_in_batch: divisor of the loss; the counted labels of this call by default.
-        Returns:
-            `.loss`: mean cross entropy, or None. `.logits`: [B, T, V].
-        """
-        hidden = self.model(input_ids, attention_mask, position_ids, cache)
-        if labels is None:
-            return CausalLMOutput(hidden, self.lm_head, None)
-        shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
-        rows, wanted = hidden.flatten(0, 1), shifted.flatten()
-        if isinstance(self.lm_head, StreamedHead):
-            loss = self.lm_head.loss(rows, wanted, num_items_in_batch)
-        else:
-            loss = linear_cross_entropy(rows, self.lm_head.weight, wanted, count=num_items_in_batch)
-        return CausalLMOutput(hidden, self.lm_head, loss)
-
     @property
-    def device(self) -> torch.device:
-        return self.model.norm.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of activations, embedding, norms and head."""
-        return self.model.norm.weight.dtype
+    def stack(self) -> LlamaModel:
+        return self.model

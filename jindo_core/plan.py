@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from jindo_core import plan_falcon
+from jindo_core.plan_falcon import FalconSizes
+
 CONTEXT = 500_000_000
 """What a CUDA process occupies before its first tensor; no allocator's cap sees it."""
 
@@ -52,8 +55,18 @@ class Sizes(NamedTuple):
         shapes = ((queries, c), (keys, c), (keys, c), (c, queries), (i, c), (i, c), (c, i))
         return dict(zip(LINEARS, shapes, strict=True))
 
+    @property
+    def usual_targets(self) -> tuple[str, ...]:
+        """The layers that are adapted where nobody names any."""
+        return ("q_proj", "v_proj")
 
-SHAPES: dict[str, Sizes] = {
+    @property
+    def vectors(self) -> int:
+        """Elements of the norms and biases."""
+        return (2 * self.layers + 1) * self.hidden + self.layers * self.biases
+
+
+SHAPES: dict[str, Sizes | FalconSizes] = {
     "llama-7b": Sizes(4096, 11008, 32, 32, 32, 128, 32000),
     "llama-13b": Sizes(5120, 13824, 40, 40, 40, 128, 32000),
     "llama-33b": Sizes(6656, 17920, 60, 52, 52, 128, 32000),
@@ -65,6 +78,8 @@ SHAPES: dict[str, Sizes] = {
     "llama3-70b": Sizes(8192, 28672, 80, 64, 8, 128, 128256),
     "tinyllama-1.1b": Sizes(2048, 5632, 22, 32, 4, 64, 32000),
     "smollm2-135m": Sizes(576, 1536, 30, 9, 3, 64, 49152, True),
+    "falcon-7b": FalconSizes(4544, 18176, 32, 71, 1, 64, 65024),
+    "falcon-40b": FalconSizes(8192, 32768, 60, 128, 8, 64, 65024, norms=2),
 }
 
 
@@ -83,7 +98,7 @@ class Job:
         context: bytes outside the allocator: CUDA's, or on a CPU the process's. on_cuda: count its allocator's own.
     """
 
-    sizes: Sizes
+    sizes: Sizes | FalconSizes
     length: int = 256
     micro_batch: int = 4
     accumulation: int = 1
@@ -149,7 +164,7 @@ def plan(job: Job) -> Plan:
         "constants": kept_layers * constants,
         "embedding": 0 if on_host else embedding,
         "head": 0 if sizes.tied or job.offload_head else embedding,
-        "norms": ((2 * sizes.layers + 1) * sizes.hidden + sizes.layers * sizes.biases) * item,
+        "norms": sizes.vectors * item,
         "adapters": adapters,
         "optimizer_resident": resident,
         "optimizer_staging": staging if resident < states else 0,
@@ -224,6 +239,8 @@ def _pages(size: int) -> int:
 
 def kept_by_a_layer(job: Job) -> int:
     """Bytes that a layer keeps for its backward pass, its input included."""
+    if isinstance(job.sizes, FalconSizes):
+        return plan_falcon.kept_by_a_layer(job.sizes, job)
     sizes, m, item = job.sizes, job.tokens, job.itemsize
     c, queries, keys = sizes.hidden, sizes.heads * sizes.head_dim, sizes.groups * sizes.head_dim
     adapted = set(job.targets)
@@ -239,6 +256,8 @@ def kept_by_a_layer(job: Job) -> int:
 
 def _untracked(job: Job) -> int:
     """Bytes of `kept_by_a_layer` that the first layer does not keep: before an adapter nothing has a gradient."""
+    if isinstance(job.sizes, FalconSizes):
+        return plan_falcon.untracked(job.sizes, job)
     sizes, adapted = job.sizes, set(job.targets)
     c, queries, keys = sizes.hidden, sizes.heads * sizes.head_dim, sizes.groups * sizes.head_dim
     if adapted & {"q_proj", "k_proj", "v_proj"}:
@@ -255,6 +274,8 @@ def _untracked(job: Job) -> int:
 
 def _backward_of_a_layer(job: Job) -> int:
     """Bytes beyond what the layer keeps, at the worst moment of its backward pass."""
+    if isinstance(job.sizes, FalconSizes):
+        return plan_falcon.backward_of_a_layer(job.sizes, job)
     sizes, m, item = job.sizes, job.tokens, job.itemsize
     c, i, rank = sizes.hidden, sizes.inner, job.lora_r
     down = "down_proj" in job.targets

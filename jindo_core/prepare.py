@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from jindo_core import embedded
+from jindo_core.causal_lm import CausalLM, ModelConfig
 from jindo_core.config import TrainConfig
 from jindo_core.data.examples import Example, encode_all
 from jindo_core.data.records import Record, bundled_path, read_records, split_records
@@ -21,8 +22,16 @@ from jindo_core.formats import open_checkpoint
 from jindo_core.hub import resolve_data, resolve_model
 from jindo_core.loader import load_model, pick_device, pick_dtype
 from jindo_core.lora import attach_lora
-from jindo_core.memory import CUDA_CONTEXT, Relief, current_bytes, job_of, keep_budget, sizes_of, within_budget
-from jindo_core.model import LlamaConfig, LlamaForCausalLM
+from jindo_core.memory import (
+    CUDA_CONTEXT,
+    Relief,
+    current_bytes,
+    job_of,
+    keep_budget,
+    sizes_of,
+    usual_targets,
+    within_budget,
+)
 from jindo_core.optim import build_optimizer
 from jindo_core.pages import PageStore, available_ram
 from jindo_core.plan import Job as Step
@@ -45,7 +54,7 @@ class TrainingJob:
     """
 
     config: TrainConfig
-    model: LlamaForCausalLM
+    model: CausalLM
     optimizer: torch.optim.Optimizer
     relief: Relief
     tokenizer: Tokenizer
@@ -55,8 +64,11 @@ class TrainingJob:
     probe: Record | None
 
 
-def prepare(config: TrainConfig, view: TrainingView) -> TrainingJob:
+def prepare(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> TrainingJob:
     """Read and check everything.
+
+    Args:
+        explicit: names of the settings that the user gave.
 
     Raises:
         InputError: a path, file, row or setting that can't be used; nothing was written.
@@ -76,6 +88,11 @@ def prepare(config: TrainConfig, view: TrainingView) -> TrainingJob:
     tokenizer = load_tokenizer(path)
     architecture = open_checkpoint(path).config
     tokenizer.check(architecture.vocab_size)
+    given = config.lora_target_modules
+    config = usual_targets(config, "lora_target_modules" in explicit, sizes_of(architecture))
+    if config.lora_target_modules != given:
+        adapted = ", ".join(config.lora_target_modules)
+        view.notice(f"this model has no {', '.join(given)}: {adapted} is adapted, or what --lora_target_modules names")
     context = architecture.context
     if context is not None and config.cutoff_len > context:
         view.notice(f"cutoff_len {config.cutoff_len} is beyond the model's context: {context} is used")
@@ -107,7 +124,7 @@ def prepare(config: TrainConfig, view: TrainingView) -> TrainingJob:
 
 
 def _plan(
-    config: TrainConfig, architecture: LlamaConfig, examples: Sequence[Example], rows: int, view: TrainingView
+    config: TrainConfig, architecture: ModelConfig, examples: Sequence[Example], rows: int, view: TrainingView
 ) -> tuple[TrainConfig, Step]:
     """What the budget makes necessary; shows the memory plan. rows: of training."""
     device = pick_device(config.device)
@@ -172,7 +189,7 @@ def _advice(step: Step) -> str:
 # --- model and rows ----------------------------------------------------------------------------------
 
 
-def _load(path: Path, config: TrainConfig, view: TrainingView) -> LlamaForCausalLM:
+def _load(path: Path, config: TrainConfig, view: TrainingView) -> CausalLM:
     """The model with its adapter attached, as the settings say what is kept where."""
     torch.manual_seed(config.seed)
     with loading_bar(view.console) as on_progress:
@@ -193,7 +210,7 @@ def _load(path: Path, config: TrainConfig, view: TrainingView) -> LlamaForCausal
         )
     for message in caught:
         view.notice(str(message.message))
-    stack = model.model
+    stack = model.stack
     stack.checkpointed_layers = len(stack.layers) if config.gradient_checkpointing else config.checkpointed_layers
     if config.offload_checkpoints:
         stack.checkpoint_offload = CheckpointOffload(_place(config))

@@ -1,4 +1,4 @@
-"""The main job: load a LLaMA in NF4, train LoRA adapters on instructions, save and check the adapter."""
+"""The main job: load a model in NF4, train LoRA adapters on instructions, save and check the adapter."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def train(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> TrainR
     """
     view = TrainingView()
     output_dir = choose_output_dir(config, "output_dir" in explicit)
-    job = prepare(config, view)
+    job = prepare(config, explicit, view)
     try:
         return _run(job, output_dir, view)
     finally:

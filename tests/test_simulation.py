@@ -12,11 +12,12 @@ import sys
 import pytest
 import torch
 
+from jindo_core import plan_falcon
 from jindo_core.kernels import linear_cross_entropy as cross_entropy
 from jindo_core.kernels import lora_matmul, nf4
 from jindo_core.kernels import lora_matmul_reference as lora_reference
 from jindo_core.kernels.lora_matmul import Projection
-from jindo_core.plan import LINEARS, Job, Sizes, plan
+from jindo_core.plan import LINEARS, SHAPES, Job, Sizes, plan
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +33,15 @@ def shapes(repo_root):
 def both(simulation, shape, *, layers=None, targets=LINEARS, biases=0, attention_bias=False, **given):
     """The simulation and the plan of one step, and the bytes of weights in both."""
     shape = shape if layers is None else shape._replace(layers=layers)
-    names = "all-linear" if targets == LINEARS else list(targets)
+    names = "all-linear" if targets in (LINEARS, plan_falcon.LINEARS) else list(targets)
     simulated = simulation.simulate(shape, simulation.Step(targets=names, **given))
-    sizes = Sizes(
-        shape.hidden, shape.inner, shape.layers, shape.heads, shape.groups, shape.hidden // shape.heads, shape.vocab,
-        biases=biases, attention_bias=attention_bias,
-    )  # fmt: skip
+    if shape.name in SHAPES:
+        sizes = SHAPES[shape.name]._replace(layers=shape.layers)
+    else:
+        sizes = Sizes(
+            shape.hidden, shape.inner, shape.layers, shape.heads, shape.groups, shape.hidden // shape.heads,
+            shape.vocab, biases=biases, attention_bias=attention_bias,
+        )  # fmt: skip
     more = dict(given)
     if not more.pop("resident_states", True):
         more["resident_states"] = 0
@@ -91,6 +95,24 @@ def test_the_plan_agrees(name, tokens, micro_batch, checkpointed, simulation, sh
             checkpointed_layers={"none": 0, "some": 2, "all": 4}[checkpointed], lora_r=(8, 64)[turn // 3 % 2],
             targets=(LINEARS, ("q_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"))[turn // 2 % 3],
             dropout=(0.0, 0.05)[turn // 5 % 2], accumulation=1 + turn // 4 % 2,
+        )
+    )  # fmt: skip
+
+
+FALCON_GRID = list(itertools.product(["falcon-7b", "falcon-40b"], [512, 2048], ["none", "some", "all"]))
+
+
+@pytest.mark.parametrize(("name", "tokens", "checkpointed"), FALCON_GRID)
+def test_the_plan_of_a_falcon_agrees(name, tokens, checkpointed, simulation, repo_root):
+    """Four layers of each; targets, ranks, micro-batches and dropout taken in turn."""
+    turn = FALCON_GRID.index((name, tokens, checkpointed))
+    falcons = importlib.import_module("bench.shapes").FALCONS
+    agree(
+        *both(
+            simulation, falcons[name], layers=4, tokens=tokens, micro_batch=(1, 3)[turn % 2],
+            checkpointed_layers={"none": 0, "some": 2, "all": 4}[checkpointed], lora_r=(8, 64)[turn // 3 % 2],
+            targets=(plan_falcon.LINEARS, ("query_key_value",), ("dense", "dense_4h_to_h"))[(turn // 3 + turn + 1) % 3],
+            dropout=(0.0, 0.05)[turn // 5 % 2],
         )
     )  # fmt: skip
 

@@ -8,10 +8,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from jindo_core.causal_lm import ModelConfig
 from jindo_core.formats.gguf import GGUFCheckpoint
 from jindo_core.formats.huggingface import HuggingFaceCheckpoint
 from jindo_core.formats.meta import MetaCheckpoint, is_meta
-from jindo_core.model import LlamaConfig
 from jindo_core.nf4 import NF4Weight
 
 
@@ -19,17 +19,20 @@ class Checkpoint(Protocol):
     """A model's configuration and its weights, known without reading data; then one weight at a time.
 
     Attributes:
-        config: the model's.
         shapes: {name: shape} of every weight, under Hugging Face's names; of a quantized one, the shape it stands for.
         quantized: names of the weights that lie in NF4.
         files: the files with the weights. nbytes: of all of them.
     """
 
-    config: LlamaConfig
     shapes: dict[str, tuple[int, ...]]
     quantized: frozenset[str]
     files: list[Path]
     nbytes: int
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's."""
+        ...
 
     def read(self, name: str) -> Tensor:
         """A weight on the CPU, in memory of its own; a quantized one is dequantized, in the dtype it names.

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from jindo_core.architectures import read_config
 from jindo_core.errors import InputError
 from jindo_core.files import read_json
 from jindo_core.formats.bitsandbytes import assemble, check_quantization, group_parts, logical_shape
@@ -16,7 +17,6 @@ from jindo_core.formats.checksums import read_checksums, verify
 from jindo_core.formats.places import FLOATS, Place, open_size
 from jindo_core.formats.safetensors_file import read_header
 from jindo_core.formats.torch_file import read_records
-from jindo_core.model import LlamaConfig
 from jindo_core.nf4 import NF4Weight
 
 LAYOUTS = (
@@ -44,7 +44,7 @@ class HuggingFaceCheckpoint:
             raise InputError(f"{folder} is a LoRA adapter: give it as --lora_weights, and its base as --base_model")
         raw = read_json(folder / "config.json")
         check_quantization(raw, folder / "config.json")
-        self.config = LlamaConfig.from_dict(raw)
+        self.config = read_config(raw)
         self._places: dict[str, Place] = {}
         self._checksums: dict[str, str] = {}
         shards = _shard_files(folder)

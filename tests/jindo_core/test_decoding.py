@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from jindo_core.causal_lm import KVCache
 from jindo_core.decoding import Decoder, FixedStep, GraphedStep, _capturable
 from jindo_core.kernels import native
 from jindo_core.long_memory import LongMemory
 from jindo_core.lora import attach_lora
-from jindo_core.model import KVCache, LlamaConfig, LlamaForCausalLM
+from jindo_core.model import LlamaConfig, LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear
 
 CONFIG = LlamaConfig(

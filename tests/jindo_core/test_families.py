@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from jindo_core import model as ours_module
+from jindo_core.causal_lm import KVCache
 from jindo_core.decoding import Decoder, FixedStep
 from jindo_core.errors import InputError
 from jindo_core.families import as_llama
@@ -19,7 +20,6 @@ from jindo_core.kernels import native
 from jindo_core.loader import load_model
 from jindo_core.lora import adapted_layers, attach_lora
 from jindo_core.memory import sizes_of
-from jindo_core.model import KVCache
 from jindo_core.nf4 import NF4Linear
 from jindo_core.plan import Job, plan
 
@@ -358,7 +358,7 @@ BASE = {"model_type": "qwen2", "num_hidden_layers": 3}
 @pytest.mark.parametrize(("raw", "message"), [
     ({"model_type": "gpt_neox"}, r"'gpt_neox', a GPT-NeoX, as Polyglot-Ko, .*: quantize .* jindo_core\.integrations"),
     ({"model_type": "qwen3"}, r"'qwen3', a Qwen3, whose queries and keys are normed, expected one of llama, "),
-    ({"model_type": "gemma"}, r"model_type 'gemma', expected one of llama, .*mistral, qwen2: "),
+    ({"model_type": "gemma"}, r"model_type 'gemma', expected one of llama, .*mistral, qwen2 or falcon: "),
     ({"model_type": None}, "model_type None, expected one of"),
     ({"model_type": ["llama"]}, r"model_type \['llama'\], expected one of"),
     (BASE | {"hidden_act": "gelu"}, "hidden_act 'gelu', expected 'silu'"),

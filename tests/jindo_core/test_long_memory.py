@@ -13,12 +13,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from jindo_core.causal_lm import KVCache
 from jindo_core.errors import InputError
 from jindo_core.generation import generate_ids
 from jindo_core.loader import load_model
 from jindo_core.long_memory import LongMemory, memory_attention
 from jindo_core.lora import attach_lora
-from jindo_core.model import KVCache, LlamaConfig, LlamaForCausalLM
+from jindo_core.model import LlamaConfig, LlamaForCausalLM
 
 SMALL = {
     "vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,

@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM as Theirs
 
+from jindo_core.causal_lm import KVCache
 from jindo_core.errors import InputError
 from jindo_core.loader import load_model
-from jindo_core.model import KVCache, LlamaConfig, LlamaForCausalLM
+from jindo_core.model import LlamaConfig, LlamaForCausalLM
 
 SMALL = {
     "model_type": "llama",

@@ -1,0 +1,294 @@
+"""Falcon 7B, 11B, 40B and 180B (Almazrouei et al. 2023, arXiv:2311.16867), under Hugging Face's module names.
+
+A layer's attention and MLP read the same x side by side: y = x + MLP(norm(x)) + attention(norm'(x)). The two norms are
+one in the 7B and 11B, two in the 40B and 180B. Queries, keys and values come from one product, group by group:
+[q_1 … q_R, k, v] with R = H / G, which is multi-query attention (Shazeer 2019, arXiv:1911.02150) where G = 1.
+
+Shape suffixes in comments: B batch, T new tokens, C hidden size, H query heads, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jindo_core.causal_lm import CausalLM, DecoderStack, KVCache
+from jindo_core.errors import InputError
+from jindo_core.kernels.attention import causal_attention
+from jindo_core.kernels.rope import rope
+from jindo_core.long_memory import LongMemory
+
+MODEL_TYPES = ("falcon", "RefinedWeb", "RefinedWebModel")
+"""As config.json says it; the last two are the first releases' own code (40B, 7B): the same weights and names."""
+
+# What the first releases call a number.
+_OLD_NAMES = {
+    "hidden_size": "n_embed",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_kv_heads": "n_head_kv",
+}
+
+
+@dataclass(frozen=True)
+class FalconConfig:
+    """The numbers of a Falcon, under config.json's names where it has one.
+
+    Attributes:
+        num_key_value_heads: G; 1 in the 7B. ffn_hidden_size: of the MLP.
+        norms: 1 where attention and MLP read one norm (input_layernorm), 2 where each has its own (ln_attn, ln_mlp).
+        bias: whether the linear layers have one. rope, memory: always None, these are not scaled and have none.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    norms: int
+    max_position_embeddings: int = 2048
+    layer_norm_epsilon: float = 1e-5
+    rope_theta: float = 10000.0
+    bias: bool = False
+    tie_word_embeddings: bool = True
+    eos_token_ids: tuple[int, ...] = ()
+    rope: Mapping[str, Any] | None = None
+    memory: LongMemory | None = None
+
+    def window(self, layer: int) -> int | None:
+        """None: every layer's queries see all keys up to their own."""
+        return None
+
+    @property
+    def context(self) -> int:
+        """The most tokens a sequence may have."""
+        return self.max_position_embeddings
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> FalconConfig:
+        """From the contents of a config.json, of transformers or of the first releases.
+
+        Raises:
+            InputError: a missing or impossible number, or a variant (ALiBi, attention before the MLP, RoPE scaling,
+                dropout in the base) that is not here.
+        """
+        read = _Reader(raw)
+        _refuse_variants(read)
+        heads, groups = read.whole("num_attention_heads"), _groups(read)
+        hidden = read.whole("hidden_size")
+        if hidden % heads or hidden // heads % 2:
+            raise InputError(f"config.json has hidden_size {hidden} and {heads} heads: expected an even size a head")
+        if heads % groups:
+            raise InputError(f"config.json has {heads} heads and {groups} key/value heads: they don't divide")
+        norms = read.whole("num_ln_in_parallel_attn", 2 if _new_layout(read) else 1)
+        if norms not in ((1, 2) if _new_layout(read) else (1,)):
+            raise InputError(
+                f"config.json has num_ln_in_parallel_attn = {norms}, expected 1, or 2 with new_decoder_architecture"
+            )
+        return cls(
+            vocab_size=read.whole("vocab_size"), hidden_size=hidden,
+            ffn_hidden_size=read.whole("ffn_hidden_size", 4 * hidden),
+            num_hidden_layers=read.whole("num_hidden_layers"), num_attention_heads=heads, num_key_value_heads=groups,
+            norms=norms, max_position_embeddings=read.whole("max_position_embeddings", 2048),
+            layer_norm_epsilon=read.positive("layer_norm_epsilon", 1e-5), rope_theta=_rope_theta(read),
+            bias=read.switch("bias", False), tie_word_embeddings=read.switch("tie_word_embeddings", True),
+            eos_token_ids=_eos(raw),
+        )  # fmt: skip
+
+
+class _Reader:
+    """Values of a config.json, each of the type that it must have; null counts as left out."""
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        self._raw = raw
+
+    def __call__(self, name: str, default: Any = None) -> Any:
+        for known in (name, _OLD_NAMES.get(name)):
+            if known is not None and self._raw.get(known) is not None:
+                return self._raw[known]
+        return default
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        value = self(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"config.json has {name} = {value!r}, expected a positive whole number")
+        return value
+
+    def positive(self, name: str, default: float) -> float:
+        value = self(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise InputError(f"config.json has {name} = {value!r}, expected a positive number")
+        return value
+
+    def switch(self, name: str, default: bool) -> bool:
+        value = self(name, default)
+        if not isinstance(value, bool):
+            raise InputError(f"config.json has {name} = {value!r}, expected true or false")
+        return value
+
+
+def _new_layout(read: _Reader) -> bool:
+    """Whether it is the 40B's: keys and values in groups. The first release's own code has no switch for it."""
+    return read.switch("new_decoder_architecture", read("model_type") == "RefinedWeb")
+
+
+def _groups(read: _Reader) -> int:
+    if _new_layout(read):
+        return read.whole("num_kv_heads", read.whole("num_attention_heads"))
+    # transformers writes num_kv_heads in the old layout, too, and does not use it.
+    return 1 if read.switch("multi_query", True) else read.whole("num_attention_heads")
+
+
+def _refuse_variants(read: _Reader) -> None:
+    if read.switch("alibi", False):
+        raise InputError("config.json has alibi = true (Falcon-RW): expected rotary positions, ALiBi is not supported")
+    if not read.switch("parallel_attn", True):
+        raise InputError("config.json has parallel_attn = false: expected attention and MLP side by side")
+    if (activation := read("activation", "gelu")) != "gelu":
+        raise InputError(f"config.json has activation {activation!r}, expected 'gelu'")
+    for name in ("hidden_dropout", "attention_dropout"):
+        if read(name, 0):
+            raise InputError(f"config.json has {name} = {read(name)!r}, expected 0: the base model has no dropout here")
+
+
+def _rope_theta(read: _Reader) -> float:
+    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
+    rope_parameters = read("rope_parameters") or read("rope_scaling") or {}
+    if not isinstance(rope_parameters, Mapping):
+        raise InputError(f"config.json has RoPE parameters {rope_parameters!r}, expected an object")
+    kind = rope_parameters.get("rope_type", rope_parameters.get("type", "default"))
+    if kind != "default":
+        raise InputError(f"config.json has rope_type {kind!r}, expected 'default': Falcon's RoPE is not scaled here")
+    theta = rope_parameters.get("rope_theta")
+    return read.positive("rope_theta", 10000.0) if theta is None else _Reader(rope_parameters).positive("rope_theta", 1)
+
+
+def _eos(raw: Mapping[str, Any]) -> tuple[int, ...]:
+    eos = raw.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise InputError(f"config.json has eos_token_id = {eos!r}, expected a token id or a list of them")
+    return tuple(ids)
+
+
+# --- layers ---------------------------------------------------------------------------------------------
+
+
+class LayerNorm(nn.LayerNorm):
+    """(x - mean) / sqrt(variance + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450), over the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), queries, keys and values from one layer."""
+
+    def __init__(self, config: FalconConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim, self.groups = layer, config.head_dim, config.num_key_value_heads
+        width = (config.num_attention_heads + 2 * self.groups) * config.head_dim
+        self.query_key_value = nn.Linear(config.hidden_size, width, bias=config.bias)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.grouped = self.groups != config.num_attention_heads
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None
+    ) -> Tensor:
+        parts = self.query_key_value(x).unflatten(-1, (self.groups, -1, self.head_dim))
+        q, k, v = parts.split((parts.shape[3] - 2, 1, 1), dim=3)  # [B, T, G, H / G, D] and twice [B, T, G, 1, D]
+        k, v = k.squeeze(3), v.squeeze(3)
+        q, k = rope(q.flatten(2, 3), k, cos, sin)  # [B, T, H, D] and [B, T, G, D]
+        held_k, held_v = k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            held_k, held_v = cache.extend(self.layer, held_k, held_v)
+        if causal:  # a cache was empty: the new tokens are all there is
+            return self.dense(causal_attention(q, k, v).flatten(2))
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), held_k, held_v, attn_mask=mask, enable_gqa=self.grouped)
+        return self.dense(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """The exact GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415) between two products."""
+
+    def __init__(self, config: FalconConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=config.bias)
+        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP side by side, behind one norm or one each."""
+
+    def __init__(self, config: FalconConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attention = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.shared = config.norms == 1
+        size, eps = config.hidden_size, config.layer_norm_epsilon
+        if self.shared:
+            self.input_layernorm = LayerNorm(size, eps)
+        else:
+            self.ln_attn, self.ln_mlp = LayerNorm(size, eps), LayerNorm(size, eps)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None
+    ) -> Tensor:
+        # One half after the other: query_key_value and dense_h_to_4h as one operator, where the norm is one, took the
+        # same time and held both halves' gradients at once.
+        normed = self.input_layernorm(x) if self.shared else self.ln_attn(x)
+        attended = self.self_attention(normed, cos, sin, mask, causal, cache)
+        return x + (self.mlp(normed if self.shared else self.ln_mlp(x)) + attended)
+
+
+class FalconModel(DecoderStack):
+    """Falcon's stack."""
+
+    def __init__(self, config: FalconConfig) -> None:
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.h = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.ln_f = LayerNorm(config.hidden_size, config.layer_norm_epsilon)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.word_embeddings
+
+    @property
+    def layers(self) -> nn.ModuleList:  # type: ignore[override]
+        return self.h
+
+    @property
+    def norm(self) -> LayerNorm:
+        return self.ln_f
+
+
+class FalconForCausalLM(CausalLM):
+    """Falcon with its language-model head, called as transformers' class of the same name is."""
+
+    LAYERS, EMBEDDING = "transformer.h", "transformer.word_embeddings"
+    config: FalconConfig
+
+    def __init__(self, config: FalconConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = FalconModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.word_embeddings.weight
+
+    @property
+    def stack(self) -> FalconModel:
+        return self.transformer
