@@ -155,7 +155,7 @@ def test_all_resident_needs_no_store():
     pager = make("host", resident=7)
     assert len(pager.store) == 0
     pager.evict(3)
-    assert len(pager.store) == 7 * 3
+    assert len(pager.store) == 4 * 3
     assert pager.resident == 3
 
 
