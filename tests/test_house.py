@@ -20,7 +20,7 @@ ENGINE_ROWS = [
     {"nf4"},
     {"lora", "pages"},
     {"pager"},
-    {"recompute", "streaming", "adamw_pages", "paged_adamw"},
+    {"recompute", "streaming", "adamw_pages", "adamw_state", "paged_adamw"},
     {"model"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation"},

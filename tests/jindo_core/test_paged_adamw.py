@@ -12,9 +12,10 @@ from torch import nn
 
 import jindo_core
 from jindo_core.adamw_pages import capacity
+from jindo_core.adamw_state import WRAPPED
 from jindo_core.errors import InputError
 from jindo_core.kernels import native
-from jindo_core.paged_adamw import WRAPPED, PagedAdamW
+from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.pager import Pager
 from jindo_core.pages import PAGE_BYTES
 
