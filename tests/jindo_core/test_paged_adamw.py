@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import weakref
+from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
@@ -11,10 +14,12 @@ import torch
 from torch import nn
 
 import jindo_core
+import jindo_core.paged_adamw as module
 from jindo_core.adamw_pages import capacity
 from jindo_core.adamw_state import WRAPPED
 from jindo_core.errors import InputError
-from jindo_core.kernels import native
+from jindo_core.kernels import adamw, native
+from jindo_core.memory import give_back_freed
 from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.pager import Pager
 from jindo_core.pages import PAGE_BYTES
@@ -129,8 +134,6 @@ def test_small_tensors_share_pages():
 
 def test_joined_updates_are_the_same(monkeypatch):
     """What a GPU does: neighbours in a page in one call."""
-    import jindo_core.paged_adamw as module
-
     results, calls = [], []
     real_step = module._step_flat
     monkeypatch.setattr(module, "_step_flat", lambda *given: (calls.append(1), real_step(*given)))
@@ -329,9 +332,12 @@ def test_no_room_for_what_should_stay_pages_it_and_says_so(monkeypatch):
         ({"lr": -1.0}, "got lr -1.0"),
         ({"betas": (1.0, 0.9)}, "betas"),
         ({"state_bits": 16}, "state_bits 16, expected 32 or 8"),
+        ({"state_bits": "8"}, "state_bits '8', expected 32 or 8"),
         ({"resident_bytes": -1}, "resident_bytes -1"),
         ({"resident_bytes": "some"}, "resident_bytes 'some'"),
         ({"store": "/nowhere/at/all"}, "can't be written to"),
+        ({"store": None}, "got the place None: expected 'host' or a folder"),
+        ({"store": ""}, "got the place ''"),
     ],
 )
 def test_refuses(change, message):
@@ -344,24 +350,267 @@ def test_refuses_a_parameter_that_is_not_contiguous():
         PagedAdamW([nn.Parameter(torch.zeros(3, 4).t())])
 
 
-@pytest.mark.parametrize("fault", ["groups", "shape", "keys", "amsgrad"])
-def test_a_state_that_does_not_fit_changes_nothing(fault):
+def test_refuses_a_parameter_of_another_dtype():
+    with pytest.raises(ValueError, match=r"torch.float64 parameter of shape \(3,\), .*with .float\(\), or freeze it"):
+        PagedAdamW([nn.Parameter(torch.zeros(3, dtype=torch.float64))])
+
+
+def test_frozen_parameters_may_be_of_any_kind():
+    """As `PagedAdamW(model.parameters())` has them of a quantized model."""
+    ours, theirs = make_params(), make_params()
+    frozen = [
+        nn.Parameter(value, requires_grad=False)
+        for value in (torch.ones(8, dtype=torch.uint8), torch.zeros(3, 4).t(), torch.zeros(5, dtype=torch.float64))
+    ]
+    optimizer, reference = PagedAdamW([*frozen, *ours]), torch.optim.AdamW([*frozen, *theirs])
+    for side, params in ((optimizer, ours), (reference, theirs)):
+        run(side, params, 2)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    before = [p.detach().clone() for p in ours]
+    frozen[2].requires_grad_(True)
+    set_gradients([*ours, frozen[2]], 3)
+    with pytest.raises(ValueError, match=r"torch\.float64 parameter"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, before, strict=True))
+
+
+def test_the_caller_may_know_that_the_gradients_are_finite(monkeypatch):
+    def looked_at(gradients):
+        raise AssertionError("gradients looked at")
+
+    monkeypatch.setattr(module, "_all_finite", looked_at)
+    params = make_params()
+    optimizer, before = PagedAdamW(groups(params)), params[0].detach().clone()
+    set_gradients(params, 1)
+    optimizer.step(finite=True)
+    assert not torch.equal(params[0], before)
+    with pytest.raises(AssertionError, match="looked at"):
+        optimizer.step()
+
+
+def _spoiled(state, fault):
+    """The state of `groups(make_params())` in 8 bits, with a fault; parameter 4 is a large one."""
+    group, inner = state["param_groups"][0], state["state"][4][WRAPPED]
+    match fault:
+        case "no groups":
+            del state["param_groups"]
+        case "other groups":
+            state["param_groups"] = state["param_groups"][:1]
+        case "no betas":
+            del group["betas"]
+        case "negative lr":
+            group["lr"] = -1.0
+        case "amsgrad":
+            group["amsgrad"] = True
+        case "Adam's decay":
+            group["decoupled_weight_decay"] = False
+        case "unknown parameter":
+            state["state"][99] = state["state"].pop(4)
+        case "no step":
+            del state["state"][4]["step"]
+        case "half a step":
+            state["state"][4]["step"] = torch.tensor(1.5)
+        case "other shape":
+            inner["state2"] = inner["state2"][:-1]
+        case "no state2" | "no absmax1" | "no qmap2":
+            del inner[fault.removeprefix("no ")]
+        case "short absmax2" | "short qmap1":
+            inner[fault.removeprefix("short ")] = inner[fault.removeprefix("short ")][:-1]
+        case "floats for codes":
+            inner["state2"] = inner["state2"].float()
+        case "codes for floats":
+            inner["absmax1"] = inner["absmax1"].byte()
+        case "no tensor":
+            inner["state1"] = None
+    return state
+
+
+FAULTS = {
+    "no groups": "has no param_groups", "other groups": r"groups of \[3\] parameters, the optimizer of \[3, 5\]",
+    "no betas": "group 0 has no betas: it is another optimizer's", "negative lr": "group 0 has lr -1.0",
+    "amsgrad": "made with amsgrad", "Adam's decay": "Adam's, with weight_decay 0.1",
+    "unknown parameter": "parameter 99", "no step": "parameter 4 has .*, expected also step",
+    "half a step": r"step tensor\(1.5", "other shape": "has state2",
+    "no state2": "expected also state2", "no absmax1": "expected also absmax1", "no qmap2": "expected also qmap2",
+    "short absmax2": r"absmax2 \(3917,\), expected \(3918,\)", "short qmap1": r"qmap1 \(255,\)",
+    "floats for codes": "state2 of torch.float32, expected uint8", "codes for floats": "absmax1 of torch.uint8",
+    "no tensor": "has state1 NoneType",
+}  # fmt: skip
+
+
+def assert_same_state(optimizer, wanted):
+    found = optimizer.state_dict()
+    assert found["param_groups"] == wanted["param_groups"]
+    assert list(found["state"]) == list(wanted["state"])
+    for ours, theirs in zip(found["state"].values(), wanted["state"].values(), strict=True):
+        assert torch.equal(ours.pop("step"), theirs["step"])
+        kept, other = ours.get(WRAPPED, ours), theirs.get(WRAPPED, theirs)
+        assert all(torch.equal(value, other[name]) for name, value in kept.items())
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_state_that_does_not_fit_changes_nothing(fault, bits):
+    optimizer = PagedAdamW(groups(make_params()), state_bits=bits)
+    for group in optimizer.param_groups:
+        run(optimizer, group["params"], 1)
+    other = PagedAdamW(groups(make_params()), lr=0.5, state_bits=8)
+    for group in other.param_groups:
+        run(other, group["params"], 2)
+    good = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"^the state.*{FAULTS[fault]}"):
+        optimizer.load_state_dict(_spoiled(other.state_dict(), fault))
+    assert_same_state(optimizer, good)
+
+
+def test_states_of_other_optimizers():
+    params = make_params()
+    optimizer = PagedAdamW(params)
+    for other in (torch.optim.SGD(make_params(), momentum=0.9), torch.optim.Adam(make_params(), weight_decay=0.1)):
+        with pytest.raises(ValueError, match=r"another optimizer's|is Adam's"):
+            optimizer.load_state_dict(other.state_dict())
+    theirs = make_params()
+    adam = torch.optim.Adam(theirs, lr=1e-2)
+    run(adam, theirs, 2)
+    for param, moved in zip(params, theirs, strict=True):
+        param.data.copy_(moved)
+    optimizer.load_state_dict(adam.state_dict())
+    for side, own in ((optimizer, params), (adam, theirs)):
+        run(side, own, 2, 3)
+    assert all(torch.equal(a, b) for a, b in zip(params, theirs, strict=True)), "without decay they are one"
+
+
+def test_codes_of_another_map_keep_their_values():
+    params = make_params(shapes=[(64, 64)])
+    optimizer = PagedAdamW(params, state_bits=8)
+    run(optimizer, params, 2)
+    saved = optimizer.state_dict()
+    inner = saved["state"][0][WRAPPED]
+    inner["qmap1"] = inner["qmap1"] / 2
+    optimizer.load_state_dict(saved)
+    found, cpu = optimizer.state_dict()["state"][0][WRAPPED], torch.device("cpu")
+    halved = adamw.decode(inner["state1"].view(-1), inner["absmax1"], inner["qmap1"])
+    got = adamw.decode(found["state1"].view(-1), found["absmax1"], adamw.dynamic_map(cpu))
+    assert (got - halved).abs().max() <= 0.01 * halved.abs().max()
+
+
+def full_disk(fd, start, length):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_loading_into_a_full_store_changes_nothing(bits, monkeypatch):
+    ours, twin = make_params(), make_params()
+    optimizer, unharmed = (PagedAdamW(groups(p), state_bits=bits, resident_bytes=0) for p in (ours, twin))
+    run(optimizer, ours, 2)
+    run(unharmed, twin, 2)
+    other_params = make_params()
+    other = PagedAdamW(groups(other_params), state_bits=bits, lr=0.7)
+    run(other, other_params, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full_disk)
+        with pytest.raises(InputError, match="no room"):
+            optimizer.load_state_dict(other.state_dict())
+    assert_same_state(optimizer, unharmed.state_dict())
+    run(optimizer, ours, 2, 3)
+    run(unharmed, twin, 2, 3)
+    assert all(torch.equal(a, b) for a, b in zip(ours, twin, strict=True))
+
+
+def test_a_full_store_keeps_the_moments_where_they_are(monkeypatch):
     params = make_params()
     optimizer = PagedAdamW(groups(params))
-    run(optimizer, params, 2)
-    good, bad = optimizer.state_dict(), optimizer.state_dict()
-    if fault == "groups":
-        bad["param_groups"] = bad["param_groups"][:1]
-    elif fault == "shape":
-        bad["state"][4]["exp_avg"] = torch.zeros(3)
-    elif fault == "keys":
-        del bad["state"][4]["exp_avg_sq"]
-    else:
-        bad["param_groups"][0]["amsgrad"] = True
-    with pytest.raises(ValueError, match="the state"):
-        optimizer.load_state_dict(bad)
-    for i, state in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(state[name], good["state"][i][name]) for name in state)
+    run(optimizer, params, 1)
+    held = optimizer.resident_bytes
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full_disk)
+        with pytest.raises(InputError, match="no room"):
+            optimizer.evict()
+        assert optimizer.resident_bytes == held > 0
+        more = nn.Parameter(torch.ones(5))
+        optimizer.add_param_group({"params": [more]})
+        run(optimizer, [more], 1)
+    assert optimizer.resident_bytes == optimizer.state_bytes == held + PAGE_BYTES, "nor is the budget gone"
+
+
+class Device:
+    """One with room for so many of a pager's buffers at a time."""
+
+    def __init__(self, room, real):
+        self.room, self.real, self.given = room, real, []
+
+    def new_buffer(self, pager):
+        if sum(given() is not None for given in self.given) >= self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        buffer = self.real(pager)
+        self.given.append(weakref.ref(buffer))
+        return buffer
+
+
+@pytest.mark.parametrize(("room", "stay"), [(0, 0), (3, 3), (4, 3)])
+def test_laid_out_anew_without_memory_keeps_the_moments(room, stay, monkeypatch):
+    """Room for no page at all, or for the former three, where there are four now, with or without a buffer."""
+    device = Device(99, Pager._new_buffer)
+    monkeypatch.setattr(Pager, "_new_buffer", lambda pager: device.new_buffer(pager))
+    ours, theirs = make_params(), make_params()
+    optimizer, reference = PagedAdamW(groups(ours)), torch.optim.AdamW(groups(theirs))
+    for side, params in ((optimizer, ours), (reference, theirs)):
+        run(side, params, 3)
+        params.append(nn.Parameter(torch.ones(7)))
+        side.add_param_group({"params": params[-1:], "lr": 0.1})
+        set_gradients(params, 4)
+    assert optimizer.resident_bytes == 3 * PAGE_BYTES
+    wanted, values = optimizer.state_dict(), [p.detach().clone() for p in ours]
+    device.room = room
+    said = "all are paged" if stay == 0 else "12 MiB stay there, the rest is paged"
+    fails = contextlib.nullcontext() if room == 4 else pytest.raises(torch.OutOfMemoryError)
+    with pytest.warns(UserWarning, match=f"cpu has no room for 16 MiB of AdamW's moments: {said}"), fails:
+        optimizer.step()
+    assert optimizer.resident_bytes == stay * PAGE_BYTES
+    if room != 4:
+        assert all(torch.equal(a, b) for a, b in zip(ours, values, strict=True))
+        assert_same_state(optimizer, wanted)
+        optimizer.evict()
+        device.room = 3
+        optimizer.step()
+    reference.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_auto_stays_below_the_process_s_cap(monkeypatch):
+    gib, device = 1 << 30, torch.device("cuda", 0)
+    said = {"mem_get_info": (10 * gib, 16 * gib), "memory_reserved": 3 * gib, "max_memory_allocated": 2 * gib}
+    for name, value in said.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    optimizer = PagedAdamW(make_params())
+    for fraction, expected in [(1.0, 11 * gib), (0.25, 2 * gib), (0.125, 0)]:
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _, share=fraction: share)
+        assert optimizer._affordable(device, 1 << 20) == max(expected - module.MARGIN, 0)
+    assert optimizer._affordable(device, 3) == 0
+    held = Pager(jindo_core.pages.PageStore(), torch.device("cpu"), units=5, unit_bytes=PAGE_BYTES, resident=2)
+    optimizer._pagers[device] = held
+    assert optimizer._affordable(device, 3) == 2 * PAGE_BYTES, "those pages found room already"
+
+
+def test_eviction_gives_a_cpu_s_memory_back():
+    """What is paged lies in a file's pages, which are the process's own no more."""
+    param = nn.Parameter(torch.zeros(8 << 20))
+    param.grad = torch.ones_like(param)
+    optimizer = PagedAdamW([param])
+    optimizer.step()
+    give_back_freed()
+    before = private_bytes()
+    assert optimizer.evict() == 64 << 20
+    give_back_freed()
+    assert before - private_bytes() > 60 << 20
+    optimizer.step()
+    give_back_freed()
+    assert before - private_bytes() > 60 - 3 * 4 << 20, "but for the three buffers"
+
+
+def private_bytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
 
 
 def test_a_step_without_memory_changes_nothing(monkeypatch):
