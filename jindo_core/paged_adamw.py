@@ -343,15 +343,18 @@ def _step_flat(
 
 
 def _all_finite(gradients: list[Tensor]) -> bool:
-    """One number a device is waited for. A sum of absolute values is finite if all are, unless it overflows itself."""
+    """One number a device is waited for."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
         by_device.setdefault(gradient.device, []).append(gradient)
-    for own in by_device.values():
-        peaks = torch._foreach_norm(own, math.inf)
-        if not torch.stack([peak.float() for peak in peaks]).isfinite().all().item():
-            return False
-    return True
+    # If a 2-norm is finite, all is. It may overflow by itself: then the largest magnitude tells, in 17 times the time
+    # on a CPU.
+    return all(_finite_norms(own, 2.0) or _finite_norms(own, math.inf) for own in by_device.values())
+
+
+def _finite_norms(gradients: list[Tensor], order: float) -> bool:
+    norms = torch._foreach_norm(gradients, order, dtype=torch.float32)
+    return bool(torch.stack(norms).isfinite().all())
 
 
 def _check_kind(params: Iterable[torch.nn.Parameter]) -> None:

@@ -134,6 +134,17 @@ def test_a_step_with_gradients_that_are_not_finite_is_skipped(wrong):
     assert not torch.equal(params[0], before[0])
 
 
+def test_large_gradients_are_finite():
+    """Their squares' sum is not."""
+    params = make_params()
+    optimizer, before = PagedAdamW(params), params[0].detach().clone()
+    set_gradients(params, 1)
+    params[0].grad.fill_(1e30)
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    assert not torch.equal(params[0], before)
+
+
 def test_parameters_that_come_later():
     ours, theirs = make_params(), make_params()
     for params in (ours, theirs):
