@@ -30,6 +30,7 @@ from jindo_core.memory import current_bytes, give_back_freed, peak_bytes
 from jindo_core.model import LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear, quantize_nf4
 from jindo_core.paged_adamw import PagedAdamW
+from jindo_core.pages import PAGE_BYTES
 from jindo_core.plan import spread
 from jindo_core.streaming import LayerStream
 
@@ -39,7 +40,9 @@ SHARES = (1.0, 0.5, 0.1, 0.0)
 
 def adapters(shape: Shape, device: torch.device, r: int = 8) -> list[nn.Parameter]:
     """All A and B of a model whose linears are all adapted, with gradients."""
-    extents = [extent for size in shape.matrices.values() for _ in range(3 * shape.layers) for extent in size]
+    hidden, groups = shape.hidden, shape.hidden // shape.heads * shape.groups
+    layer = [(hidden, hidden)] * 2 + [(groups, hidden)] * 2 + [(shape.inner, hidden)] * 3  # q, o; k, v; gate, up, down
+    extents = [extent for size in layer * shape.layers for extent in size]
     made = [nn.Parameter(torch.randn(r, extent, device=device)) for extent in extents]
     for parameter in made:
         parameter.grad = torch.randn_like(parameter)
@@ -47,11 +50,14 @@ def adapters(shape: Shape, device: torch.device, r: int = 8) -> list[nn.Paramete
 
 
 def optimizer_case(setup: Setup, shape: Shape, share: float, store: str, *, bits: int = 32) -> tuple[Case, PagedAdamW]:
-    """A step of PagedAdamW with that share of its moments resident, beside the other optimizers for little memory."""
+    """A step of PagedAdamW with that share of its pages resident, rounded up, beside the other optimizers for little
+    memory."""
     params = adapters(shape, setup.device)
     count = sum(p.numel() for p in params)
-    size = count * (8 if bits == 32 else 2)
-    optimizer = PagedAdamW(params, lr=1e-5, state_bits=bits, resident_bytes=math.ceil(share * size * 1.1), store=store)
+    optimizer = PagedAdamW(params, lr=1e-5, state_bits=bits, resident_bytes=0, store=store)
+    optimizer.step()
+    pages = optimizer.state_bytes // PAGE_BYTES
+    optimizer.regrow(math.ceil(share * pages) * PAGE_BYTES)
     others: dict[str, torch.optim.Optimizer] = {
         "torch": torch.optim.AdamW(adapters(shape, setup.device), lr=1e-5),
     }
@@ -65,7 +71,7 @@ def optimizer_case(setup: Setup, shape: Shape, share: float, store: str, *, bits
         others["torchao offload"] = CPUOffloadOptimizer(adapters(shape, setup.device), torch.optim.AdamW, lr=1e-5)
     calls: dict[str, Callable[[int], Any]] = {OURS: lambda _: optimizer.step()}
     calls |= {name: lambda _, o=other: o.step() for name, other in others.items()}
-    name = f"paged AdamW {bits}-bit, {share:.0%} resident"
+    name = f"paged AdamW {bits}-bit, {optimizer.resident_bytes // PAGE_BYTES} of {pages} pages resident"
     moved = (28 if bits == 32 else 16) * count
     case = Case(
         "paged_adamw", name, f"{shape.name} {count / 1e6:.1f}M", moved, "GB/s", "copy", calls, implementation="paged"

@@ -222,6 +222,7 @@ def fake_world(*, cuda: bool = True) -> Iterator[None]:
         dispatch.pretend_cuda() if cuda else contextlib.nullcontext(),
         mock.patch.object(pager, "_Thread", _NoCopies),
         mock.patch.object(pages.PageStore, "_in_ram", _meta_pages),
+        mock.patch.object(pages.PageStore, "_in_file", _meta_pages),
         # Functions, for a Mock remembers its arguments, and so keeps tensors alive.
         mock.patch.object(pager.Pager, "write", _nothing),
         mock.patch.object(linear_cross_entropy, "counted", _every),  # fake labels neither: every row counts

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from jindo_core.kernels.linear_cross_entropy import sliced_cross_entropy
 from jindo_core.pager import Counters, Pager
-from jindo_core.pages import PageStore
+from jindo_core.pages import store_for
 
 SLICE_BYTES = 32 << 20
 """Of a slice: 4,096 rows of a 7B's head, so that its product still fills a GPU."""
@@ -39,7 +39,7 @@ class StreamedHead(nn.Module):
         rows, row = weight.shape[0], weight.shape[1] * weight.dtype.itemsize
         self.slice_rows = min(max(SLICE_BYTES // row, 1), rows)
         units = -(-rows // self.slice_rows)
-        pages = PageStore(store, pin=device.type == "cuda")
+        pages = store_for(device, store)
         self._pager = Pager(pages, device, units=units, unit_bytes=self.slice_rows * row, resident=0)
         for unit, part in enumerate(weight.detach().split(self.slice_rows)):
             self._pager.write(unit, 0, part.cpu())

@@ -183,8 +183,7 @@ class Relief:
                 self._model.zero_grad(set_to_none=True)
                 set_random_state(device, random)
             done = self.give_way(in_update=in_update)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache() if device.type == "cuda" else give_back_freed()
             if done is None:
                 refused = "".join(f"; {why}" for why in self._refused)
                 raise TrainingError(

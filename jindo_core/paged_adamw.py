@@ -11,24 +11,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from jindo_core import adamw_state
 from jindo_core.adamw_pages import Page, Room, Segment, bits_of, place
+from jindo_core.adamw_state import Moments
 from jindo_core.kernels import adamw
 from jindo_core.pager import Counters, Pager
-from jindo_core.pages import PAGE_BYTES, PageStore
+from jindo_core.pages import PAGE_BYTES, PageStore, store_for
 
 JOINED_ON_CUDA = 1 << 62
 JOINED_ON_CPU = 1 << 16
 """Elements of a tensor up to which it is updated in one call with its neighbours: a call costs more than that many."""
-
-WRAPPED = "__bnb_optimizer_quant_state__"
-"""bitsandbytes' key of a parameter's quantized moments in a state dict."""
 
 SLOTS = 3
 """Buffers for pages under way: one worked on, one coming, one going back."""
@@ -45,17 +44,20 @@ class PagedAdamW(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups of them, contiguous; fp32, bf16 or fp16. Each group's lr may change at any time.
+            Frozen ones may be among them, of any kind.
         lr, betas, eps, weight_decay: as torch.optim.AdamW's.
         state_bits: 32, or 8: a quarter of the memory.
         resident_bytes: of moments that stay on each device; the rest is streamed at every step. "auto": all on a CPU;
-            on a GPU what is free at the first step beyond the peak so far.
-        store: where the rest lies: "host" (RAM, pinned for a GPU) or a folder for a memory-mapped file.
+            on a GPU what is free at the first step beyond the peak so far, within
+            torch.cuda.set_per_process_memory_fraction.
+        store: where the rest lies: "host" (pinned RAM for a GPU, a file in the system's temporary folder for a CPU) or
+            a folder for a memory-mapped file. Copies between a GPU and a file hold up the step until they have ended.
     Attributes:
         skipped_steps: steps whose gradients were not finite.
     Raises:
-        ValueError: a number out of bounds or a parameter that is not contiguous. InputError: a store that can't be
-        written to. In a step: InputError where the store has no room (the first step), torch.OutOfMemoryError where the
-        device has none; nothing was changed then, and the step may be tried again.
+        ValueError: a number out of bounds or a parameter of another kind. InputError: a store that can't be written to.
+        In a step: InputError where the store has no room (the first step), torch.OutOfMemoryError where the device has
+        none; nothing was changed then, and the step may be tried again.
     """
 
     def __init__(
@@ -71,11 +73,10 @@ class PagedAdamW(torch.optim.Optimizer):
         store: str | Path = "host",
     ) -> None:
         if state_bits not in (8, 32):
-            raise ValueError(f"PagedAdamW got state_bits {state_bits}, expected 32 or 8")
+            raise ValueError(f"PagedAdamW got state_bits {state_bits!r}, expected 32 or 8")
         if resident_bytes != "auto" and (not isinstance(resident_bytes, int) or resident_bytes < 0):
             raise ValueError(f"PagedAdamW got resident_bytes {resident_bytes!r}, expected 'auto' or a number of bytes")
-        if store != "host":
-            PageStore(store).close()  # a folder that can't be written to is an error now
+        PageStore(store).close()  # a folder that can't be written to is an error now
         self._bits, self._budget, self._place = state_bits, resident_bytes, store
         self._steps: dict[torch.nn.Parameter, int] = {}
         self._pages: dict[torch.device, list[Page]] = {}
@@ -86,22 +87,26 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; moments that exist already are kept."""
-        _check_numbers(self.defaults | param_group)
+        adamw_state.check_numbers(self.defaults | param_group, "PagedAdamW got")
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if not param.is_contiguous() or param.dtype not in adamw.DTYPES:
-                dtype, strides = param.dtype, param.stride()
-                del self.param_groups[-1]
-                raise ValueError(
-                    f"PagedAdamW got a {dtype} parameter with strides {strides}, "
-                    "expected contiguous fp32, bf16 or fp16: make it .contiguous()"
-                )
+        try:
+            _check_kind(param for param in self.param_groups[-1]["params"] if param.requires_grad)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
 
     # --- the step ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; returns the closure's loss."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, finite: bool = False
+    ) -> float | None:
+        """One update of every parameter that has a gradient; returns the closure's loss.
+
+        Args:
+            finite: the caller has seen that all gradients are (by their norm, say): they are not looked at again, which
+                spares a GPU's queue a wait.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -109,7 +114,8 @@ class PagedAdamW(torch.optim.Optimizer):
         given = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
         if any(p.grad.is_sparse for p in given):
             raise ValueError("PagedAdamW got a sparse gradient, expected dense ones")
-        if not _all_finite([p.grad for p in given]):
+        _check_kind(given)
+        if not finite and not _all_finite([p.grad for p in given]):
             self.skipped_steps += 1
             return loss
         self._lay_out(given)
@@ -169,73 +175,91 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def evict(self) -> int:
         """Move all resident moments to the store, from now on; returns the bytes that became free on the devices."""
+        freed = sum(pager.evict() for pager in self._pagers.values())
         self._budget = 0
-        return sum(pager.evict() for pager in self._pagers.values())
+        return freed
 
     def regrow(self, resident_bytes: int) -> None:
         """Let so many bytes of moments stay on each device again."""
-        self._budget = resident_bytes
         for pager in self._pagers.values():
             pager.evict(resident_bytes // pager.unit_bytes)
             pager.grow(resident_bytes // pager.unit_bytes)
+        self._budget = resident_bytes
 
     def _lay_out(self, given: list[torch.nn.Parameter]) -> None:
         """Give every trained parameter its places, anew where one of those given has none. Either all of it succeeds,
         or nothing has changed."""
-        if self._placed.issuperset(given):
-            return
-        kept = self._collect()
+        if not self._placed.issuperset(given):
+            self._lay_anew({*given, *self._steps}, self._collect())
+
+    def _lay_anew(self, updated: set[torch.nn.Parameter], moments: dict[torch.nn.Parameter, Moments]) -> None:
+        """New pages that hold `moments`, in place of those that there are; where it raises, these are as they were.
+
+        Args:
+            updated: what gets a place beside the parameters that require a gradient.
+        """
         pages: dict[torch.device, list[Page]] = {}
         for number, group in enumerate(self.param_groups):
             for bits in (32, 8):
                 for param in group["params"]:
-                    trained = param.requires_grad or param in self._steps
-                    if trained and bits_of(param, self._bits) == bits:
+                    if (param.requires_grad or param in updated) and bits_of(param, self._bits) == bits:
+                        _check_kind([param])
                         place(param, number, bits, pages.setdefault(param.device, []))
-        pagers = {}
+        pagers, short = {}, {}
         for device, own in pages.items():
-            pagers[device] = self._pager(device, len(own), self._affordable(device, len(own)) // PAGE_BYTES)
-        self._forget()
-        self._pages, self._pagers = pages, pagers
+            resident = self._affordable(device, len(own)) // PAGE_BYTES
+            try:
+                pagers[device] = self._pager(device, len(own), resident)
+            except torch.OutOfMemoryError:
+                if not resident:
+                    raise
+                pagers[device], short[device] = self._pager(device, len(own), 0), resident
+        _fill(pages, pagers, moments)
+        old, self._pages, self._pagers = self._pagers, pages, pagers
         self._placed = {segment.param for own in pages.values() for page in own for segment in page.segments}
-        self._fill(kept)
+        held = {device: pager.resident for device, pager in old.items()}
+        for pager in old.values():
+            pager.close()
+        for device, resident in short.items():
+            self._settle(device, resident, min(resident, held.get(device, 0)))
+
+    def _settle(self, device: torch.device, wanted: int, held: int) -> None:
+        """Pages that could not stay beside the former ones take the place of as many as were `held`; says what did not
+        fit."""
+        pager, said = self._pagers[device], "all are paged"
+        try:
+            pager.grow(held)
+        except torch.OutOfMemoryError:
+            pager.evict()
+        if pager.resident == wanted:
+            return
+        if pager.resident:
+            said = f"{pager.resident * PAGE_BYTES >> 20} MiB stay there, the rest is paged"
+        size = wanted * PAGE_BYTES >> 20
+        warnings.warn(f"{device} has no room for {size} MiB of AdamW's moments: {said}", stacklevel=6)
 
     def _pager(self, device: torch.device, pages: int, resident: int) -> Pager:
-        store = PageStore(self._place, pin=device.type == "cuda")
-        try:
-            return Pager(store, device, units=pages, unit_bytes=PAGE_BYTES, resident=resident, slots=SLOTS)
-        except torch.OutOfMemoryError:
-            if not resident:
-                raise
-        size = resident * PAGE_BYTES >> 20
-        warnings.warn(f"{device} has no room for {size} MiB of AdamW's moments: all are paged", stacklevel=4)
-        return self._pager(device, pages, 0)
+        store = store_for(device, self._place)
+        return Pager(store, device, units=pages, unit_bytes=PAGE_BYTES, resident=resident, slots=SLOTS)
 
     def _affordable(self, device: torch.device, pages: int) -> int:
+        """Bytes that may stay, of so many pages."""
         wanted = pages * PAGE_BYTES
         if self._budget != "auto":
             return min(int(self._budget), wanted)
         if device.type != "cuda":
             return wanted
-        free, _ = torch.cuda.mem_get_info(device)
-        peak = torch.cuda.max_memory_allocated(device)
-        return max(min(free + torch.cuda.memory_reserved(device) - peak - MARGIN, wanted), 0)
-
-    def _forget(self) -> None:
-        for pager in self._pagers.values():
-            pager.flush()
-            pager.store.close()
-        self._pages, self._pagers, self._placed = {}, {}, set()
+        free, total = torch.cuda.mem_get_info(device)
+        # What other processes leave, and what a cap on this one does, of which mem_get_info knows nothing.
+        most = min(
+            free + torch.cuda.memory_reserved(device), int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        )
+        room = most - torch.cuda.max_memory_allocated(device) - MARGIN
+        # The peak so far may hold the pages that these replace: as many found room already.
+        held = self._pagers[device].resident * PAGE_BYTES if device in self._pagers else 0
+        return max(min(max(room, held), wanted), 0)
 
     # --- checkpoints ------------------------------------------------------------------------------------
-
-    def _places(self) -> Iterator[tuple[torch.nn.Parameter, list[tuple[torch.device, int, Segment]]]]:
-        found: dict[torch.nn.Parameter, list[tuple[torch.device, int, Segment]]] = {}
-        for device, pages in self._pages.items():
-            for i, page in enumerate(pages):
-                for segment in page.segments:
-                    found.setdefault(segment.param, []).append((device, i, segment))
-        yield from found.items()
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -243,92 +267,66 @@ class PagedAdamW(torch.optim.Optimizer):
 
         8-bit moments are as bitsandbytes' AdamW8bit writes them, which can load them too.
         """
-        packed = super().state_dict()
-        kept = self._collect()
-        params = [p for group in self.param_groups for p in group["params"]]
-        state = {i: kept[param] for i, param in enumerate(params) if param in kept}
-        more = _torch_defaults()
-        groups = [more | group for group in packed["param_groups"]]
-        return {"state": state, "param_groups": groups}
-
-    def _named(self, found: dict[str, Tensor], param: Tensor) -> dict[str, Any]:
-        """A parameter's moments as they are checkpointed."""
-        if self._bits == 32:
-            return {name: value.view(param.shape) for name, value in found.items()}
-        if "exp_avg" in found:
-            return {WRAPPED: {f"state{i}": value.view(param.shape) for i, value in enumerate(found.values(), 1)}}
-        cpu = torch.device("cpu")
-        inner = {
-            "state1": found["codes1"].view(param.shape), "state2": found["codes2"].view(param.shape),
-            "absmax1": found["absmax1"], "absmax2": found["absmax2"],
-            "qmap1": adamw.dynamic_map(cpu).clone(), "qmap2": adamw.unsigned_map(cpu).clone(),
-        }  # fmt: skip
-        return {WRAPPED: inner}
-
-    def _collect(self) -> dict[torch.nn.Parameter, dict[str, Any]]:
-        """What `state_dict` has of each parameter that was updated."""
-        kept = {}
-        for param, places in self._places():
-            if param in self._steps:
-                bits = bits_of(param, self._bits)
-                found = _empty_state(param, bits)
-                for device, i, segment in places:
-                    self._exchange(device, i, segment, found, into_page=False)
-                kept[param] = {"step": torch.tensor(float(self._steps[param])), **self._named(found, param)}
-        return kept
+        packed, kept = super().state_dict(), self._collect()
+        state = {}
+        for i, param in enumerate(p for group in self.param_groups for p in group["params"]):
+            if param in kept:
+                step = torch.tensor(float(self._steps[param]))
+                state[i] = {"step": step, **adamw_state.named(kept[param], param, self._bits)}
+        defaults = adamw_state.torch_defaults()
+        return {"state": state, "param_groups": [defaults | group for group in packed["param_groups"]]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes torch.optim.AdamW's, bitsandbytes' AdamW8bit's and its own, with moments of either kind.
 
         Raises:
-            ValueError: groups, shapes or settings that do not fit; all is as it was then.
+            ValueError: a state that does not fit or is another optimizer's. InputError, torch.OutOfMemoryError: no room
+            for it beside the present one, in the store or on the device. All is as it was then.
         """
-        groups, own = state_dict["param_groups"], self.param_groups
-        sizes = [[len(group["params"]) for group in side] for side in (groups, own)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"the state has groups of {sizes[0]} parameters, the optimizer of {sizes[1]}")
-        for group in groups:
-            _check_numbers(group)
-            for name in ("amsgrad", "maximize"):
-                if group.get(name):
-                    raise ValueError(f"the state was made with {name}, which PagedAdamW does not have")
-        ids = [i for group in groups for i in group["params"]]
-        state = {ids.index(key): _unwrapped(value) for key, value in state_dict["state"].items()}
-        params = [p for group in own for p in group["params"]]
-        for i, found in state.items():
-            _check_state(found, params[i], i)
-        for group, loaded in zip(own, groups, strict=True):
-            group.update({name: loaded[name] for name in ("lr", "betas", "eps", "weight_decay")})
-            if "initial_lr" in loaded:  # of a learning-rate schedule
-                group["initial_lr"] = loaded["initial_lr"]
-        self._forget()
-        self._steps = {params[i]: int(found["step"]) for i, found in state.items()}
-        self._lay_out(list(self._steps))
-        self._fill({params[i]: found for i, found in state.items()})
+        found = adamw_state.loaded(state_dict, self.param_groups, self._bits)
+        self._lay_anew(set(found.steps), found.moments)
+        self._steps = found.steps
+        for group, numbers in zip(self.param_groups, found.groups, strict=True):
+            group.update(numbers)
 
-    def _fill(self, state: dict[torch.nn.Parameter, dict[str, Any]]) -> None:
-        for param, places in self._places():
-            if param not in state:
-                continue
-            moments = _converted(_unwrapped(state[param]), param, bits_of(param, self._bits))
-            for device, page, segment in places:
-                self._exchange(device, page, segment, moments, into_page=True)
-        for pager in self._pagers.values():
-            pager.flush()
+    def _collect(self) -> dict[torch.nn.Parameter, Moments]:
+        """Copies of the moments of each parameter that was updated."""
+        kept: dict[torch.nn.Parameter, Moments] = {}
+        for device, pages in self._pages.items():
+            for number, page in enumerate(pages):
+                tenants = [segment for segment in page.segments if segment.param in self._steps]
+                moments = page.moments(self._pagers[device].read(number)) if tenants else {}
+                for segment in tenants:
+                    flat = kept.setdefault(segment.param, adamw_state.empty(segment.param, page.bits))
+                    for here, there in _pairs(segment, moments, flat):
+                        there.copy_(here)
+        return kept
 
-    def _exchange(
-        self, device: torch.device, number: int, segment: Segment, flat: dict[str, Tensor], *, into_page: bool
-    ) -> None:
-        """Copy a segment's moments between its page and flat CPU tensors of the whole parameter."""
-        page, pager = self._pages[device][number], self._pagers[device]
-        moments = page.moments(pager.get(number))
-        for name, part in moments.items():
-            block = adamw.BLOCK if name.startswith("absmax") else 1
-            here = part[segment.place // block : -(-(segment.place + segment.length) // block)]
-            there = flat[name][segment.start // block : -(-(segment.start + segment.length) // block)]
-            (here if into_page else there).copy_(there if into_page else here)
-        pager.done(number, changed=into_page)
+
+def _fill(
+    pages: dict[torch.device, list[Page]], pagers: dict[torch.device, Pager], kept: dict[torch.nn.Parameter, Moments]
+) -> None:
+    """Write the parameters' moments into the pages, without a buffer on the device."""
+    for device, own in pages.items():
+        for number, page in enumerate(own):
+            tenants = [segment for segment in page.segments if segment.param in kept]
+            if tenants:
+                raw = torch.zeros(PAGE_BYTES, dtype=torch.uint8)
+                for segment in tenants:
+                    for here, there in _pairs(segment, page.moments(raw), kept[segment.param]):
+                        here.copy_(there)
+                pagers[device].write(number, 0, raw)
+
+
+def _pairs(segment: Segment, page: Moments, flat: Moments) -> list[tuple[Tensor, Tensor]]:
+    """Views of a segment's moments, in its page's and in its whole parameter's."""
+    found = []
+    for name, part in page.items():
+        block = adamw.BLOCK if name.startswith("absmax") else 1
+        here = part[segment.place // block : -(-(segment.place + segment.length) // block)]
+        found.append((here, flat[name][segment.start // block : -(-(segment.start + segment.length) // block)]))
+    return found
 
 
 def _step_flat(
@@ -345,75 +343,30 @@ def _step_flat(
 
 
 def _all_finite(gradients: list[Tensor]) -> bool:
-    """One number a device is waited for. A sum of absolute values is finite if all are, unless it overflows itself."""
+    """One number a device is waited for."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
         by_device.setdefault(gradient.device, []).append(gradient)
-    for own in by_device.values():
-        peaks = torch._foreach_norm(own, math.inf)
-        if not torch.stack([peak.float() for peak in peaks]).isfinite().all().item():
-            return False
-    return True
+    # If a 2-norm is finite, all is. It may overflow by itself: then the largest magnitude tells, in 17 times the time
+    # on a CPU.
+    return all(_finite_norms(own, 2.0) or _finite_norms(own, math.inf) for own in by_device.values())
 
 
-# --- checkpoints' shapes --------------------------------------------------------------------------------
+def _finite_norms(gradients: list[Tensor], order: float) -> bool:
+    norms = torch._foreach_norm(gradients, order, dtype=torch.float32)
+    return bool(torch.stack(norms).isfinite().all())
 
 
-def _check_numbers(group: dict[str, Any]) -> None:
-    lr, (beta1, beta2), eps, decay = (group[name] for name in ("lr", "betas", "eps", "weight_decay"))
-    if not (lr >= 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1 and eps >= 0 and decay >= 0):
-        raise ValueError(
-            f"PagedAdamW got lr {lr}, betas {(beta1, beta2)}, eps {eps}, weight_decay {decay}, expected "
-            "lr, eps and weight_decay of at least 0 and betas in [0, 1)"
-        )
-
-
-def _torch_defaults() -> dict[str, Any]:
-    """The keys that torch.optim.AdamW expects in a group."""
-    return dict(torch.optim.AdamW([torch.nn.Parameter(torch.empty(0))]).defaults)
-
-
-def _empty_state(param: Tensor, bits: int) -> dict[str, Tensor]:
-    count = param.numel()
-    if bits == 32:
-        return {name: torch.zeros(count) for name in ("exp_avg", "exp_avg_sq")}
-    codes = {name: torch.zeros(count, dtype=torch.uint8) for name in ("codes1", "codes2")}
-    return codes | {name: torch.zeros(-(-count // adamw.BLOCK)) for name in ("absmax1", "absmax2")}
-
-
-def _unwrapped(found: dict[str, Any]) -> dict[str, Any]:
-    """bitsandbytes puts quantized moments into a dictionary of their own."""
-    return {name: value for name, value in found.items() if name != WRAPPED} | found.get(WRAPPED, {})
-
-
-def _check_state(found: dict[str, Any], param: Tensor, number: int) -> None:
-    names = ("exp_avg", "exp_avg_sq") if "exp_avg" in found else ("state1", "state2")
-    if "step" not in found or any(name not in found for name in names):
-        raise ValueError(f"the state of parameter {number} has {sorted(found)}, expected step, {', '.join(names)}")
-    for name in names:
-        if found[name].shape != param.shape:
+def _check_kind(params: Iterable[torch.nn.Parameter]) -> None:
+    """ValueError where the kernels would misread one."""
+    for param in params:
+        if param.dtype not in adamw.DTYPES:
             raise ValueError(
-                f"the state of parameter {number} has {name} {tuple(found[name].shape)}, expected {tuple(param.shape)}"
+                f"PagedAdamW got a {param.dtype} parameter of shape {tuple(param.shape)}, expected fp32, bf16 or fp16: "
+                "convert it with .float(), or freeze it"
             )
-
-
-def _converted(found: dict[str, Any], param: Tensor, bits: int) -> dict[str, Tensor]:
-    """A checkpoint's moments of one parameter as flat CPU tensors of the kind that is kept."""
-    eight = found.get("state1") is not None and found["state1"].dtype == torch.uint8
-    if eight and bits == 8:
-        names = {"codes1": "state1", "codes2": "state2", "absmax1": "absmax1", "absmax2": "absmax2"}
-        return {own: found[theirs].cpu().reshape(-1) for own, theirs in names.items()}
-    if eight:
-        wide = [
-            adamw.decode(found[f"state{i}"].cpu().reshape(-1), found[f"absmax{i}"].cpu(), found[f"qmap{i}"].cpu())
-            for i in (1, 2)
-        ]
-    else:
-        keys = ("exp_avg", "exp_avg_sq") if "exp_avg" in found else ("state1", "state2")
-        wide = [found[key].detach().cpu().float().reshape(-1).contiguous() for key in keys]
-    if bits == 32:
-        return dict(zip(("exp_avg", "exp_avg_sq"), wide, strict=True))
-    made = _empty_state(param, 8)
-    for i, moment in enumerate(wide, 1):
-        adamw.encode(moment, made[f"codes{i}"], made[f"absmax{i}"], signed=i == 1)
-    return made
+        if not param.is_contiguous():
+            raise ValueError(
+                f"PagedAdamW got a parameter of shape {tuple(param.shape)} with strides {param.stride()}, expected a "
+                "contiguous one: make it .contiguous()"
+            )

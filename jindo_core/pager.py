@@ -2,8 +2,9 @@
 
 A unit is what its user works on at once: a page of an optimizer's moments, a layer's weights. The first few stay on the
 device. The others pass through two buffers: while the user works on one unit, the next is on its way, and a changed one
-goes back. On CUDA the copies run on streams of their own, ordered by events, and nothing waits for the whole device. On
-a CPU a thread copies: the same code, so that every path is tested without a GPU.
+goes back. On CUDA the copies run on streams of their own, ordered by events, and nothing waits for the whole device;
+that needs a store in pinned RAM: a copy between a GPU and a file's pages holds up Python until it has ended. On a CPU
+a thread copies: the same code, so that every path is tested without a GPU.
 
 Units are used in an order that is known (ascending, or up and down again), for which least-recently-used is the worst
 policy: it drops each unit just before its turn. Hence a fixed prefix that stays.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -66,10 +68,10 @@ class Pager:
         self._counters = Counters()
         self._slots = [_Slot() for _ in range(slots)]
         self._saved: dict[int, Any] = {}  # unit -> when its last way back ended
+        self._places: dict[int, int] = {}  # unit -> its first page in the store, once it has one
         self._copier: _Streams | _Thread = _Streams(device) if device.type == "cuda" else _Thread()
         resident = min(max(resident, 0), units)
-        if resident < units:
-            store.reserve(units * self._pages)
+        self._reserve(range(resident, units))
         self._resident = [self._new_buffer() for _ in range(resident)]
 
     @property
@@ -84,12 +86,28 @@ class Pager:
         return self._counters
 
     def pages_of(self, unit: int) -> list[Tensor]:
-        """The unit's pages in the store; a resident unit's hold nothing of worth. Call `flush` before reading."""
-        return [self.store.page(unit * self._pages + i) for i in range(self._pages)]
+        """The unit's pages in the store, of one that is not resident. Call `flush` before reading."""
+        first = self._places[unit]
+        return [self.store.page(first + i) for i in range(self._pages)]
+
+    def read(self, unit: int) -> Tensor:
+        """uint8 [unit_bytes] on the CPU: a copy of a unit that is not held. Asks the device for no memory."""
+        if unit < self.resident:
+            return self._resident[unit].to("cpu", copy=True)
+        self._finish(self._saved.get(unit))
+        return torch.cat(self.pages_of(unit))[: self.unit_bytes]
 
     def write(self, unit: int, start: int, value: Tensor) -> None:
-        """Put a CPU tensor's bytes at byte `start` of a unit that is in the store only."""
+        """Put a CPU tensor's bytes at byte `start` of a unit that is not held. Asks the device for no memory."""
         flat, size = value.contiguous().view(-1).view(torch.uint8), self.store.page_bytes
+        if unit < self.resident:
+            self._resident[unit][start : start + flat.numel()] = flat
+            return
+        self._finish(self._saved.get(unit))
+        slot = self._find(unit)
+        if slot is not None:  # what it holds is no longer what the store does
+            self._finish(slot.ready)
+            slot.unit, slot.fresh = None, False
         pages, done = self.pages_of(unit), 0
         while done < flat.numel():
             page, place = divmod(start + done, size)
@@ -144,21 +162,31 @@ class Pager:
 
     def extend(self, units: int) -> None:
         """Let there be so many units. InputError where the store has no room; nothing has changed then."""
-        self.store.reserve(units * self._pages)
+        self._reserve(range(self.units, units))
         self.units = max(units, self.units)
 
     def flush(self) -> None:
         """Wait until the store holds all that was changed outside the resident prefix."""
         for event in self._saved.values():
-            event.synchronize() if hasattr(event, "synchronize") else event.result()
+            self._finish(event)
         self._saved.clear()
 
+    def close(self) -> None:
+        """Wait for what is under way, and give the device's memory and the store's back."""
+        self.flush()
+        for slot in self._slots:
+            self._finish(slot.ready)
+        self._slots.clear()
+        self._resident.clear()
+        self.store.close()
+
     def evict(self, keep: int = 0) -> int:
-        """Move all but the first `keep` resident units to the store; returns the bytes that the device got back."""
+        """Move all but the first `keep` resident units to the store; returns the bytes that the device got back.
+
+        InputError where the store has no room for them; nothing has changed then.
+        """
         gone = self._resident[keep:]
-        if not gone:
-            return 0
-        self.store.reserve(self.units * self._pages)
+        self._reserve(range(keep, self.resident))
         for i, buffer in enumerate(gone, keep):
             for source, target in self._cuts(i, buffer, False):
                 target.copy_(source)
@@ -180,6 +208,18 @@ class Pager:
             self._count(out=False)
             self._resident.append(buffer)
 
+    def _reserve(self, units: Iterable[int]) -> None:
+        """Places in the store for those units that have none."""
+        new, first = [unit for unit in units if unit not in self._places], len(self.store)
+        self.store.reserve(first + len(new) * self._pages)
+        self._places |= {unit: first + i * self._pages for i, unit in enumerate(new)}
+
+    @staticmethod
+    def _finish(event: Any) -> None:
+        """Let Python wait for the end of a copy."""
+        if event is not None:
+            event.synchronize() if hasattr(event, "synchronize") else event.result()
+
     def _new_buffer(self) -> Tensor:
         return torch.zeros(self.unit_bytes, dtype=torch.uint8, device=self.device)
 
@@ -194,9 +234,11 @@ class Pager:
     def _load(self, unit: int, slot: _Slot, *, copy: bool = True) -> None:
         self._give_buffer(slot)
         assert slot.buffer is not None
+        # Behind the slot's last user, behind the way back of the unit that was in it (which a user that only read may
+        # have come after), and behind the new unit's own.
+        before = [slot.free, self._saved.get(unit)] + ([] if slot.unit is None else [self._saved.get(slot.unit)])
+        before = [event for event in before if event is not None]
         slot.unit, slot.fresh = unit, True
-        # Behind the slot's last user, and behind the unit's own way back.
-        before = [event for event in (slot.free, self._saved.get(unit)) if event is not None]
         slot.ready = self._copier.copy(self._cuts(unit, slot.buffer, True) if copy else [], before, False)
         if copy:
             self._count(out=False)
@@ -236,6 +278,8 @@ class _Streams:
             stream.wait_event(event)
         with torch.cuda.stream(stream):
             for source, target in cuts:
+                # Its memory was allocated for the current stream: once freed, no other tensor gets it before this ends.
+                (source if out else target).record_stream(stream)
                 target.copy_(source, non_blocking=True)
         return stream.record_event()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,17 +18,20 @@ PAGE_BYTES = 4 << 20
 
 
 class PageStore:
-    """Pages in RAM or in a memory-mapped file; zeros until they are written.
+    """Pages in RAM or in a memory-mapped file; zeros until they are written. `store_for` chooses.
 
     Args:
         place: "host": RAM; else a folder, in which a file without a name lies, gone with the process whatever ends it.
-        pin: lock the RAM's pages, which a GPU's copies need to run beside its kernels.
+        pin: lock the RAM's pages, which a GPU's copies need to run beside its kernels. A file's can't be locked: copies
+            between them and a GPU go through the driver's own buffer and hold up the thread that asks for them.
         page_bytes: of one page; a multiple of the system's pages for a file.
     Raises:
-        InputError: the folder is not there or can't be written to.
+        InputError: no folder is named, or it is not there or can't be written to.
     """
 
     def __init__(self, place: str | Path = "host", *, pin: bool = False, page_bytes: int = PAGE_BYTES) -> None:
+        if not isinstance(place, str | Path) or place == "":
+            raise InputError(f"the page store got the place {place!r}: expected 'host' or a folder's name")
         self.page_bytes = page_bytes
         self._pin = pin
         self._pages: list[Tensor] = []
@@ -100,14 +104,60 @@ class PageStore:
         return list(torch.frombuffer(mapped, dtype=torch.uint8).split(self.page_bytes))
 
 
-def available_ram() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not say."""
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return None
-    lines = info.read_text(encoding="ascii").splitlines()
-    free = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return None if free is None else int(free) << 10
+def store_for(device: torch.device, place: str | Path = "host", *, page_bytes: int = PAGE_BYTES) -> PageStore:
+    """A store for what does not stay on `device`.
+
+    Args:
+        place: "host": pinned RAM for a GPU. A CPU's RAM is the device itself, so there it is a file in the system's
+            temporary folder (TMPDIR), whose pages the kernel can write back and drop. Else a folder for the file.
+    """
+    pin = device.type == "cuda"
+    if place == "host" and not pin:
+        place = tempfile.gettempdir()
+    return PageStore(place, pin=pin, page_bytes=page_bytes)
+
+
+def available_ram(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that can be had without swapping, within the machine and this process's control groups; None where the
+    system does not say.
+
+    Args:
+        proc, cgroups: where those file systems are mounted.
+    """
+    found = list(_left_in_cgroups(proc, cgroups))
+    info = proc / "meminfo"
+    if info.exists():
+        lines = info.read_text(encoding="ascii").splitlines()
+        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    return max(min(found), 0) if found else None
+
+
+def _left_in_cgroups(proc: Path, cgroups: Path) -> Iterator[int]:
+    """What the limits of the process's groups, and of those above them, leave; of version 2 and version 1."""
+    listed = proc / "self" / "cgroup"
+    for line in listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, limit, used, cache = cgroups, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, used = cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        own = top / path.lstrip("/")
+        for group in (own, *own.parents):
+            if not group.is_relative_to(top):
+                break
+            # A container sees its own group as the topmost one, under a path of the machine's that it can't see.
+            if (group / limit).exists() and (most := (group / limit).read_text().strip()) != "max":
+                yield int(most) - int((group / used).read_text()) + _statistic(group, cache)
+
+
+def _statistic(group: Path, name: str) -> int:
+    """Of memory.stat, in bytes. The page cache that nobody has used of late counts as used, but goes when asked."""
+    file = group / "memory.stat"
+    lines = file.read_text(encoding="ascii").splitlines() if file.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
 
 
 def _first_line(error: Exception) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jindo_core.pager import Counters, Pager
-from jindo_core.pages import PageStore
+from jindo_core.pages import store_for
 
 Around = Callable[[bool], contextlib.AbstractContextManager[None]]
 
@@ -34,7 +34,7 @@ def recomputed(
         run: the layer; what it draws from the random generator of x's device, it draws again. Autocast is as it was.
         parameters: all that `run` uses.
         around: entered about each of the two runs, with True for the one of the backward pass and its gradients.
-        offload: keeps x instead of the device.
+        offload: keeps x instead of the device, for one backward pass.
     """
     return _Recomputed.apply(run, around or _nothing, offload, x, *(p for p in parameters if p.requires_grad))
 
@@ -84,10 +84,10 @@ def _gradients(ctx, dy: Tensor, x: Tensor, trained: Sequence[Tensor]) -> list[Te
 
 class CheckpointOffload:
     """Keeps layers' inputs outside the device: each goes there while its layer runs, and comes back while the layer
-    above it runs again.
+    above it runs again. It returns once: a second backward pass through the same graph is a RuntimeError.
 
     Args:
-        store: "host", or a folder for a memory-mapped file.
+        store: where they lie, as `store_for` takes it: "host", or a folder for a memory-mapped file.
     """
 
     def __init__(self, store: str | Path = "host") -> None:
@@ -108,8 +108,9 @@ class CheckpointOffload:
         if not free:
             pager.extend(pager.units + 1)
             free.append(pager.units - 1)
-        unit = free.pop()
-        buffer = pager.get(unit, load=False)
+        unit = free[-1]
+        buffer = pager.get(unit, load=False)  # which may run out of memory: the unit stays free then
+        free.remove(unit)
         _view(buffer, x.shape, x.dtype).copy_(x)
         pager.done(unit, changed=True)
         kept = Kept(self, pager, unit, x)
@@ -119,9 +120,7 @@ class CheckpointOffload:
     def _pager_for(self, x: Tensor) -> Pager:
         last = self._pagers[-1] if self._pagers else None
         if last is None or last.unit_bytes < x.nbytes or last.device != x.device:
-            last = Pager(
-                PageStore(self._place, pin=x.device.type == "cuda"), x.device, units=0, unit_bytes=x.nbytes, resident=0
-            )
+            last = Pager(store_for(x.device, self._place), x.device, units=0, unit_bytes=x.nbytes, resident=0)
             self._pagers.append(last)
             self._free[last] = []
             self._drop_drained()
@@ -130,6 +129,9 @@ class CheckpointOffload:
     def _drop_drained(self) -> None:
         used = {pager for pager, _ in self._stack} | {self._pagers[-1]}
         self._free = {pager: free for pager, free in self._free.items() if pager in used}
+        for pager in self._pagers:
+            if pager not in used:
+                pager.close()
         self._pagers = [pager for pager in self._pagers if pager in used]
 
     def _bring_before(self, pager: Pager, unit: int) -> None:
@@ -154,8 +156,16 @@ class Kept:
         self._gone = False
 
     def __enter__(self) -> Tensor:
-        buffer = self.pager.get(self.unit)
-        self._owner._bring_before(self.pager, self.unit)
+        if self._gone:
+            raise RuntimeError(
+                "a second backward pass through a graph whose checkpoints are offloaded: they are freed at the first "
+                "one. Run the forward pass again, or don't offload checkpoints"
+            )
+        with contextlib.ExitStack() as undo:
+            buffer = self.pager.get(self.unit)
+            undo.callback(self.pager.done, self.unit, changed=False)
+            self._owner._bring_before(self.pager, self.unit)  # may run out of memory
+            undo.pop_all()
         return _view(buffer, self._shape, self._dtype)
 
     def __exit__(self, *_: object) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from jindo_core.nf4 import NF4Linear
 from jindo_core.pager import Counters, Pager
-from jindo_core.pages import PageStore
+from jindo_core.pages import store_for
 
 ALIGNMENT = 256
 """Bytes at whose multiples a tensor starts within its layer: what 128-bit loads and a device's lines like."""
@@ -48,7 +48,8 @@ class LayerStream:
     Outside `use` a streamed layer's weights are placeholders on the meta device, which no operator takes.
 
     Args:
-        device: where layers are used. store: "host", or a folder for a memory-mapped file.
+        device: where layers are used.
+        store: where they lie, as `store_for` takes it: "host", or a folder for a memory-mapped file.
     """
 
     def __init__(self, device: torch.device, store: str | Path = "host") -> None:
@@ -56,6 +57,7 @@ class LayerStream:
         self._parts: dict[int, list[_Part]] = {}
         self._pager: Pager | None = None
         self._units: dict[int, int] = {}
+        self._spare: list[int] = []  # units of no layer
         self._next: dict[tuple[int, bool], int] = {}  # (layer, backwards) -> the unit that comes after it
 
     def __contains__(self, number: int) -> bool:
@@ -79,8 +81,11 @@ class LayerStream:
         """Move the NF4 weights of layer `number` from the device to the store.
 
         Raises:
-            InputError: the store has no room; the layer is as it was. ValueError: a layer larger than the first.
+            InputError: the store has no room. ValueError: a layer that was taken already, larger than the first one or
+            without NF4 weights. The layer is as it was then.
         """
+        if number in self:
+            raise ValueError(f"layer {number} is streamed already: restore it first")
         parts, held, start = [], [], 0
         for module in layer.modules():
             if not isinstance(module, NF4Linear):
@@ -89,24 +94,33 @@ class LayerStream:
                 value = getattr(module, name)
                 if value is None:
                     continue
+                if value.is_meta:
+                    raise ValueError(f"layer {number} has its weights elsewhere: it is streamed already, or not loaded")
                 value = value.detach()
                 parts.append(_Part(module, name, start, torch.empty_like(value, device="meta")))
                 held.append(value)
                 start += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
+        if not parts:
+            raise ValueError(f"layer {number} has no NF4 weights: only those are streamed")
         if self._pager is None:
-            store = PageStore(self._place, pin=self._device.type == "cuda")
+            store = store_for(self._device, self._place)
             self._pager = Pager(store, self._device, units=0, unit_bytes=start, resident=0)
-        pager, unit = self._pager, self._pager.units
+        pager = self._pager
         if start > pager.unit_bytes:
             raise ValueError(f"layer {number} takes {start} bytes, expected at most the first one's {pager.unit_bytes}")
-        pager.extend(unit + 1)
+        if not self._spare:
+            pager.extend(pager.units + 1)
+            self._spare.append(pager.units - 1)
         for part, value in zip(parts, held, strict=True):
-            pager.write(unit, part.start, value.cpu())
+            pager.write(self._spare[-1], part.start, value.cpu())
+        for part in parts:
             part.put(part.placeholder)
-        self._parts[number], self._units[number] = parts, unit
-        order = self.layers
-        self._next = {(a, False): self._units[b] for a, b in pairwise(order)}
-        self._next |= {(b, True): self._units[a] for a, b in pairwise(order)}
+        self._parts[number], self._units[number] = parts, self._spare.pop()
+        self._find_order()
+
+    def _find_order(self) -> None:
+        pairs = list(pairwise(self.layers))
+        self._next = {(a, False): self._units[b] for a, b in pairs} | {(b, True): self._units[a] for a, b in pairs}
 
     @contextlib.contextmanager
     def use(self, number: int, *, backwards: bool = False) -> Iterator[None]:
@@ -117,9 +131,9 @@ class LayerStream:
         pager, unit = self._pager, self._units[number]
         assert pager is not None
         buffer = pager.get(unit)
-        if (number, backwards) in self._next:
-            pager.ahead(self._next[number, backwards])
         try:
+            if (number, backwards) in self._next:
+                pager.ahead(self._next[number, backwards])  # may run out of memory
             for part in self._parts[number]:
                 part.put(part.view(buffer))
             yield
@@ -129,9 +143,15 @@ class LayerStream:
             pager.done(unit, changed=False)
 
     def restore(self) -> None:
-        """Bring every layer back to the device for good."""
+        """Bring every layer back to the device for good, and give the store and the buffers back. On out-of-memory
+        those that came stay, and the others are streamed."""
         for number in self.layers:
             with self.use(number):
                 values = [getattr(part.owner, part.name).detach().clone() for part in self._parts[number]]
             for part, value in zip(self._parts.pop(number), values, strict=True):
                 part.put(value)
+            self._spare.append(self._units.pop(number))
+            self._find_order()
+        if self._pager is not None:
+            self._pager.close()
+            self._pager, self._spare = None, []

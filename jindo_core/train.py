@@ -28,6 +28,7 @@ from jindo_core.evaluate import held_out_loss
 from jindo_core.generation import generate
 from jindo_core.memory import current_bytes, is_out_of_memory, keep_budget, peak_bytes
 from jindo_core.optim import learning_rate_factor
+from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.prepare import ANSWER_TOKENS, TrainingJob, prepare
 from jindo_core.progress import TrainingView, draw_loss
 from jindo_core.run_record import RunRecord, choose_output_dir, write_run
@@ -187,7 +188,9 @@ def _step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
     if not skipped.count(step, loss, norm, view):
-        job.relief.outlive(optimizer.step, step, view.notice, in_update=True)
+        # The norm says that all are finite: the paged ones need not look again, and wait for the device.
+        known = {"finite": True} if isinstance(optimizer, PagedAdamW) else {}
+        job.relief.outlive(functools.partial(optimizer.step, **known), step, view.notice, in_update=True)
     optimizer.zero_grad(set_to_none=True)
     return {"loss": loss, "learning_rate": rate, "grad_norm": norm}
 

@@ -20,7 +20,7 @@ ENGINE_ROWS = [
     {"nf4"},
     {"lora", "pages"},
     {"pager"},
-    {"recompute", "streaming", "head", "adamw_pages", "paged_adamw"},
+    {"recompute", "streaming", "head", "adamw_pages", "adamw_state", "paged_adamw"},
     {"causal_lm"},
     {"model", "falcon"},
     {"architectures"},

@@ -2,54 +2,27 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import os
+import weakref
+from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from adamw_trials import BUDGETS, SMALL, assert_same_state, full_disk, groups, make_params, run, set_gradients
 from torch import nn
 
 import jindo_core
+import jindo_core.paged_adamw as module
 from jindo_core.adamw_pages import capacity
+from jindo_core.adamw_state import WRAPPED
 from jindo_core.errors import InputError
 from jindo_core.kernels import native
-from jindo_core.paged_adamw import WRAPPED, PagedAdamW
+from jindo_core.memory import give_back_freed
+from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.pager import Pager
 from jindo_core.pages import PAGE_BYTES
-
-# Small and odd ones, one larger than a page of fp32 moments, and an empty one.
-SHAPES = [(8, 576), (33, 7), (), (3,), (1000, 1003), (192, 8), (0, 4), (64, 64)]
-BUDGETS = {"all": "auto", "half": PAGE_BYTES, "none": 0}
-
-
-def make_params(dtype=torch.float32, shapes=SHAPES):
-    generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
-
-
-def set_gradients(params, step, *, without=()):
-    generator = torch.Generator().manual_seed(100 + step)
-    for i, param in enumerate(params):
-        gradient = torch.randn(param.shape, generator=generator).to(param.dtype)
-        param.grad = None if i in without else gradient
-
-
-def groups(params):
-    return [
-        {"params": params[:3], "lr": 3e-3, "weight_decay": 0.1},
-        {"params": params[3:], "betas": (0.8, 0.99)},
-    ]
-
-
-def run(optimizer, params, steps, first=1, **more):
-    for step in range(first, first + steps):
-        for i, group in enumerate(optimizer.param_groups):
-            group["lr"] = 1e-2 / step * (i + 1)
-        set_gradients(params, step, **more)
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -128,8 +101,6 @@ def test_small_tensors_share_pages():
 
 def test_joined_updates_are_the_same(monkeypatch):
     """What a GPU does: neighbours in a page in one call."""
-    import jindo_core.paged_adamw as module
-
     results, calls = [], []
     real_step = module._step_flat
     monkeypatch.setattr(module, "_step_flat", lambda *given: (calls.append(1), real_step(*given)))
@@ -144,86 +115,6 @@ def test_joined_updates_are_the_same(monkeypatch):
         calls.clear()
     assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
     assert results[1][1] < results[0][1]
-
-
-def torch_reference(steps=3):
-    params = make_params()
-    optimizer = torch.optim.AdamW(groups(params))
-    run(optimizer, params, steps, without=(1,))
-    return params, optimizer
-
-
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_torch_s_state_is_loaded_and_gone_on_with(budget):
-    theirs, reference = torch_reference()
-    ours = [nn.Parameter(p.detach().clone()) for p in theirs]
-    optimizer = PagedAdamW(groups(ours), resident_bytes=BUDGETS[budget])
-    optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
-    for side, params in ((optimizer, ours), (reference, theirs)):
-        run(side, params, 2, 4)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_torch_loads_ours(budget):
-    ours, theirs = make_params(), make_params()
-    optimizer = PagedAdamW(groups(ours), resident_bytes=BUDGETS[budget])
-    reference = torch.optim.AdamW(groups(theirs))
-    for side, params in ((optimizer, ours), (reference, theirs)):
-        run(side, params, 3, without=(1,))
-    saved, wanted = optimizer.state_dict(), reference.state_dict()
-    assert set(saved["state"]) == set(wanted["state"]) - {6}, "torch counts the empty tensor"
-    for i, state in saved["state"].items():
-        assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
-        assert all(torch.equal(state[name], wanted["state"][i][name]) for name in state)
-    assert [set(group) for group in saved["param_groups"]] == [set(group) for group in wanted["param_groups"]]
-    fresh = torch.optim.AdamW(groups(ours))
-    fresh.load_state_dict(saved)
-    for side, params in ((fresh, ours), (reference, theirs)):
-        run(side, params, 2, 4)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-def test_8_bit_state_comes_back_bit_for_bit_and_from_bitsandbytes():
-    params = make_params()
-    optimizer = PagedAdamW(groups(params), state_bits=8)
-    run(optimizer, params, 3)
-    saved, twin = optimizer.state_dict(), [nn.Parameter(p.detach().clone()) for p in params]
-    other = PagedAdamW(groups(twin), state_bits=8, resident_bytes=0)
-    other.load_state_dict(saved)
-    for side, own in ((optimizer, params), (other, twin)):
-        run(side, own, 2, 4)
-    assert all(torch.equal(a, b) for a, b in zip(params, twin, strict=True))
-
-    theirs = make_params()
-    reference = bnb.optim.AdamW8bit(groups(theirs))
-    run(reference, theirs, 3)
-    ours = [nn.Parameter(p.detach().clone()) for p in theirs]
-    loaded = PagedAdamW(groups(ours), state_bits=8)
-    loaded.load_state_dict(reference.state_dict())
-    found = loaded.state_dict()["state"]
-    for i, state in reference.state_dict()["state"].items():
-        if i in found:  # the empty tensor is not
-            assert all(torch.equal(found[i][WRAPPED][name], value) for name, value in state[WRAPPED].items())
-
-    twin = [nn.Parameter(p.detach().clone()) for p in ours]
-    back = bnb.optim.AdamW8bit(groups(twin))
-    back.load_state_dict(loaded.state_dict())
-    for side, own in ((back, twin), (reference, theirs)):
-        run(side, own, 2, 4)
-    assert all(torch.equal(a, b) for a, b in zip(twin, theirs, strict=True))
-
-
-def test_moments_of_one_kind_load_into_the_other():
-    _, reference = torch_reference()
-    narrow = PagedAdamW(groups(make_params()), state_bits=8)
-    narrow.load_state_dict(reference.state_dict())
-    wide = PagedAdamW(groups(make_params()))
-    wide.load_state_dict(narrow.state_dict())
-    found, wanted = wide.state_dict()["state"], reference.state_dict()["state"]
-    for i, state in found.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            assert (state[name] - wanted[i][name]).abs().max() <= 0.04 * wanted[i][name].abs().max()
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
@@ -241,6 +132,17 @@ def test_a_step_with_gradients_that_are_not_finite_is_skipped(wrong):
         assert all(torch.equal(state[name], states["state"][i][name]) for name in state)
     run(optimizer, params, 1, 3)
     assert not torch.equal(params[0], before[0])
+
+
+def test_large_gradients_are_finite():
+    """Their squares' sum is not."""
+    params = make_params()
+    optimizer, before = PagedAdamW(params), params[0].detach().clone()
+    set_gradients(params, 1)
+    params[0].grad.fill_(1e30)
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    assert not torch.equal(params[0], before)
 
 
 def test_parameters_that_come_later():
@@ -328,9 +230,12 @@ def test_no_room_for_what_should_stay_pages_it_and_says_so(monkeypatch):
         ({"lr": -1.0}, "got lr -1.0"),
         ({"betas": (1.0, 0.9)}, "betas"),
         ({"state_bits": 16}, "state_bits 16, expected 32 or 8"),
+        ({"state_bits": "8"}, "state_bits '8', expected 32 or 8"),
         ({"resident_bytes": -1}, "resident_bytes -1"),
         ({"resident_bytes": "some"}, "resident_bytes 'some'"),
         ({"store": "/nowhere/at/all"}, "can't be written to"),
+        ({"store": None}, "got the place None: expected 'host' or a folder"),
+        ({"store": ""}, "got the place ''"),
     ],
 )
 def test_refuses(change, message):
@@ -343,24 +248,138 @@ def test_refuses_a_parameter_that_is_not_contiguous():
         PagedAdamW([nn.Parameter(torch.zeros(3, 4).t())])
 
 
-@pytest.mark.parametrize("fault", ["groups", "shape", "keys", "amsgrad"])
-def test_a_state_that_does_not_fit_changes_nothing(fault):
+def test_refuses_a_parameter_of_another_dtype():
+    with pytest.raises(ValueError, match=r"torch.float64 parameter of shape \(3,\), .*with .float\(\), or freeze it"):
+        PagedAdamW([nn.Parameter(torch.zeros(3, dtype=torch.float64))])
+
+
+def test_frozen_parameters_may_be_of_any_kind():
+    """As `PagedAdamW(model.parameters())` has them of a quantized model."""
+    ours, theirs = make_params(shapes=SMALL), make_params(shapes=SMALL)
+    frozen = [
+        nn.Parameter(value, requires_grad=False)
+        for value in (torch.ones(8, dtype=torch.uint8), torch.zeros(3, 4).t(), torch.zeros(5, dtype=torch.float64))
+    ]
+    optimizer, reference = PagedAdamW([*frozen, *ours]), torch.optim.AdamW([*frozen, *theirs])
+    for side, params in ((optimizer, ours), (reference, theirs)):
+        run(side, params, 2)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    before = [p.detach().clone() for p in ours]
+    frozen[2].requires_grad_(True)
+    set_gradients([*ours, frozen[2]], 3)
+    with pytest.raises(ValueError, match=r"torch\.float64 parameter"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, before, strict=True))
+
+
+def test_the_caller_may_know_that_the_gradients_are_finite(monkeypatch):
+    def looked_at(gradients):
+        raise AssertionError("gradients looked at")
+
+    monkeypatch.setattr(module, "_all_finite", looked_at)
+    params = make_params()
+    optimizer, before = PagedAdamW(groups(params)), params[0].detach().clone()
+    set_gradients(params, 1)
+    optimizer.step(finite=True)
+    assert not torch.equal(params[0], before)
+    with pytest.raises(AssertionError, match="looked at"):
+        optimizer.step()
+
+
+def test_a_full_store_keeps_the_moments_where_they_are(monkeypatch):
     params = make_params()
     optimizer = PagedAdamW(groups(params))
-    run(optimizer, params, 2)
-    good, bad = optimizer.state_dict(), optimizer.state_dict()
-    if fault == "groups":
-        bad["param_groups"] = bad["param_groups"][:1]
-    elif fault == "shape":
-        bad["state"][4]["exp_avg"] = torch.zeros(3)
-    elif fault == "keys":
-        del bad["state"][4]["exp_avg_sq"]
-    else:
-        bad["param_groups"][0]["amsgrad"] = True
-    with pytest.raises(ValueError, match="the state"):
-        optimizer.load_state_dict(bad)
-    for i, state in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(state[name], good["state"][i][name]) for name in state)
+    run(optimizer, params, 1)
+    held = optimizer.resident_bytes
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full_disk)
+        with pytest.raises(InputError, match="no room"):
+            optimizer.evict()
+        assert optimizer.resident_bytes == held > 0
+        more = nn.Parameter(torch.ones(5))
+        optimizer.add_param_group({"params": [more]})
+        run(optimizer, [more], 1)
+    assert optimizer.resident_bytes == optimizer.state_bytes == held + PAGE_BYTES, "nor is the budget gone"
+
+
+class Device:
+    """One with room for so many of a pager's buffers at a time."""
+
+    def __init__(self, room, real):
+        self.room, self.real, self.given = room, real, []
+
+    def new_buffer(self, pager):
+        if sum(given() is not None for given in self.given) >= self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        buffer = self.real(pager)
+        self.given.append(weakref.ref(buffer))
+        return buffer
+
+
+@pytest.mark.parametrize(("room", "stay"), [(0, 0), (3, 3), (4, 3)])
+def test_laid_out_anew_without_memory_keeps_the_moments(room, stay, monkeypatch):
+    """Room for no page at all, or for the former three, where there are four now, with or without a buffer."""
+    device = Device(99, Pager._new_buffer)
+    monkeypatch.setattr(Pager, "_new_buffer", lambda pager: device.new_buffer(pager))
+    ours, theirs = make_params(), make_params()
+    optimizer, reference = PagedAdamW(groups(ours)), torch.optim.AdamW(groups(theirs))
+    for side, params in ((optimizer, ours), (reference, theirs)):
+        run(side, params, 3)
+        params.append(nn.Parameter(torch.ones(7)))
+        side.add_param_group({"params": params[-1:], "lr": 0.1})
+        set_gradients(params, 4)
+    assert optimizer.resident_bytes == 3 * PAGE_BYTES
+    wanted, values = optimizer.state_dict(), [p.detach().clone() for p in ours]
+    device.room = room
+    said = "all are paged" if stay == 0 else "12 MiB stay there, the rest is paged"
+    fails = contextlib.nullcontext() if room == 4 else pytest.raises(torch.OutOfMemoryError)
+    with pytest.warns(UserWarning, match=f"cpu has no room for 16 MiB of AdamW's moments: {said}"), fails:
+        optimizer.step()
+    assert optimizer.resident_bytes == stay * PAGE_BYTES
+    if room != 4:
+        assert all(torch.equal(a, b) for a, b in zip(ours, values, strict=True))
+        assert_same_state(optimizer, wanted)
+        optimizer.evict()
+        device.room = 3
+        optimizer.step()
+    reference.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_auto_stays_below_the_process_s_cap(monkeypatch):
+    gib, device = 1 << 30, torch.device("cuda", 0)
+    said = {"mem_get_info": (10 * gib, 16 * gib), "memory_reserved": 3 * gib, "max_memory_allocated": 2 * gib}
+    for name, value in said.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    optimizer = PagedAdamW(make_params())
+    for fraction, expected in [(1.0, 11 * gib), (0.25, 2 * gib), (0.125, 0)]:
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _, share=fraction: share)
+        assert optimizer._affordable(device, 1 << 20) == max(expected - module.MARGIN, 0)
+    assert optimizer._affordable(device, 3) == 0
+    held = Pager(jindo_core.pages.PageStore(), torch.device("cpu"), units=5, unit_bytes=PAGE_BYTES, resident=2)
+    optimizer._pagers[device] = held
+    assert optimizer._affordable(device, 3) == 2 * PAGE_BYTES, "those pages found room already"
+
+
+def test_eviction_gives_a_cpu_s_memory_back():
+    """What is paged lies in a file's pages, which are the process's own no more."""
+    param = nn.Parameter(torch.zeros(8 << 20))
+    param.grad = torch.ones_like(param)
+    optimizer = PagedAdamW([param])
+    optimizer.step()
+    give_back_freed()
+    before = private_bytes()
+    assert optimizer.evict() == 64 << 20
+    give_back_freed()
+    assert before - private_bytes() > 60 << 20
+    optimizer.step()
+    give_back_freed()
+    assert before - private_bytes() > 60 - 3 * 4 << 20, "but for the three buffers"
+
+
+def private_bytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
 
 
 def test_a_step_without_memory_changes_nothing(monkeypatch):

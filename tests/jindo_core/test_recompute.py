@@ -9,7 +9,8 @@ from torch import nn
 from jindo_core.lora import attach_lora
 from jindo_core.model import LlamaConfig, LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear
-from jindo_core.recompute import recomputed
+from jindo_core.pager import Pager
+from jindo_core.recompute import CheckpointOffload, recomputed
 
 CONFIG = LlamaConfig(
     vocab_size=97, hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
@@ -120,3 +121,47 @@ def test_a_failure_leaves_the_random_generator_alone():
         y.backward()
     assert torch.equal(torch.get_rng_state(), after)
     assert not torch.equal(before, after)
+
+
+def test_a_second_backward_pass_through_offloaded_checkpoints_is_refused():
+    layer, offload = nn.Linear(4, 4), CheckpointOffload()
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def twice(y):
+        return torch.autograd.grad(y, layer.weight, retain_graph=True), torch.autograd.grad(y, layer.weight)
+
+    first, second = twice(recomputed(layer, x, tuple(layer.parameters())).sum())
+    assert torch.equal(first[0], second[0])
+    with pytest.raises(RuntimeError, match=r"second backward pass .* offloaded: they are freed at the first"):
+        twice(recomputed(layer, x, tuple(layer.parameters()), offload=offload).sum())
+    y = recomputed(layer, x, tuple(layer.parameters()), offload=offload).sum()
+    assert torch.equal(torch.autograd.grad(y, layer.weight)[0], first[0])
+    assert (offload._stack, offload._pagers[0].units) == ([], 1)
+
+
+@pytest.mark.parametrize("failing", ["put", "the layer before"])
+def test_no_memory_for_a_buffer_loses_no_unit(failing, monkeypatch):
+    layers, offload = [nn.Linear(4, 4) for _ in range(3)], CheckpointOffload()
+
+    def run():
+        x = torch.ones(2, 4, requires_grad=True)
+        for layer in layers:
+            x = recomputed(layer, x, tuple(layer.parameters()), offload=offload)
+        return x.sum()
+
+    def short(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    wanted = torch.autograd.grad(run(), layers[0].weight)[0]
+    y = None if failing == "put" else run()
+    for slot in offload._pagers[0]._slots[0 if failing == "put" else 1 :]:
+        slot.buffer = slot.unit = None
+    with monkeypatch.context() as patch:
+        patch.setattr(Pager, "_new_buffer", short)
+        with pytest.raises(torch.OutOfMemoryError):
+            run() if y is None else y.backward()
+    assert not any(slot.held for slot in offload._pagers[0]._slots)
+    del y
+    assert torch.equal(torch.autograd.grad(run(), layers[0].weight)[0], wanted)
+    (pager,) = offload._pagers
+    assert sorted(offload._free[pager]) == [0, 1, 2]

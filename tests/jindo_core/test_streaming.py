@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +16,7 @@ from jindo_core.loader import load_model
 from jindo_core.lora import attach_lora
 from jindo_core.model import LlamaConfig, LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear
+from jindo_core.pager import Pager
 from jindo_core.plan import spread
 from jindo_core.recompute import CheckpointOffload
 from jindo_core.streaming import LayerStream
@@ -101,6 +106,62 @@ def test_evaluation_and_restoring(ids):
         assert torch.equal(model(ids).logits, wanted)
 
 
+def test_restoring_gives_everything_back_and_taking_again_works(ids, tmp_path):
+    model = make_model()
+    wanted, files = step(model, ids), len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        streamed = stream(model, [1, 2], tmp_path)
+        step(model, ids)
+        store = streamed._pager.store
+        streamed.restore()
+        gc.collect()
+        assert (streamed.layers, streamed.nbytes, len(store), store._file) == ([], 0, 0, -1)
+        assert len(os.listdir("/proc/self/fd")) == files
+        streamed.take(3, model.model.layers[3])
+        for got, want in zip(step(model, ids), wanted, strict=True):
+            assert torch.equal(got, want)
+        assert streamed._pager.units == 1
+        streamed.restore()
+
+
+def test_restoring_without_memory_keeps_what_did_not_come(ids, monkeypatch):
+    model, real, calls = make_model(), torch.Tensor.clone, []
+    wanted = step(model, ids)
+    streamed = stream(model, [0, 2, 4])
+
+    def short(tensor, **more):
+        calls.append(tensor)
+        if len(calls) > 28:  # four tensors of each of seven linears
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(tensor, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", short)
+        with pytest.raises(torch.OutOfMemoryError):
+            streamed.restore()
+    assert streamed.layers == [2, 4]
+    streamed.take(3, model.model.layers[3])
+    assert streamed._pager.units == 3, "the first layer's place"
+    for got, want in zip(step(model, ids), wanted, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_what_can_t_be_taken_stays_as_it_was(ids):
+    model = make_model()
+    wanted = step(model, ids)
+    streamed = stream(model, [1])
+    for number, layer, message in [
+        (1, model.model.layers[2], "layer 1 is streamed already"),
+        (2, model.model.layers[1], "layer 2 has its weights elsewhere"),
+        (2, nn.Linear(2, 2), "layer 2 has no NF4 weights"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            streamed.take(number, layer)
+    assert (streamed.layers, streamed._pager.units) == ([1], 1)
+    for got, want in zip(step(model, ids), wanted, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_a_streamed_layer_outside_its_turn_is_no_silent_zero(ids):
     model = make_model()
     stream(model, [1])
@@ -156,6 +217,55 @@ def test_streaming_and_offloading_together(ids):
     model.model.gradient_checkpointing = True
     for got, want in zip(step(model, ids), wanted, strict=True):
         assert torch.equal(got, want)
+
+
+class RunsOut:
+    """Calls through it run out of memory at the one that `at` names, counted on from now."""
+
+    def __init__(self):
+        self.calls, self.at, self.raised = 0, -1, 0
+
+    def around(self, real):
+        def call(*given, **more):
+            self.calls += 1
+            if self.calls == self.at:
+                self.raised += 1
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(*given, **more)
+
+        return call
+
+
+@pytest.mark.parametrize("site", ["mlp", "attention", "_new_buffer", "extend"])
+def test_a_step_that_runs_out_anywhere_can_be_tried_again(site, ids, monkeypatch):
+    """Nothing stays held, no unit is lost, and the step without faults gives the same bits."""
+    order, runs_out = random.Random(site), RunsOut()
+    wanted = step(make_model(), ids)
+    if site in ("_new_buffer", "extend"):
+        monkeypatch.setattr(Pager, site, runs_out.around(getattr(Pager, site)))
+    for _ in range(8):
+        runs_out.at = -1
+        model = make_model()
+        streamed = stream(model, order.choice([[0, 1, 2, 3, 4], [1, 3], [2]]))
+        model.model.checkpointed_layers = order.choice([3, 5])
+        offload = model.model.checkpoint_offload = CheckpointOffload()
+        for layer in model.model.layers if site in ("mlp", "attention") else ():
+            part = layer.mlp if site == "mlp" else layer.self_attn
+            part.forward = runs_out.around(part.forward)
+        for _ in range(2):
+            before = runs_out.calls
+            runs_out.at = before + order.randrange(1, 6 if site == "extend" else 5 if site == "_new_buffer" else 11)
+            try:
+                step(model, ids)
+            except torch.OutOfMemoryError:
+                assert runs_out.calls == runs_out.at
+            runs_out.at = -1
+            for got, want in zip(step(model, ids), wanted, strict=True):
+                assert torch.equal(got, want)
+            assert offload._stack == []
+            assert [sorted(free) for free in offload._free.values()] == [list(range(p.units)) for p in offload._pagers]
+            assert not any(slot.held for p in (streamed._pager, *offload._pagers) for slot in p._slots)
+    assert runs_out.raised >= 6
 
 
 def test_streamed_layers_are_spread():
