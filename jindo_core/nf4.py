@@ -110,7 +110,7 @@ class NF4Weight:
         Raises:
             KeyError: a part is missing. ValueError: the parts do not fit, or use other code maps.
         """
-        described = json.loads(bytes(state[f"{prefix}.{STATE_KEY}"].cpu().tolist()))
+        described = described_state(state[f"{prefix}.{STATE_KEY}"])
         packed = state[prefix]
         if not torch.equal(state[f"{prefix}.quant_map"], code_table(packed.device)):
             raise ValueError(f"{prefix} was quantized with other codes than NF4's")
@@ -132,6 +132,16 @@ class NF4Weight:
             getattr(torch, described["dtype"]),
             described["blocksize"],
         )
+
+
+def described_state(text: Tensor) -> dict[str, Any]:
+    """The object in a `quant_state` tensor: uint8, JSON. ValueError where it holds none."""
+    if text.dtype != torch.uint8:
+        raise ValueError(f"a quant_state of {text.dtype}, expected uint8")
+    described = json.loads(bytes(text.cpu().tolist()))
+    if not isinstance(described, dict):
+        raise ValueError(f"a quant_state that is {type(described).__name__}, expected an object")
+    return described
 
 
 def quantize_nf4(weight: Tensor, *, block_size: int = 64, double_quant: bool = True) -> NF4Weight:

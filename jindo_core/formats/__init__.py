@@ -9,20 +9,42 @@ from typing import Protocol
 from torch import Tensor
 
 from jindo_core.formats.gguf import GGUFCheckpoint
-from jindo_core.formats.huggingface import SafetensorsCheckpoint
+from jindo_core.formats.huggingface import HuggingFaceCheckpoint
 from jindo_core.model import LlamaConfig
+from jindo_core.nf4 import NF4Weight
 
 
 class Checkpoint(Protocol):
-    """A model's configuration and its tensors.
+    """A model's configuration and its weights, known without reading data; then one weight at a time.
 
-    `shapes` maps every tensor's name to its shape, known without reading data; `read` gives one tensor.
+    Attributes:
+        config: the model's.
+        shapes: {name: shape} of every weight, under Hugging Face's names; of a quantized one, the shape it stands for.
+        quantized: names of the weights that lie in NF4.
+        files: the files with the weights. nbytes: of all of them.
     """
 
     config: LlamaConfig
     shapes: dict[str, tuple[int, ...]]
+    quantized: frozenset[str]
+    files: list[Path]
+    nbytes: int
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str) -> Tensor:
+        """A weight on the CPU, in memory of its own; a quantized one is dequantized, in the dtype it names.
+
+        Raises:
+            InputError: its bytes can't be read, or are not those that were written.
+        """
+        ...
+
+    def read_nf4(self, name: str) -> NF4Weight:
+        """A quantized weight, its bytes as they are. Only of names in `quantized`; raises as `read`."""
+        ...
+
+    def nbytes_of(self, name: str) -> int:
+        """Bytes that `read` (`read_nf4` of a quantized one) needs for a weight."""
+        ...
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -31,7 +53,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         InputError: neither, a corrupt file, or an unknown architecture; names the file and the tensor.
     """
-    return GGUFCheckpoint(path) if path.suffix == ".gguf" else SafetensorsCheckpoint(path)
+    return GGUFCheckpoint(path) if path.suffix == ".gguf" else HuggingFaceCheckpoint(path)
 
 
 def missing_and_extra(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from jindo_core.errors import InputError
 from jindo_core.model import LlamaConfig
+from jindo_core.nf4 import NF4Weight
 
 GGUF_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -49,6 +51,8 @@ class GGUFCheckpoint:
         from gguf import GGUFReader
 
         self._file = file
+        self.files, self.quantized = [file], frozenset[str]()
+        self.nbytes = file.stat().st_size
         try:
             self._reader = GGUFReader(file)
             self._tensors = {gguf_to_hf_name(tensor.name): tensor for tensor in self._reader.tensors}
@@ -77,6 +81,12 @@ class GGUFCheckpoint:
         if ".k_proj." in name:
             return _deinterleave(value, self.config.num_key_value_heads)
         return value
+
+    def read_nf4(self, name: str) -> NF4Weight:
+        raise KeyError(f"{name}: GGUF holds no NF4")
+
+    def nbytes_of(self, name: str) -> int:
+        return 4 * math.prod(self.shapes[name])  # dequantized to fp32
 
     def _field(self, key: str, default: Any = None) -> Any:
         field = self._reader.get_field(key)

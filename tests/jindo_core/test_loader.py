@@ -140,7 +140,7 @@ def test_missing_extra_misshapen_and_wrongly_typed_tensors_are_named(copy):
     save_file(tensors | {name: tensors[name].t().contiguous()}, file)
     refused(folder, rf"the tensor {name} has shape \(64, 172\), expected \(172, 64\)")
     save_file(tensors | {name: tensors[name].to(torch.int8)}, file)
-    refused(folder, f"the tensor {name} in .* is of type I8, expected")
+    refused(folder, f"the tensor {name} in .* is of type int8, expected")
 
 
 def test_shards_that_lie_are_refused(copy):

@@ -1,0 +1,117 @@
+"""bitsandbytes' 4-bit weights in a checkpoint: a weight X is the tensors X, X.absmax, X.quant_map, … (`NF4Weight`).
+
+Our own NF4 files use the same keys, so that transformers and bitsandbytes load them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jindo_core.errors import InputError
+from jindo_core.kernels.nf4 import NESTED_BLOCK
+from jindo_core.nf4 import STATE_KEY, NF4Weight, described_state
+
+STATE_PREFIX = "quant_state.bitsandbytes__"
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE_KEY)
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""bitsandbytes' own."""
+
+
+def check_quantization(raw: Mapping[str, Any], file: Path) -> None:
+    """See that a config.json's quantization, if it has one, is bitsandbytes' NF4.
+
+    Raises:
+        InputError: another method, 8 bits, or FP4.
+    """
+    settings = raw.get("quantization_config")
+    if settings is None:
+        return
+    if not isinstance(settings, Mapping):
+        raise InputError(f"{file} has quantization_config {settings!r}, expected an object")
+    method = settings.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise InputError(f"{file} is quantized with {method!r}: expected bitsandbytes' NF4, or the 16-bit original")
+    if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):
+        raise InputError(f"{file} is quantized in bitsandbytes' 8 bits: expected its NF4, or the 16-bit original")
+    kind = settings.get("bnb_4bit_quant_type", "fp4")
+    if kind != "nf4":
+        raise InputError(f"{file} is quantized in {kind!r}: expected bitsandbytes' NF4, or the 16-bit original")
+    if settings.get("bnb_4bit_quant_storage", "uint8") not in ("uint8", None):
+        storage = settings["bnb_4bit_quant_storage"]
+        raise InputError(f"{file} stores its 4-bit weights as {storage!r}: save it with bnb_4bit_quant_storage 'uint8'")
+
+
+def group_parts(names: Iterable[str]) -> dict[str, list[str]]:
+    """{quantized weight: its tensors' names}, from the names of all tensors.
+
+    Raises:
+        InputError: a weight in 4 bits of another kind than NF4.
+    """
+    names = set(names)
+    weights: dict[str, list[str]] = {}
+    for name in sorted(names):
+        weight, _, kind = name.partition("." + STATE_PREFIX)
+        if not kind:
+            continue
+        if kind != "nf4":
+            raise InputError(f"the tensor {weight} is quantized in {kind!r}: expected NF4, or the 16-bit original")
+        if weight not in names:
+            raise InputError(f"the tensor {weight} is missing, while {name} is there: download the checkpoint again")
+        weights[weight] = [weight, *(f"{weight}.{part}" for part in PARTS if f"{weight}.{part}" in names)]
+    return weights
+
+
+def logical_shape(weight: str, state: Tensor, file: Path) -> tuple[int, ...]:
+    """The shape a quantized weight stands for, from its quant_state.
+
+    Raises:
+        InputError: the state can't be read, or says what can't be done with it.
+    """
+    try:
+        described = described_state(state)
+    except ValueError as error:
+        raise InputError(f"the quant_state of {weight} in {file} can't be read ({error}): copy it again") from None
+    fault = next(
+        (
+            f"{key} {described.get(key)!r}, expected {expected}"
+            for key, fits, expected in _EXPECTED
+            if not fits(described.get(key))
+        ),
+        None,
+    )
+    if fault is None and described.get("nested_blocksize", NESTED_BLOCK) != NESTED_BLOCK:
+        fault = f"nested_blocksize {described['nested_blocksize']!r}, expected {NESTED_BLOCK}"
+    if fault is not None:
+        raise InputError(f"the tensor {weight} in {file} was quantized with {fault}: quantize the original again")
+    return tuple(described["shape"])
+
+
+_EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("quant_type", lambda value: value == "nf4", "'nf4'"),
+    ("blocksize", lambda value: type(value) is int and value in BLOCK_SIZES, f"one of {BLOCK_SIZES}"),
+    ("dtype", lambda value: value in ("bfloat16", "float16", "float32"), "a floating dtype"),
+    ("shape", lambda value: isinstance(value, list) and all(type(n) is int and n > 0 for n in value), "a list of sizes"),
+)
+
+
+def assemble(weight: str, parts: Mapping[str, Tensor], file: Path) -> NF4Weight:
+    """The weight from its tensors, bytes as they are.
+
+    Raises:
+        InputError: a part is missing, does not fit, or holds values that are not finite.
+    """
+    try:
+        whole = NF4Weight.from_state_dict(parts, weight)
+    except KeyError as error:
+        raise InputError(f"the tensor {error.args[0]} is missing in {file}: download the checkpoint again") from None
+    except (ValueError, TypeError) as error:
+        raise InputError(f"the NF4 weight {weight} in {file} is damaged ({error}): copy it again") from None
+    for name, scale in (("absmax", whole.absmax), ("nested_absmax", whole.nested_absmax), ("offset", whole.offset)):
+        if scale is not None and scale.dtype != torch.uint8 and not bool(scale.isfinite().all()):
+            raise InputError(f"the NF4 weight {weight} in {file} has a {name} that is not finite: copy it again")
+    return whole
