@@ -17,6 +17,7 @@ ENGINE_ROWS = [
     {"errors"},
     {"settings", "plan", "files"},
     {"config"},
+    {"convert_config"},
     {"nf4"},
     {"lora", "pages"},
     {"pager"},
@@ -24,8 +25,9 @@ ENGINE_ROWS = [
     {"model"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation"},
-    {"evaluate", "progress", "tune", "doctor"},
-    {"train"},
+    {"evaluate", "progress", "tune", "doctor", "merge"},
+    {"drift"},
+    {"train", "convert"},
 ]
 NEVER_THE_MODEL = {"data", "optim", "paged_adamw", "pager", "pages", "tokenizer", "config", "errors"}
 

@@ -7,7 +7,6 @@ pickle that describes the tensors, and the bytes of each in an entry of its own 
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import struct
 import sys
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from jindo_core.errors import InputError
 from jindo_core.formats.checksums import checksum, verify
+from jindo_core.model import LlamaConfig
 
 WEIGHTS, PARAMS = "consolidated.00.pth", "params.json"
 _ALIGNMENT = 64
@@ -68,7 +68,9 @@ class _Pickler(pickle.Pickler):
         return ("storage", getattr(torch, _STORAGE[value.tensor.dtype]), value.tensor.key, "cpu", count)
 
 
-def write_pth(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterator[Tensor]) -> dict[str, str]:
+def write_pth(
+    file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterator[Tensor]
+) -> dict[str, str]:
     """Write a state dict that torch.load(weights_only=True) reads, one tensor in memory at a time.
 
     Args:
@@ -119,3 +121,92 @@ def verify_pth(file: Path, digests: Mapping[str, str]) -> None:
         raise InputError(f"{file} read back differs in the tensor {sorted(odd)[0]}: the disk is faulty")
     for name, digest in digests.items():
         verify(name, found[name], digest, file)
+
+
+# --- what the tensors are called, and params.json ---------------------------------------------------------
+
+META_NAMES = {
+    "model.embed_tokens.weight": "tok_embeddings.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "output.weight",
+}
+META_LAYER_NAMES = {
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def hf_to_meta_name(name: str) -> str:
+    """A tensor's name in Hugging Face's LLaMA -> Meta's."""
+    if name in META_NAMES:
+        return META_NAMES[name]
+    _, _, layer, rest = name.split(".", 3)
+    path, _, leaf = rest.rpartition(".")
+    return f"layers.{layer}.{META_LAYER_NAMES[path]}.{leaf}"
+
+
+def meta_params(config: LlamaConfig) -> dict[str, Any]:
+    """The contents of params.json; only what differs from the defaults of Meta's code, whose first versions take no more.
+
+    Raises:
+        InputError: something that Meta's code can't do: biases, other head sizes, another RoPE scaling than Llama 3's.
+    """
+    if config.attention_bias or config.mlp_bias:
+        raise InputError("the model has biases, which Meta's format has no place for: give --format safetensors")
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        raise InputError(
+            f"the model has heads of {config.head_dim}, expected hidden_size / heads as in Meta's code: give --format "
+            "safetensors"
+        )
+    params: dict[str, Any] = {
+        "dim": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+        "norm_eps": config.rms_norm_eps,
+        **_feed_forward(config.hidden_size, config.intermediate_size),
+    }
+    if config.num_key_value_heads != config.num_attention_heads:
+        params["n_kv_heads"] = config.num_key_value_heads
+    if config.rope_theta != 10000.0:
+        params["rope_theta"] = config.rope_theta
+    if config.rope is not None:
+        params |= _scaled_rope(config.rope)
+    return params
+
+
+def _scaled_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    fixed = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+    if rope["rope_type"] != "llama3" or any(rope.get(name) != value for name, value in fixed.items()):
+        raise InputError(
+            f"the model's RoPE scaling {dict(rope)} is not the one that Meta's code has (llama3, 1, 4, 8192): give "
+            "--format safetensors"
+        )
+    scaled: dict[str, Any] = {"use_scaled_rope": True}
+    return scaled if rope["factor"] == 8 else scaled | {"rope_scaling_factor": rope["factor"]}
+
+
+def _feed_forward(dim: int, width: int) -> dict[str, Any]:
+    """multiple_of, and ffn_dim_multiplier where one is needed, from which Meta's code works out `width`."""
+    for multiple in (256, 1024, 4096, 512, 128, 64, 32, 16, 8, 4, 2, 1):
+        for factor in (None, 1.3, 1.5):
+            if _meta_width(dim, multiple, factor) == width:
+                return {"multiple_of": multiple} | ({} if factor is None else {"ffn_dim_multiplier": factor})
+    multiple = width & -width  # the largest power of two in it
+    factor = (width - 0.5 * multiple + 0.5) / int(2 * 4 * dim / 3)
+    assert _meta_width(dim, multiple, factor) == width, (dim, width)
+    return {"multiple_of": multiple, "ffn_dim_multiplier": factor}
+
+
+def _meta_width(dim: int, multiple: int, factor: float | None) -> int:
+    """The width of the feed-forward layers, as Meta's code works it out."""
+    width = int(2 * (4 * dim) / 3)
+    width = width if factor is None else int(factor * width)
+    return multiple * -(-width // multiple)
