@@ -320,7 +320,6 @@ def _write_gguf(
             digests = write_gguf(file, fields, model.config, stored, read)
         sync_folder(folder)
         verify_gguf(file, fields, digests)
-        _same_shapes(open_checkpoint(file), source)
 
 
 # --- what they share ----------------------------------------------------------------------------------------
