@@ -3,7 +3,10 @@ and one tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -14,7 +17,7 @@ from jindo_core.formats import Checkpoint, missing_and_extra, open_checkpoint
 from jindo_core.hub import resolve_model
 from jindo_core.memory import give_back_freed
 from jindo_core.model import LlamaForCausalLM
-from jindo_core.nf4 import NF4Linear, quantize_nf4
+from jindo_core.nf4 import NF4Linear, NF4Weight, quantize_nf4
 from jindo_core.plan import spread
 from jindo_core.streaming import LayerStream
 
@@ -31,14 +34,17 @@ def load_model(
     offload_layers: int = 0,
     offload_embedding: bool = False,
     offload_folder: str | Path = "host",
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> LlamaForCausalLM:
     """Load a LLaMA, ready for `attach_lora`, `load_adapter` or `generate`.
 
     Args:
-        path: a folder in Hugging Face's layout (safetensors, single or sharded), a .gguf file, a Hub id, or
-            None for the embedded SmolLM2-135M.
-        quantize: "nf4": the layers' linear weights in 4 bits; None: everything in `dtype`.
-        double_quant: also quantize the block maxima (4.127 instead of 4.5 bits a weight).
+        path: a folder in Hugging Face's layout (safetensors or .bin, single or sharded, 16 bits or NF4) or in Meta's
+            (params.json), a .gguf file, a Hub id, or None for the embedded SmolLM2-135M.
+        quantize: "nf4": the layers' linear weights in 4 bits; None: everything in `dtype`. What lies in NF4 is taken
+            as it is by "nf4", its 16-bit linears too, and dequantized by None.
+        double_quant: also quantize the block maxima (4.127 instead of 4.5 bits a weight); NF4 checkpoints have it or
+            not.
         dtype: of activations, embedding, norms and head: "bf16", "fp32", "fp16", a torch dtype, or "auto":
             bf16 where the hardware computes in it, fp32 elsewhere.
         device: "cpu", "cuda", "cuda:1", or "auto": the GPU if there is one.
@@ -46,6 +52,7 @@ def load_model(
             model may be larger than the device.
         offload_embedding: the input embedding stays in the host's memory; not where it is the head too.
         offload_folder: where streamed layers lie: "host" (RAM), or a folder for a memory-mapped file.
+        on_progress: called with (bytes read, bytes in all) after every tensor.
     Returns:
         The model in eval mode, all parameters frozen.
     Raises:
@@ -65,7 +72,8 @@ def load_model(
         model.model.stream = LayerStream(device, offload_folder)
     streamed = spread(offload_layers, model.config.num_hidden_layers)
     on_host = offload_embedding and not model.config.tie_word_embeddings
-    _fill(model, checkpoint, quantize == "nf4", double_quant, dtype, device, streamed, on_host)
+    fill = _Fill(model, checkpoint, quantize == "nf4", double_quant, dtype, device, streamed, on_host)
+    fill.run(on_progress)
     give_back_freed()
     return model.requires_grad_(False).eval()
 
@@ -136,39 +144,85 @@ def _check_offload(layers: int, available: int, quantize: str | None) -> None:
         raise InputError("offload_layers needs quantize 'nf4': only NF4 layers are streamed")
 
 
-def _fill(
-    model: LlamaForCausalLM,
-    checkpoint: Checkpoint,
-    nf4: bool,
-    double_quant: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-    streamed: Sequence[int],
-    embedding_on_host: bool,
-) -> None:
-    """Replace every meta parameter by its tensor, and the layers' linears by quantized ones; a layer that is to be
+class _Fill:
+    """Replaces every meta parameter by its tensor, and the layers' linears by quantized ones; a layer that is to be
     streamed leaves the device as soon as it is complete."""
-    quantized = {
-        f"{path}.weight" for path, module in model.model.named_modules(prefix="model") if isinstance(module, nn.Linear)
-    }
-    names = [name for name, _ in model.named_parameters()]
-    last_of = {_layer_of(name): name for name in names}
-    for name in names:
-        on_host = embedding_on_host and name == "model.embed_tokens.weight"
-        value: Tensor = checkpoint.read(name).to("cpu" if on_host else device)
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        checkpoint: Checkpoint,
+        nf4: bool,
+        double_quant: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        streamed: Sequence[int],
+        embedding_on_host: bool,
+    ) -> None:
+        self.model, self.checkpoint = model, checkpoint
+        self.double_quant, self.dtype, self.device = double_quant, dtype, device
+        self.streamed, self.embedding_on_host = streamed, embedding_on_host
+        stack = model.model.named_modules(prefix="model")
+        linears = {f"{path}.weight" for path, module in stack if isinstance(module, nn.Linear)}
+        # A checkpoint that was quantized says itself which linears were left out.
+        chosen = linears & checkpoint.quantized if checkpoint.quantized else linears
+        self.to_quantize = chosen if nf4 else set()
+        self.as_they_are = self.to_quantize & checkpoint.quantized
+
+    def run(self, on_progress: Callable[[int, int], None] | None) -> None:
+        names = [name for name, _ in self.model.named_parameters()]
+        last_of = {_layer_of(name): name for name in names}
+        whole, done = sum(self.checkpoint.nbytes_of(name) for name in names), 0
+        with closing(self._read_ahead(names)) as pieces:
+            for name, value in pieces:
+                self._place(name, value)
+                del value  # before the next one is waited for
+                layer, stream = _layer_of(name), self.model.model.stream
+                if layer in self.streamed and last_of[layer] == name and stream is not None:
+                    stream.take(layer, self.model.model.layers[layer])
+                done += self.checkpoint.nbytes_of(name)
+                if on_progress is not None:
+                    on_progress(self.checkpoint.nbytes * done // whole, self.checkpoint.nbytes)
+        if self.model.config.tie_word_embeddings:
+            self.model.lm_head.weight = self.model.model.embed_tokens.weight
+
+    def _read_ahead(self, names: Sequence[str]) -> Generator[tuple[str, Tensor | NF4Weight]]:
+        """Every tensor, read on a thread while the one before it is quantized; both together never take more than the
+        largest alone would."""
+        sizes = [self.checkpoint.nbytes_of(name) for name in names]
+        room = max(sizes)
+        with ThreadPoolExecutor(1, "jindo-read") as thread:
+            coming: Future[Tensor | NF4Weight] | None = None
+            for number, name in enumerate(names):
+                value = (coming or thread.submit(self._read, name)).result()
+                follows = number + 1 < len(names) and sizes[number] + sizes[number + 1] <= room
+                coming = thread.submit(self._read, names[number + 1]) if follows else None
+                yield name, value
+                del value
+
+    def _read(self, name: str) -> Tensor | NF4Weight:
+        if name in self.as_they_are:
+            return self.checkpoint.read_nf4(name)
+        value = self.checkpoint.read(name)
+        if not all(math.isfinite(end.item()) for end in torch.aminmax(value)):  # both are NaN where one value is
+            raise InputError(f"the tensor {name} has values that are NaN or infinite: download the checkpoint again")
+        return value
+
+    def _place(self, name: str, value: Tensor | NF4Weight) -> None:
+        """Put a tensor where it belongs in the model, quantized where it is to be."""
         path, _, leaf = name.rpartition(".")
-        if nf4 and name in quantized:
-            new = NF4Linear(quantize_nf4(value, double_quant=double_quant))
-            # The bias is still on meta, and filled when its own turn comes.
-            new.register_parameter("bias", model.get_submodule(path)._parameters["bias"])
-            parent, _, attribute = path.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, new)
+        if name not in self.to_quantize:
+            assert isinstance(value, Tensor)
+            on_host = self.embedding_on_host and name == "model.embed_tokens.weight"
+            moved = value.to("cpu" if on_host else self.device, self.dtype)
+            setattr(self.model.get_submodule(path), leaf, nn.Parameter(moved, requires_grad=False))
+            return
+        if isinstance(value, Tensor):
+            weight = quantize_nf4(value.to(self.device), double_quant=self.double_quant)
         else:
-            # A copy even where nothing changes: `value` may lie in the checkpoint's mapped file.
-            copied = value.to(dtype, copy=True)
-            setattr(model.get_submodule(path), leaf, nn.Parameter(copied, requires_grad=False))
-        layer = _layer_of(name)
-        if layer in streamed and last_of[layer] == name and model.model.stream is not None:
-            model.model.stream.take(layer, model.model.layers[layer])
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+            weight = value.to(self.device)
+        new = NF4Linear(weight)
+        # The bias is still on meta, and filled when its own turn comes.
+        new.register_parameter("bias", self.model.get_submodule(path)._parameters["bias"])
+        parent, _, attribute = path.rpartition(".")
+        setattr(self.model.get_submodule(parent), attribute, new)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jindo_core.formats.gguf import GGUFCheckpoint
 from jindo_core.formats.huggingface import HuggingFaceCheckpoint
+from jindo_core.formats.meta import MetaCheckpoint, is_meta
 from jindo_core.model import LlamaConfig
 from jindo_core.nf4 import NF4Weight
 
@@ -48,12 +49,14 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a .gguf file, or a folder with config.json and safetensors.
+    """Open a .gguf file, or a folder in Hugging Face's or in Meta's layout. Nothing but headers is read.
 
     Raises:
-        InputError: neither, a corrupt file, or an unknown architecture; names the file and the tensor.
+        InputError: none of these, a corrupt file, or an unknown architecture; names the file and the tensor.
     """
-    return GGUFCheckpoint(path) if path.suffix == ".gguf" else HuggingFaceCheckpoint(path)
+    if path.suffix == ".gguf":
+        return GGUFCheckpoint(path)
+    return MetaCheckpoint(path) if is_meta(path) else HuggingFaceCheckpoint(path)
 
 
 def missing_and_extra(

@@ -95,7 +95,7 @@ _EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("quant_type", lambda value: value == "nf4", "'nf4'"),
     ("blocksize", lambda value: type(value) is int and value in BLOCK_SIZES, f"one of {BLOCK_SIZES}"),
     ("dtype", lambda value: value in ("bfloat16", "float16", "float32"), "a floating dtype"),
-    ("shape", lambda value: isinstance(value, list) and all(type(n) is int and n > 0 for n in value), "a list of sizes"),
+    ("shape", lambda value: isinstance(value, list) and all(type(n) is int and n > 0 for n in value), "sizes"),
 )
 
 

@@ -25,7 +25,7 @@ CHECKSUMS_KEY = "checksums"
 def checksum(tensor: Tensor) -> str:
     """CRC-32 of a tensor's bytes in row-major order, 8 hexadecimal digits."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return f"{zlib.crc32(memoryview(flat.numpy())):08x}"
+    return f"{zlib.crc32(flat.numpy().data):08x}"
 
 
 def checksum_metadata(checksums: Mapping[str, str]) -> dict[str, str]:

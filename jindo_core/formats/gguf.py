@@ -3,45 +3,23 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from jindo_core.errors import InputError
+from jindo_core.formats.names import rename, rows_to_halves
 from jindo_core.model import LlamaConfig
 from jindo_core.nf4 import NF4Weight
 
-GGUF_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-GGUF_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-GGUF_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 # What the gguf package raises on a file that is cut short or is no GGUF.
 GGUF_FAULTS = (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError)
 
-
-def gguf_to_hf_name(name: str) -> str:
-    """A tensor's name in a LLaMA GGUF -> Hugging Face's; an unknown one unchanged."""
-    if name in GGUF_NAMES:
-        return GGUF_NAMES[name]
-    if (found := GGUF_LAYER.fullmatch(name)) and found[2] in GGUF_LAYER_NAMES:
-        return f"model.layers.{found[1]}.{GGUF_LAYER_NAMES[found[2]]}.{found[3]}"
-    return name
+CHUNK = 1 << 20
+"""Weights that are dequantized at once."""
 
 
 class GGUFCheckpoint:
@@ -55,7 +33,9 @@ class GGUFCheckpoint:
         self.nbytes = file.stat().st_size
         try:
             self._reader = GGUFReader(file)
-            self._tensors = {gguf_to_hf_name(tensor.name): tensor for tensor in self._reader.tensors}
+            self._tensors = {
+                rename(tensor.name, "gguf", "huggingface") or tensor.name: tensor for tensor in self._reader.tensors
+            }
             self.shapes = {
                 name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()
             }
@@ -70,16 +50,21 @@ class GGUFCheckpoint:
         from gguf.quants import dequantize
 
         tensor = self._tensors[name]
+        like = tensor.data  # mapped: looked at, never read, so that its pages don't stay in memory beside the model
         try:
-            values = dequantize(tensor.data, tensor.tensor_type)
+            stored = np.fromfile(self._file, like.dtype, like.size, offset=tensor.data_offset).reshape(like.shape)
+            value = torch.empty(self.shapes[name])
+            # A few rows at a time: gguf's temporaries are several times what they make.
+            rows, step = value.view(like.shape[0], -1), max(1, CHUNK * like.shape[0] // value.numel())
+            for start in range(0, like.shape[0], step):
+                part = dequantize(stored[start : start + step], tensor.tensor_type)
+                rows[start : start + step] = torch.from_numpy(part).view(part.shape[0], -1)
         except (NotImplementedError, *GGUF_FAULTS) as error:
             raise InputError(f"the tensor {name} in {self._file} can't be read: {error}") from None
-        value = torch.from_numpy(values.copy() if not values.flags.writeable else values)
-        # llama.cpp rotates pairs (2i, 2i + 1), Hugging Face (i, i + D/2): its converter interleaves the rows.
         if ".q_proj." in name:
-            return _deinterleave(value, self.config.num_attention_heads)
+            return rows_to_halves(value, self.config.num_attention_heads)
         if ".k_proj." in name:
-            return _deinterleave(value, self.config.num_key_value_heads)
+            return rows_to_halves(value, self.config.num_key_value_heads)
         return value
 
     def read_nf4(self, name: str) -> NF4Weight:
@@ -125,9 +110,3 @@ class GGUFCheckpoint:
         context = self._field("llama.rope.scaling.original_context_length")
         rope = {"rope_type": kind, "factor": self._field("llama.rope.scaling.factor")}
         return rope | ({} if context is None else {"original_max_position_embeddings": context})
-
-
-def _deinterleave(value: Tensor, heads: int) -> Tensor:
-    """[heads * D, ...] with rows (0, D/2, 1, D/2 + 1, …) in each head -> rows in order."""
-    pairs = value.view(heads, -1, 2, *value.shape[1:])
-    return pairs.transpose(1, 2).reshape(value.shape)

@@ -6,14 +6,13 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from jindo_core.errors import InputError
 from jindo_core.files import read_json
 from jindo_core.formats.bitsandbytes import assemble, check_quantization, group_parts, logical_shape
 from jindo_core.formats.checksums import read_checksums, verify
-from jindo_core.formats.places import Place
+from jindo_core.formats.places import FLOATS, Place
 from jindo_core.formats.safetensors_file import read_header
 from jindo_core.formats.torch_file import read_records
 from jindo_core.model import LlamaConfig
@@ -24,7 +23,6 @@ LAYOUTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 """(one file, the index of several), in order of preference."""
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class _Shard(NamedTuple):

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from jindo_core.errors import InputError
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What a weight that is not quantized may be."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -35,7 +38,7 @@ class Place:
             InputError: the file can't be opened, or is shorter than it was.
         """
         stretch = torch.empty(self.nbytes, dtype=torch.uint8)
-        into = memoryview(stretch.numpy())
+        into = stretch.numpy().data
         try:
             with open(self.file, "rb", buffering=0) as opened:
                 opened.seek(self.start)

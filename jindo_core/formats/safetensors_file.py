@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
@@ -78,21 +78,19 @@ def _place(name: str, entry: Any, file: Path, base: int) -> Place:
     """A tensor's place from its header entry; `base`: where the tensors begin."""
     if not name or "/" in name or "\\" in name or "\0" in name:
         raise InputError(f"{file} holds a tensor called {name!r}, expected a name without slashes")
-    kind, shape, offsets = (entry.get(key) if isinstance(entry, dict) else None for key in _ENTRY)
+    entry = entry if isinstance(entry, dict) else {}
+    kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if kind not in DTYPES:
         raise InputError(f"the tensor {name} in {file} is of type {kind}, expected one of {', '.join(DTYPES)}")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise _corrupt(file, f"the tensor {name} has shape {shape} and offsets {offsets}")
-    dtype = DTYPES[kind]
-    if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
-        raise _corrupt(file, f"the tensor {name}, {kind} {shape}, has {offsets[1] - offsets[0]} bytes")
-    return Place(file, base + offsets[0], offsets[1] - offsets[0], dtype, tuple(shape))
+    dtype, nbytes = DTYPES[kind], offsets[1] - offsets[0]
+    if math.prod(shape) * dtype.itemsize != nbytes:
+        raise _corrupt(file, f"the tensor {name}, {kind} {shape}, has {nbytes} bytes")
+    return Place(file, base + offsets[0], nbytes, dtype, tuple(shape))
 
 
-_ENTRY = ("dtype", "shape", "data_offsets")
-
-
-def _is_sizes(value: Any) -> bool:
+def _is_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 

@@ -78,8 +78,8 @@ def _place(name: str, value: Any, records: dict[int, int], file: Path) -> Place:
     last = value.storage_offset() + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
     if value.numel() * size > records[start] or (last + 1) * size > records[start]:
         raise InputError(f"the tensor {name} in {file} needs more bytes than its storage has: the file is corrupt")
-    first = start + value.storage_offset() * size
-    nbytes = (last + 1 - value.storage_offset()) * size
+    first = start + int(value.storage_offset()) * size
+    nbytes = int(last + 1 - value.storage_offset()) * size
     strides = None if value.is_contiguous() else tuple(value.stride())
     return Place(file, first, nbytes, value.dtype, tuple(value.shape), strides)
 

@@ -1,0 +1,202 @@
+"""Meta's own layout: params.json and consolidated.00.pth, .01, …: one file a model-parallel rank.
+
+Ranks hold equal parts of a tensor: output rows of wq, wk, wv, w1, w3 and output, input columns of wo and w2, and of
+tok_embeddings columns in LLaMA 1 and 2, rows in LLaMA 3: the shapes tell which. Norms are whole in every rank.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jindo_core.errors import InputError
+from jindo_core.files import read_json
+from jindo_core.formats.names import rename, rows_to_halves
+from jindo_core.formats.places import FLOATS, Place
+from jindo_core.formats.torch_file import read_records
+from jindo_core.model import LlamaConfig
+from jindo_core.nf4 import NF4Weight
+
+PARAMS = "params.json"
+BY_COLUMNS = (".self_attn.o_proj.weight", ".mlp.down_proj.weight")
+LEFT_OUT = ("rope.freqs",)
+"""Derived from params.json."""
+
+
+class _Split(NamedTuple):
+    """A tensor's parts, one a rank, and the dimension along which they join; None: each is the whole."""
+
+    parts: list[Place]
+    dim: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.parts[0].shape)
+        if self.dim is not None:
+            shape[self.dim] *= len(self.parts)
+        return tuple(shape)
+
+
+def is_meta(folder: Path) -> bool:
+    """Whether a folder is in Meta's layout."""
+    return (folder / PARAMS).is_file() and not (folder / "config.json").is_file()
+
+
+class MetaCheckpoint:
+    """A LLaMA as Meta publishes it, its ranks joined as they are read. See `Checkpoint` for the attributes."""
+
+    def __init__(self, folder: Path) -> None:
+        params = read_json(folder / PARAMS)
+        self.files = _rank_files(folder)
+        self.nbytes = sum(file.stat().st_size for file in self.files)
+        self.quantized = frozenset[str]()
+        width = _whole(params, "dim", folder)
+        self._splits = _join(self.files, width)
+        self.shapes = {name: split.shape for name, split in self._splits.items()}
+        self.config = LlamaConfig.from_dict(_config(params, self.shapes, folder))
+        self._check_ranks(folder)
+
+    def read(self, name: str) -> Tensor:
+        split = self._splits[name]
+        if split.dim is None:
+            value = split.parts[0].read()
+            odd = next((part.file for part in split.parts[1:] if not torch.equal(part.read(), value)), None)
+            if odd is not None:
+                first = split.parts[0].file
+                raise InputError(f"the tensor {name} differs between {first} and {odd.name}: they are of two models")
+            return value
+        value = torch.empty(split.shape, dtype=split.parts[0].dtype)
+        for part, into in zip(split.parts, value.chunk(len(split.parts), split.dim), strict=True):
+            into.copy_(part.read())
+        if ".q_proj." in name:
+            return rows_to_halves(value, self.config.num_attention_heads)
+        if ".k_proj." in name:
+            return rows_to_halves(value, self.config.num_key_value_heads)
+        return value
+
+    def read_nf4(self, name: str) -> NF4Weight:
+        raise KeyError(f"{name}: Meta's layout holds no NF4")
+
+    def nbytes_of(self, name: str) -> int:
+        # Whole and a part beside it, or whole in two row orders.
+        split = self._splits[name]
+        whole = sum(part.nbytes for part in split.parts)
+        return 2 * whole if ".q_proj." in name or ".k_proj." in name else whole + split.parts[0].nbytes
+
+    def _check_ranks(self, folder: Path) -> None:
+        """A rank that is missing at the end leaves no other trace than tensors that are too small."""
+        rows = self.shapes["model.layers.0.self_attn.q_proj.weight"][0]
+        width = self.config.num_attention_heads * self.config.head_dim
+        if rows != width:
+            raise InputError(
+                f"{folder} holds {len(self.files)} consolidated files, in which wq has {rows} rows together, expected "
+                f"{width}: one is missing, or too many are there"
+            )
+
+
+def _rank_files(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.iterdir() if re.fullmatch(r"consolidated\.\d+\.pth", path.name))
+    for rank, path in enumerate(found or [folder / "nothing"]):
+        if path.name != f"consolidated.{rank:02d}.pth":
+            raise InputError(f"{folder / f'consolidated.{rank:02d}.pth'} is missing: download the checkpoint again")
+    return found
+
+
+def _join(files: list[Path], width: int) -> dict[str, _Split]:
+    """{Hugging Face's name: split tensor}; every rank must hold the same names and shapes."""
+    ranks = [read_records(file) for file in files]
+    splits = {}
+    for theirs in ranks[0].keys() | set().union(*ranks[1:]):
+        if theirs in LEFT_OUT:
+            continue
+        parts = []
+        for rank, file in zip(ranks, files, strict=True):
+            if theirs not in rank:
+                raise InputError(f"{file} lacks the tensor {theirs}: download it again")
+            parts.append(rank[theirs])
+        name = rename(theirs, "meta", "huggingface") or theirs
+        _check_parts(theirs, parts)
+        splits[name] = _Split(parts, _join_dim(name, parts, width))
+    return splits
+
+
+def _check_parts(name: str, parts: list[Place]) -> None:
+    first = parts[0]
+    if first.dtype not in FLOATS:
+        raise InputError(f"the tensor {name} in {first.file} is of type {first.dtype}, expected 16 or 32-bit floats")
+    for part in parts[1:]:
+        if (part.shape, part.dtype) != (first.shape, first.dtype):
+            raise InputError(
+                f"the tensor {name} is {part.dtype} {part.shape} in {part.file}, but {first.dtype} {first.shape} in "
+                f"{first.file.name}: the files are of different models"
+            )
+
+
+def _join_dim(name: str, parts: list[Place], width: int) -> int | None:
+    if len(parts[0].shape) < 2:
+        return None
+    if name.endswith(BY_COLUMNS):
+        return 1
+    if name == "model.embed_tokens.weight":
+        return 0 if parts[0].shape[1] == width else 1
+    return 0
+
+
+def _whole(params: dict[str, Any], name: str, folder: Path) -> int:
+    value = params.get(name)
+    if type(value) is not int or value < 1:
+        raise InputError(f"{folder / PARAMS} has {name} = {value!r}, expected a positive whole number")
+    return value
+
+
+def _config(params: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, Any]:
+    """params.json in config.json's terms; sizes that it leaves out are the weights'."""
+    embedding, gate = "model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight"
+    for name in (embedding, gate, "model.layers.0.self_attn.q_proj.weight"):
+        if len(shapes.get(name, ())) != 2:
+            theirs = rename(name, "huggingface", "meta")
+            raise InputError(f"{folder}: the tensor {theirs} is missing: expected a LLaMA's weights")
+    heads = _whole(params, "n_heads", folder)
+    theta = params.get("rope_theta", 10000.0)
+    return {
+        "model_type": "llama",
+        "vocab_size": shapes[embedding][0],  # params.json may say -1: as the tokenizer has
+        "hidden_size": params["dim"],
+        "intermediate_size": shapes[gate][0],
+        "num_hidden_layers": _whole(params, "n_layers", folder),
+        "num_attention_heads": heads,
+        "num_key_value_heads": params.get("n_kv_heads") or heads,
+        "rms_norm_eps": params.get("norm_eps", 1e-5),
+        "rope_theta": theta,
+        "rope_scaling": _rope_scaling(params),
+        "max_position_embeddings": _context(params, shapes[embedding][0]),
+        "tie_word_embeddings": "lm_head.weight" not in shapes,
+    }
+
+
+def _rope_scaling(params: dict[str, Any]) -> dict[str, Any] | None:
+    """LLaMA 3.1's scaling. params.json gives no factor up to 3.3: 32 for the small models of 3.2, 8 for all others."""
+    if not params.get("use_scaled_rope"):
+        return None
+    factor = params.get("rope_scaling_factor") or (32.0 if params["dim"] < 4096 else 8.0)
+    return {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+        "high_freq_factor": params.get("rope_high_freq_factor") or 4.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+
+
+def _context(params: dict[str, Any], vocabulary: int) -> int:
+    """Tokens that the model was trained on at once. params.json does not say it; what tells the published models apart
+    is RoPE (3.1 and later; Code Llama), the vocabulary (3), and norm_eps with grouped heads at 8192 (2, not 1)."""
+    if params.get("use_scaled_rope"):
+        return 131072
+    if params.get("rope_theta") == 1e6:
+        return 16384
+    if vocabulary >= 128000:
+        return 8192
+    second = params.get("norm_eps") == 1e-5 and (params["dim"] != 8192 or "n_kv_heads" in params)
+    return 4096 if second else 2048
