@@ -26,9 +26,10 @@ from jindo_core.errors import InputError
 from jindo_core.files import staged, sync_folder
 from jindo_core.formats import Checkpoint, open_checkpoint
 from jindo_core.formats.gguf_tokenizer import tokenizer_fields
-from jindo_core.formats.gguf_writer import interleave, model_fields, stored_tensors, verify_gguf, write_gguf
+from jindo_core.formats.gguf_writer import model_fields, stored_tensors, verify_gguf, write_gguf
 from jindo_core.formats.hf_config import bitsandbytes_config, hf_config
-from jindo_core.formats.meta_writer import PARAMS, WEIGHTS, hf_to_meta_name, meta_params, verify_pth, write_pth
+from jindo_core.formats.meta_writer import PARAMS, WEIGHTS, meta_params, verify_pth, write_pth
+from jindo_core.formats.names import rename, rows_to_pairs
 from jindo_core.formats.safetensors_writer import SafetensorsWriter, verify_safetensors
 from jindo_core.hub import resolve_model
 from jindo_core.loader import check_tensors, pick_device
@@ -96,21 +97,21 @@ def run_quantize(config: QuantizeConfig) -> Path:
     )
     sizes: dict[str, int] = {}
     for name in source.names:
-        sizes |= _quantized_sizes(source, name, config.double_quant)
+        sizes |= _quantized_sizes(source, quantized, name, config.double_quant)
     needs = sum(sizes.values()) + _side_bytes(source.path)
     shard = size_in_bytes(config.max_shard_size)
     assert shard is not None
     with staged(target, overwrite=config.overwrite, needs=needs, marks=_MARKS) as folder:
         checksums = config.format == "jindo"
         with (
-            view.bar("quantizing", source.checkpoint.nbytes) as advance,
+            view.bar("quantizing", sum(quantized.nbytes_of(name) for name in source.names)) as advance,
             SafetensorsWriter(folder, sizes, shard, checksums=checksums) as writer,
         ):
             for name in source.names:
                 for part, value in _quantized_parts(source, quantized, name).items():
                     writer.write(part, value)
-                advance(source.checkpoint.nbytes_of(name))
-        dtype = source.checkpoint.read("model.norm.weight").dtype
+                advance(quantized.nbytes_of(name))
+        dtype = source.checkpoint.dtype_of("model.norm.weight")
         double = any(name.endswith(".nested_absmax") for name in sizes)
         described = hf_config(source.checkpoint.config, source.path, dtype)
         described["quantization_config"] = bitsandbytes_config(dtype, double)
@@ -123,14 +124,13 @@ def run_quantize(config: QuantizeConfig) -> Path:
     return target
 
 
-def _quantized_sizes(source: Source, name: str, double_quant: bool) -> dict[str, int]:
+def _quantized_sizes(source: Source, quantized: MergedCheckpoint, name: str, double_quant: bool) -> dict[str, int]:
     """{tensor: bytes, or a bound} of what becomes of a weight."""
-    path = name.removesuffix(".weight")
-    if path not in source.linears or not name.endswith(".weight"):
-        return {name: source.checkpoint.nbytes_of(name)}
+    if name not in quantized.nf4_names:
+        return {name: quantized.nbytes_of(name)}
     if name in source.checkpoint.quantized:
         return {part: value.nbytes for part, value in source.checkpoint.read_nf4(name).state_dict(name).items()}
-    count = math.prod(source.linears[path])
+    count = math.prod(quantized.shapes[name])
     blocks = -(-count // 64)
     sizes = {name: (count + 1) // 2, f"{name}.absmax": blocks if double_quant else 4 * blocks, f"{name}.quant_map": 64}
     if double_quant:
@@ -139,7 +139,7 @@ def _quantized_sizes(source: Source, name: str, double_quant: bool) -> dict[str,
 
 
 def _quantized_parts(source: Source, quantized: MergedCheckpoint, name: str) -> dict[str, Tensor]:
-    if name.removesuffix(".weight") in source.linears and name.endswith(".weight"):
+    if name in quantized.nf4_names:
         parts = quantized.quantize(name).to(torch.device("cpu")).state_dict(name)
         scales = parts.get(f"{name}.nested_absmax", parts[f"{name}.absmax"])
         _check_finite(name, scales)
@@ -163,7 +163,8 @@ def run_merge(config: MergeConfig) -> Path:
         InputError: what is wrong with the model, the adapter, the text or the target, which is as it was then.
     """
     begun, view, device = time.monotonic(), ConversionView(), pick_device(config.device)
-    assert config.lora_weights is not None and config.onto is not None
+    assert config.lora_weights is not None
+    assert config.onto is not None
     source, adapter, run = _open_adapted(config.base_model, config.lora_weights)
     target = _target(config.output_dir, source.path, Path(config.lora_weights))
     double = _double_quant(config.double_quant, run)
@@ -250,7 +251,7 @@ def _write_safetensors(
                 value = _as(model, name, dtype)
                 writer.write(name, value)
                 advance(value.nbytes)
-        kept = _DTYPES[dtype] if dtype else model.read("model.norm.weight").dtype
+        kept = _DTYPES[dtype] if dtype else model.dtype_of("model.norm.weight")
         _write_json(folder / "config.json", hf_config(model.config, source.path, kept))
         _copy_side_files(source.path, folder)
         sync_folder(folder)
@@ -262,13 +263,18 @@ def _write_meta(
     model: MergedCheckpoint, source: Source, target: Path, dtype: str | None, overwrite: bool, view: ConversionView
 ) -> None:
     params = meta_params(model.config)
-    kept = _DTYPES[dtype] if dtype else model.read("model.embed_tokens.weight").dtype
+    kept = _DTYPES[dtype] if dtype else model.dtype_of("model.embed_tokens.weight")
     if kept not in _DTYPES.values():
         raise InputError(f"the model's weights are {kept}: give --dtype f32, bf16 or f16")
     name_of = {v: k for k, v in _DTYPES.items()}
     # Meta's code has a head of its own, also where it is the embedding.
     names = [*source.names, *([] if "lm_head.weight" in source.names else ["lm_head.weight"])]
-    shapes = {hf_to_meta_name(name): model.shapes[_tied(model, name)] for name in names}
+    shapes = {}
+    for name in names:
+        theirs = rename(name, "huggingface", "meta")
+        if theirs is None:
+            raise InputError(f"the tensor {name} has no name in Meta's LLaMA: give --format safetensors")
+        shapes[theirs] = model.shapes[_tied(model, name)]
     total = sum(math.prod(shape) for shape in shapes.values()) * kept.itemsize
     with staged(target, overwrite=overwrite, needs=total + _side_bytes(source.path), marks=_MARKS) as folder:
         with view.bar("writing", total) as advance:
@@ -284,6 +290,7 @@ def _write_meta(
         _copy_side_files(source.path, folder)
         sync_folder(folder)
         verify_pth(folder / WEIGHTS, digests)
+        open_checkpoint(folder)
 
 
 def _tied(model: MergedCheckpoint, name: str) -> str:
@@ -293,8 +300,8 @@ def _tied(model: MergedCheckpoint, name: str) -> str:
 
 def _rotated_as_meta(value: Tensor, name: str, config: LlamaConfig) -> Tensor:
     if ".q_proj." in name:
-        return interleave(value, config.num_attention_heads)
-    return interleave(value, config.num_key_value_heads) if ".k_proj." in name else value
+        return rows_to_pairs(value, config.num_attention_heads)
+    return rows_to_pairs(value, config.num_key_value_heads) if ".k_proj." in name else value
 
 
 def _write_gguf(
@@ -306,8 +313,8 @@ def _write_gguf(
     odd = [one.source for one in stored if dtype == "q8_0" and one.kind == "f16"]
     if odd:
         view.say(f"note: {len(odd)} tensors such as {odd[0]} have rows that are no multiple of 32: kept in f16")
-    total = sum(one.nbytes for one in stored)
-    with staged(target, overwrite=overwrite, needs=total + _SPARE + 64 * model.config.vocab_size, marks=(".gguf",)) as folder:
+    needs = sum(one.nbytes for one in stored) + _SPARE + 64 * model.config.vocab_size
+    with staged(target, overwrite=overwrite, needs=needs, marks=(".gguf",)) as folder:
         file = folder / target.name
         with view.bar("writing", sum(model.nbytes_of(name) for name in source.names)) as advance:
 
@@ -398,6 +405,7 @@ def _same_shapes(written: Checkpoint, source: Source) -> None:
 def _done(view: ConversionView, target: Path, begun: float) -> None:
     files = [target] if target.is_file() else [path for path in target.iterdir() if path.is_file()]
     size = sum(path.stat().st_size for path in files)
+    said = f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
     count = f"{len(files)} file{'s' if len(files) > 1 else ''}"
-    view.say(f"wrote {target}: {count}, {size / 1e9:,.3f} GB, read back and compared, {time.monotonic() - begun:.1f} s")
+    view.say(f"wrote {target}: {count}, {said}, read back and compared, {time.monotonic() - begun:.1f} s")
 

@@ -27,6 +27,8 @@ class MergedCheckpoint:
             and back; all linear layers become that, adapted or not.
         linears: paths of the layers that NF4 quantizes.
         double_quant: as in training. device: where it is computed.
+    Attributes:
+        nf4_names: the weights that are, or become, NF4.
     Raises:
         InputError: `onto` is "original" and the base's files hold NF4.
     """
@@ -46,15 +48,15 @@ class MergedCheckpoint:
         self.config, self.shapes, self.files, self.nbytes = base.config, base.shapes, base.files, base.nbytes
         self.quantized: frozenset[str] = frozenset()
         self._base, self._adapter, self._onto = base, adapter, onto
-        self._linears = frozenset(linears)
+        # A base that was quantized says itself which layers were left out.
+        names = frozenset(f"{path}.weight" for path in linears)
+        self.nf4_names = names & base.quantized if base.quantized else names
         self._double_quant, self._device = double_quant, device
-        some = next(iter(base.quantized), None)
-        self._itemsize = None if some is None else base.read_nf4(some).dtype.itemsize
 
     def read(self, name: str) -> Tensor:
         path = name.removesuffix(".weight")
         adapted = self._adapter is not None and path in self._adapter.pairs and name.endswith(".weight")
-        if self._onto == "nf4" and path in self._linears and name.endswith(".weight"):
+        if self._onto == "nf4" and name in self.nf4_names:
             quantized = self.quantize(name)
             value, dtype = quantized.dequantize(torch.float32), quantized.dtype
         else:
@@ -75,8 +77,9 @@ class MergedCheckpoint:
     def read_nf4(self, name: str) -> NF4Weight:
         raise KeyError(f"{name}: merged weights are whole")
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self._base.dtype_of(name)
+
     def nbytes_of(self, name: str) -> int:
-        if name in self._base.quantized and self._itemsize is not None:
-            return math.prod(self.shapes[name]) * self._itemsize
-        return self._base.nbytes_of(name)
+        return math.prod(self.shapes[name]) * self.dtype_of(name).itemsize
 

@@ -214,7 +214,7 @@ def _split_name(raw: dict[str, Any], file: Path) -> str:
     """llama.cpp's name for how the text is split before the merges."""
     splitter = raw.get("pre_tokenizer") or {}
     parts = splitter.get("pretokenizers", [splitter]) if splitter.get("type") == "Sequence" else [splitter]
-    rule = tuple((part.get("pattern") or {}).get("Regex") or part.get("type") for part in parts)
+    rule = tuple(str((part.get("pattern") or {}).get("Regex") or part.get("type")) for part in parts)
     prefixed = any(part.get("add_prefix_space") for part in parts)
     joined = any(part.get("type") == "Digits" and not part.get("individual_digits") for part in parts)
     normalizer = (raw.get("normalizer") or {}).get("type")
@@ -223,8 +223,8 @@ def _split_name(raw: dict[str, Any], file: Path) -> str:
         told = json.dumps(splitter, ensure_ascii=False)
         told = told if len(told) < 160 else told[:157] + "..."
         raise InputError(
-            f"{file} splits text by {told}, expected the rule of {', '.join(_SPLITS.values())}: llama.cpp would cut text "
-            "into other tokens; give --format safetensors"
+            f"{file} splits text by {told}, expected the rule of {', '.join(_SPLITS.values())}: llama.cpp would "
+            "cut text into other tokens; give --format safetensors"
         )
     return name
 

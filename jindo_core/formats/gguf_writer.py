@@ -14,33 +14,14 @@ from torch import Tensor
 
 from jindo_core.errors import InputError
 from jindo_core.formats.checksums import checksum, verify
-from jindo_core.formats.gguf import GGUF_FAULTS, GGUF_LAYER_NAMES, GGUF_NAMES
+from jindo_core.formats.gguf import GGUF_FAULTS
+from jindo_core.formats.names import rename, rows_to_pairs
 from jindo_core.model import LlamaConfig, rope_frequencies
 
 ROPE_FACTORS = "rope_freqs.weight"
 TYPES = ("f32", "f16", "bf16", "q8_0")
 _Q8_0_BLOCK, _Q8_0_BYTES = 32, 34
-_TO_GGUF = {hf: gguf for gguf, hf in GGUF_NAMES.items()}
-_LAYER_TO_GGUF = {hf: gguf for gguf, hf in GGUF_LAYER_NAMES.items()}
 _TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-
-
-def hf_to_gguf_name(name: str) -> str:
-    """A tensor's name in Hugging Face's LLaMA -> llama.cpp's."""
-    if name in _TO_GGUF:
-        return _TO_GGUF[name]
-    _, _, layer, rest = name.split(".", 3)
-    path, _, leaf = rest.rpartition(".")
-    return f"blk.{layer}.{_LAYER_TO_GGUF[path]}.{leaf}"
-
-
-def interleave(value: Tensor, heads: int) -> Tensor:
-    """[heads * D, ...] with rows in order -> rows (0, D/2, 1, D/2 + 1, …) in each head.
-
-    Hugging Face rotates the pairs (i, i + D/2), llama.cpp and Meta's own code (2i, 2i + 1).
-    """
-    halves = value.view(heads, 2, -1, *value.shape[1:])
-    return halves.transpose(1, 2).reshape(value.shape)
 
 
 @dataclass(frozen=True)
@@ -64,7 +45,10 @@ def stored_tensors(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> list[_S
             kind = "f16"
         count = math.prod(shape)
         size = count // _Q8_0_BLOCK * _Q8_0_BYTES if kind == "q8_0" else count * _TORCH[kind].itemsize
-        stored.append(_Stored(hf_to_gguf_name(source), source, kind, shape, size))
+        name = rename(source, "huggingface", "gguf")
+        if name is None:
+            raise InputError(f"the tensor {source} has no name in GGUF's LLaMA: give --format safetensors")
+        stored.append(_Stored(name, source, kind, shape, size))
     return stored
 
 
@@ -179,8 +163,8 @@ def write_gguf(
 def _permuted(read: Callable[[str], Tensor], name: str, config: LlamaConfig) -> Tensor:
     value = read(name)
     if ".q_proj." in name:
-        return interleave(value, config.num_attention_heads)
-    return interleave(value, config.num_key_value_heads) if ".k_proj." in name else value
+        return rows_to_pairs(value, config.num_attention_heads)
+    return rows_to_pairs(value, config.num_key_value_heads) if ".k_proj." in name else value
 
 
 def _types(value: Any) -> Iterator[Any]:

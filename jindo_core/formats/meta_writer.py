@@ -50,7 +50,8 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, _Described):
             return NotImplemented
-        strides, step = [], 1
+        strides: list[int] = []
+        step = 1
         for size in reversed(value.shape):
             strides.insert(0, step)
             step *= size
@@ -90,7 +91,7 @@ def write_pth(
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
             digests[name] = checksum(tensor)
-            data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
             _entry(archive, f"{root}/data/{described[name].key}", data)
         _entry(archive, f"{root}/version", memoryview(b"3\n"))
     return digests
@@ -123,37 +124,10 @@ def verify_pth(file: Path, digests: Mapping[str, str]) -> None:
         verify(name, found[name], digest, file)
 
 
-# --- what the tensors are called, and params.json ---------------------------------------------------------
-
-META_NAMES = {
-    "model.embed_tokens.weight": "tok_embeddings.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "output.weight",
-}
-META_LAYER_NAMES = {
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
-def hf_to_meta_name(name: str) -> str:
-    """A tensor's name in Hugging Face's LLaMA -> Meta's."""
-    if name in META_NAMES:
-        return META_NAMES[name]
-    _, _, layer, rest = name.split(".", 3)
-    path, _, leaf = rest.rpartition(".")
-    return f"layers.{layer}.{META_LAYER_NAMES[path]}.{leaf}"
-
+# --- params.json ---------------------------------------------------------------------------------------
 
 def meta_params(config: LlamaConfig) -> dict[str, Any]:
-    """The contents of params.json; only what differs from the defaults of Meta's code, whose first versions take no more.
+    """The contents of params.json; only what differs from Meta's defaults, for its first versions take no more.
 
     Raises:
         InputError: something that Meta's code can't do: biases, other head sizes, another RoPE scaling than Llama 3's.
