@@ -195,8 +195,8 @@ def held_out_examples(
             raise InputError(f"{error}; or give --eval_text FILE") from None
         size = settings.get("val_set_size") or rows
         _, records, _ = split_records(records, size, settings.get("seed", 42))
-        told = "held-out" if settings.get("val_set_size") else "(seen in training, if it was in the data)"
-        said = f"{told} rows of {'the bundled Korean instructions' if data is None else Path(data).name}"
+        told = "rows held out" if settings.get("val_set_size") else "rows (perhaps trained on: its run held none out)"
+        said = f"{told} of {'the bundled Korean instructions' if data is None else Path(data).name}"
     template = load_template("alpaca" if run is None else run.prompt_template_name)
     examples, _ = encode_all(records[:rows], tokenizer, template, cutoff_len=cutoff, train_on_inputs=False)
     if not examples:

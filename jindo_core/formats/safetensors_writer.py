@@ -90,7 +90,7 @@ class SafetensorsWriter:
         twice = 2 if self._checksums else 1
         self._room = 256 + sum(per_name + twice * len(json.dumps(name)) for name in names)
         self._room += -self._room % 8  # the data begins at a multiple of 8
-        self._open = open(self._files[0], "wb")  # noqa: SIM115: closed when the shard is full, or by __exit__
+        self._open = open(self._files[0], "wb")  # noqa: SIM115 - closed when the shard is full, or by __exit__
         self._open.seek(8 + self._room)
         self._entries, self._at = {}, 0
 
