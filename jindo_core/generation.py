@@ -135,10 +135,17 @@ def run_generate(config: GenerateConfig) -> str:
 
     Without a base model or a template in `config`, those of the adapter's training run serve.
     """
+<<<<<<< HEAD
     from jindo_core.adapters import base_of, load_adapter
+=======
+    from rich.console import Console
+
+    from jindo_core.adapters import load_adapter
+>>>>>>> formats
     from jindo_core.data.templates import load_template
     from jindo_core.hub import resolve_model
     from jindo_core.loader import load_model
+    from jindo_core.progress import loading_bar
     from jindo_core.run_record import read_run
     from jindo_core.tokenizer import load_tokenizer
 
@@ -152,9 +159,11 @@ def run_generate(config: GenerateConfig) -> str:
     template = load_template(template_name)
     path = resolve_model(base)
     tokenizer = load_tokenizer(path)
-    model = load_model(
-        path, quantize=config.quantize, double_quant=config.double_quant, dtype=config.dtype, device=config.device
-    )
+    with loading_bar(Console(stderr=True)) as on_progress:  # standard output is the answer's
+        model = load_model(
+            path, quantize=config.quantize, double_quant=config.double_quant, dtype=config.dtype,
+            device=config.device, on_progress=on_progress,
+        )  # fmt: skip
     tokenizer.check(model.config.vocab_size)
     if config.lora_weights is not None:
         load_adapter(model, config.lora_weights)

@@ -8,6 +8,8 @@ from jindo_core import embedded
 from jindo_core.errors import InputError
 
 MODEL_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
+OLDER_FILES = ["pytorch_model*.bin", "consolidated.*.pth"]
+"""Weights of a model that was published without safetensors."""
 DATA_FILES = ["*.json", "*.jsonl"]
 
 
@@ -29,7 +31,8 @@ def resolve_model(name: str | None) -> Path:
         return path
     if not _looks_like_hub_id(name):
         raise InputError(f"base model {name} does not exist: expected a folder, a .gguf file or a Hub id owner/name")
-    return _snapshot(name, "model", MODEL_FILES)
+    folder = _snapshot(name, "model", MODEL_FILES)
+    return folder if any(folder.glob("*.safetensors")) else _snapshot(name, "model", MODEL_FILES + OLDER_FILES)
 
 
 def resolve_data(name: str) -> Path:

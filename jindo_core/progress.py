@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from jindo_core.plan import HOST_ROWS, Plan
@@ -44,6 +52,21 @@ def plan_table(plan: Plan, process: str) -> Table:
         where = "host" if name in HOST_ROWS else "at another moment"
         table.add_row(f"{where}: {SAID[name]}", f"{size / 1e6:,.1f}")
     return table
+
+
+@contextmanager
+def loading_bar(console: Console) -> Iterator[Callable[[int, int], None] | None]:
+    """Shows how far a model is loaded, and how fast; on a terminal only, and gone afterwards.
+
+    Yields what `load_model` takes as `on_progress`; None where there is no terminal.
+    """
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda done, whole: bar.update(task, completed=done, total=whole)
 
 
 class TrainingView:
@@ -179,7 +202,7 @@ class ConversionView:
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
-    @contextlib.contextmanager
+    @contextmanager
     def bar(self, what: str, total: int, *, in_bytes: bool = True) -> Iterator[Callable[[int], None]]:
         """A bar of `total` bytes, or steps; what is yielded moves it on by so many."""
         amount = DownloadColumn() if in_bytes else MofNCompleteColumn()

@@ -9,6 +9,7 @@ brings its tokenizer along.
 from __future__ import annotations
 
 import json
+import re
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -123,7 +124,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Args:
         path: a folder with `tokenizer.json` (which wins: it also knows tokens that were added later) or with
-            `tokenizer.model`; or a .gguf file.
+            `tokenizer.model` (of Meta's weights also one folder up, where LLaMA 1 has it); or a .gguf file.
     Raises:
         InputError: no such path, no tokenizer there, or one that can't be read.
     """
@@ -136,6 +137,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _load_json(path)
     if (path / "tokenizer.model").is_file():
         return _load_sentencepiece(path)
+    if (path / "params.json").is_file() and (path.parent / "tokenizer.model").is_file():
+        return _load_sentencepiece(path.parent)
     if (path / "adapter_config.json").is_file():
         raise InputError(f"{path} is a LoRA adapter: give it as --lora_weights, and its base as --base_model")
     raise InputError(
@@ -169,6 +172,11 @@ def _processor(file: Path) -> SentencePieceProcessor:
     data = file.read_bytes()
     if not data:  # the library takes no bytes for a call without a model, and fails at the first use
         raise InputError(f"{file} is empty, expected a SentencePiece model: copy it again from the model's source")
+    if re.match(rb"[A-Za-z0-9+/=]+ 0\n", data):
+        raise InputError(
+            f"{file} is a tiktoken vocabulary (LLaMA 3), expected a SentencePiece model: put tokenizer.json "
+            "beside it, from Hugging Face's version of the model"
+        )
     try:
         return SentencePieceProcessor(model_proto=data)
     except RuntimeError as error:

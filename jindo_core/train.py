@@ -46,7 +46,7 @@ from jindo_core.optim import build_optimizer, learning_rate_factor
 from jindo_core.pages import PageStore
 from jindo_core.plan import Job as MemoryJob
 from jindo_core.plan import plan
-from jindo_core.progress import TrainingView, draw_loss
+from jindo_core.progress import TrainingView, draw_loss, loading_bar
 from jindo_core.recompute import CheckpointOffload
 from jindo_core.run_record import RunRecord, choose_output_dir, write_run
 from jindo_core.tokenizer import Tokenizer, load_tokenizer
@@ -194,11 +194,12 @@ def _plan(
 def _load(path: Path, config: TrainConfig, view: TrainingView) -> LlamaForCausalLM:
     """The model with its adapter attached, as the settings say what is kept where."""
     torch.manual_seed(config.seed)
-    model = load_model(
-        path, quantize=config.quantize, double_quant=config.double_quant, dtype=config.dtype, device=config.device,
-        offload_layers=config.offload_layers, offload_embedding=config.offload_embedding,
-        offload_folder=_place(config),
-    )  # fmt: skip
+    with loading_bar(view.console) as on_progress:
+        model = load_model(
+            path, quantize=config.quantize, double_quant=config.double_quant, dtype=config.dtype, device=config.device,
+            offload_layers=config.offload_layers, offload_embedding=config.offload_embedding,
+            offload_folder=_place(config), on_progress=on_progress,
+        )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         attach_lora(

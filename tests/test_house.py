@@ -24,8 +24,8 @@ ENGINE_ROWS = [
     {"recompute", "streaming", "paged_adamw"},
     {"model"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
-    | {"run_record", "decoding", "generation"},
-    {"evaluate", "progress", "tune", "doctor", "merge"},
+    | {"run_record", "decoding", "generation", "progress"},
+    {"evaluate", "tune", "doctor", "merge"},
     {"drift"},
     {"train", "convert"},
 ]

@@ -13,7 +13,7 @@ from jindo_core.errors import InputError
 from jindo_core.files import read_json
 from jindo_core.formats.bitsandbytes import assemble, check_quantization, group_parts, logical_shape
 from jindo_core.formats.checksums import read_checksums, verify
-from jindo_core.formats.places import FLOATS, Place
+from jindo_core.formats.places import FLOATS, Place, open_size
 from jindo_core.formats.safetensors_file import read_header
 from jindo_core.formats.torch_file import read_records
 from jindo_core.model import LlamaConfig
@@ -27,7 +27,7 @@ LAYOUTS = (
 
 
 class _Shard(NamedTuple):
-    """A weight file: {name: place}, and {name: checksum} where it is one of ours."""
+    """A weight file's {name: place}, and {name: checksum} where it is one of ours."""
 
     places: dict[str, Place]
     checksums: dict[str, str]
@@ -47,8 +47,9 @@ class HuggingFaceCheckpoint:
         self.config = LlamaConfig.from_dict(raw)
         self._places: dict[str, Place] = {}
         self._checksums: dict[str, str] = {}
-        self.files: list[Path] = []
-        for file, names in _shard_files(folder).items():
+        shards = _shard_files(folder)
+        self.files, self.nbytes = list(shards), sum(open_size(file) for file in shards)
+        for file, names in shards.items():
             shard = _open_shard(file)
             _check_names(shard.places, names, file)
             twice = next((name for name in shard.places if name in self._places), None)
@@ -56,8 +57,6 @@ class HuggingFaceCheckpoint:
                 raise InputError(f"the tensor {twice} is in two shards of {folder}: download it again")
             self._places |= shard.places
             self._checksums |= shard.checksums
-            self.files.append(file)
-        self.nbytes = sum(file.stat().st_size for file in self.files)
         self._parts = group_parts(self._places)
         self.quantized = frozenset(self._parts)
         self.shapes = self._read_shapes()

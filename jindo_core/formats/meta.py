@@ -63,12 +63,12 @@ class MetaCheckpoint:
     def read(self, name: str) -> Tensor:
         split = self._splits[name]
         if split.dim is None:
-            value = split.parts[0].read()
-            odd = next((part.file for part in split.parts[1:] if not torch.equal(part.read(), value)), None)
+            stretch = split.parts[0].read_bytes()  # compared as bytes: a NaN equals itself
+            odd = next((part.file for part in split.parts[1:] if not torch.equal(part.read_bytes(), stretch)), None)
             if odd is not None:
                 first = split.parts[0].file
                 raise InputError(f"the tensor {name} differs between {first} and {odd.name}: they are of two models")
-            return value
+            return split.parts[0].view(stretch)
         value = torch.empty(split.shape, dtype=split.parts[0].dtype)
         for part, into in zip(split.parts, value.chunk(len(split.parts), split.dim), strict=True):
             into.copy_(part.read())
@@ -182,10 +182,10 @@ def _config(params: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: 
 
 
 def _rope_scaling(params: dict[str, Any]) -> dict[str, Any] | None:
-    """LLaMA 3.1's scaling. params.json gives no factor up to 3.3: 32 for the small models of 3.2, 8 for all others."""
+    """LLaMA 3.1's scaling. Meta gives no factor: it is 32 in the small models of 3.2 (1B and 3B), else 8."""
     if not params.get("use_scaled_rope"):
         return None
-    factor = params.get("rope_scaling_factor") or (32.0 if params["dim"] < 4096 else 8.0)
+    factor = params.get("rope_scaling_factor") or (32.0 if params["dim"] in (2048, 3072) else 8.0)
     return {
         "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
         "high_freq_factor": params.get("rope_high_freq_factor") or 4.0, "original_max_position_embeddings": 8192,

@@ -50,15 +50,17 @@ def _record_sizes(file: Path, size: int) -> dict[int, int]:
     try:
         with zipfile.ZipFile(file) as archive, open(file, "rb") as raw:
             for entry in archive.infolist():
+                if not 0 <= entry.header_offset < size:
+                    raise InputError(f"{file} is corrupt (the record {entry.filename}): download it again")
                 raw.seek(entry.header_offset)
                 name_length, extra_length = struct.unpack("<HH", raw.read(30)[26:30])
                 start = entry.header_offset + 30 + name_length + extra_length
                 if entry.compress_type != zipfile.ZIP_STORED or start + entry.file_size > size:
                     raise InputError(f"{file} is corrupt (the record {entry.filename}): download it again")
                 records[start] = entry.file_size
+    except InputError:
+        raise
     except (zipfile.BadZipFile, struct.error, NotImplementedError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(
             f"{file} is truncated, or of the format before torch 1.6 ({_first_line(error)}): download it again, or "
             "save it again with a newer torch"
@@ -73,7 +75,9 @@ def _place(name: str, value: Any, records: dict[int, int], file: Path) -> Place:
     size = value.dtype.itemsize
     if value.numel() == 0:
         return Place(file, 0, 0, value.dtype, tuple(value.shape))
-    if start not in records or records[start] < value.untyped_storage().nbytes():
+    if start not in records:
+        raise InputError(f"the storage of {name} in {file} is no record of the archive: save it again with torch")
+    if records[start] < value.untyped_storage().nbytes():
         raise InputError(f"the storage of {name} in {file} is larger than its record: the file is corrupt")
     last = value.storage_offset() + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
     if value.numel() * size > records[start] or (last + 1) * size > records[start]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -180,6 +182,75 @@ def test_broken_files_are_refused(copy, tmp_path, smollm2_gguf):
         with open(smollm2_gguf, "rb") as source:
             cut.write_bytes(source.read(size))
         refused(cut, "truncated or no GGUF file")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("quantize", ["nf4", None])
+def test_weights_that_are_not_finite_are_named(copy, value, quantize):
+    folder, tensors = copy
+    for name in ("model.embed_tokens.weight", "model.layers.4.self_attn.k_proj.weight", "model.norm.weight"):
+        damaged = tensors[name].clone()
+        damaged.view(-1)[-1] = value
+        save_file(tensors | {name: damaged}, folder / "model.safetensors")
+        with pytest.raises(InputError, match=f"the tensor {name} has values that are NaN or infinite"):
+            load_model(folder, quantize=quantize, dtype="fp32", device="cpu")
+
+
+def test_one_tensor_is_read_ahead_where_there_is_room(copy, monkeypatch):
+    """While a tensor is worked on the next one is read, unless both would take more than the largest."""
+    folder, tensors = copy
+    checkpoint = loader.open_checkpoint(folder)
+    largest = max(value.nbytes for value in tensors.values())
+    original, put = type(checkpoint).read, loader._Fill._place
+    read, placed, ahead, names = [], [], [], []
+
+    def watched(self, name):
+        read.append(name)
+        return original(self, name)
+
+    def place(self, name, value):
+        if not placed:
+            names.extend(other for other, _ in self.model.named_parameters())
+        placed.append(name)
+        following = names[len(placed) : len(placed) + 1]
+        room = all(tensors[name].nbytes + tensors[other].nbytes <= largest for other in following)
+        patience = time.monotonic() + 5
+        while following and room and len(read) == len(placed) and time.monotonic() < patience:
+            time.sleep(0.001)
+        assert read == placed + (following if room else [])
+        ahead.append(len(read) - len(placed))
+        return put(self, name, value)
+
+    monkeypatch.setattr(type(checkpoint), "read", watched)
+    monkeypatch.setattr(loader._Fill, "_place", place)
+    load_model(folder, dtype="fp32", device="cpu")
+    assert placed == names
+    assert set(names) == set(tensors)
+    assert ahead[0] == 0  # the embedding is the largest
+    assert sum(ahead) > 0.8 * len(tensors)
+
+
+def test_progress_goes_up_to_the_bytes_of_the_files(copy):
+    folder, tensors = copy
+    seen = []
+    load_model(folder, dtype="fp32", device="cpu", on_progress=lambda done, whole: seen.append((done, whole)))
+    size = (folder / "model.safetensors").stat().st_size
+    assert len(seen) == len(tensors)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (size, size)
+    assert {whole for _, whole in seen} == {size}
+
+
+def test_a_fault_in_the_last_tensor_leaves_nothing_behind(copy):
+    """Not a tensor of it, and not the reading thread."""
+    folder, tensors = copy
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    del tensors
+    before, threads = alive(), threading.active_count()
+    refused(folder, "NaN")
+    assert alive() == before
+    assert threading.active_count() == threads
 
 
 def test_a_hub_id_that_can_not_be_had_says_what_to_fetch(monkeypatch):

@@ -1,0 +1,27 @@
+"""What a person sees while a model is loaded: a bar on a terminal, nothing in a log."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from jindo_core.loader import load_model
+from jindo_core.progress import loading_bar
+
+
+def test_a_bar_on_a_terminal(stories260k):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80)
+    with loading_bar(console) as on_progress:
+        load_model(stories260k, dtype="fp32", device="cpu", on_progress=on_progress)
+    size = (stories260k / "model.safetensors").stat().st_size
+    assert "loading" in screen.getvalue()
+    assert f"{size / 1e6:.1f}/{size / 1e6:.1f} MB" in screen.getvalue()
+
+
+def test_nothing_elsewhere():
+    screen = io.StringIO()
+    with loading_bar(Console(file=screen, force_terminal=False)) as on_progress:
+        assert on_progress is None
+    assert screen.getvalue() == ""
