@@ -135,13 +135,9 @@ def run_generate(config: GenerateConfig) -> str:
 
     Without a base model or a template in `config`, those of the adapter's training run serve.
     """
-<<<<<<< HEAD
-    from jindo_core.adapters import base_of, load_adapter
-=======
     from rich.console import Console
 
-    from jindo_core.adapters import load_adapter
->>>>>>> formats
+    from jindo_core.adapters import base_of, load_adapter
     from jindo_core.data.templates import load_template
     from jindo_core.hub import resolve_model
     from jindo_core.loader import load_model

@@ -65,8 +65,8 @@ def test_a_single_file(tmp_path):
             (folder / "model.gguf").write_text(text)
         assert target.read_text() == text
     only(tmp_path, "model.gguf")
-    with pytest.raises(InputError, match="is there already"), staged(target, overwrite=False, needs=0, marks=(".gguf",)):
-        raise AssertionError
+    with pytest.raises(InputError, match="is there already"):
+        write(target, marks=(".gguf",))
     (tmp_path / "folder.gguf").mkdir()
     with pytest.raises(InputError, match="is a folder, expected a file"):
         write(tmp_path / "folder.gguf", marks=(".gguf",), overwrite=True)
@@ -102,9 +102,13 @@ def test_what_may_not_be_replaced(old, tmp_path):
     ],
 )
 def test_an_end_on_the_way_changes_nothing(old, tmp_path, fault, expected, message):
-    with pytest.raises(expected, match=message), staged(old, overwrite=True, needs=0, marks=MARKS) as folder:
-        (folder / "config.json").write_text("half")
-        raise fault
+    def half():
+        with staged(old, overwrite=True, needs=0, marks=MARKS) as folder:
+            (folder / "config.json").write_text("half")
+            raise fault
+
+    with pytest.raises(expected, match=message):
+        half()
     assert held(old) == {"config.json": "old"}
     only(tmp_path, "model")
 
@@ -114,7 +118,7 @@ def test_a_disk_that_takes_no_more(old, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(InputError, match="could not be written .File too large.: what was there is unchanged"):
+        with pytest.raises(InputError, match=r"could not be written .File too large.: what was there is unchanged"):
             write(old, "x" * 200_000, overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

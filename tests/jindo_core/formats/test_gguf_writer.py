@@ -103,7 +103,7 @@ def test_other_scalings(tmp_path):
     assert yarn["llama.rope.scaling.original_context_length"] == 1024
     with pytest.raises(InputError, match="'dynamic' has no place in GGUF"):
         fields({"rope_type": "dynamic", "factor": 2.0})
-    with pytest.raises(InputError, match="yarn settings .*attention_factor"):
+    with pytest.raises(InputError, match=r"yarn settings .*attention_factor"):
         fields({"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5})
 
 
@@ -118,7 +118,7 @@ def test_values_that_do_not_fit_and_bytes_that_differ(tmp_path):
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(InputError, match="is damaged"):
         verify_gguf(tmp_path / "m.gguf", fields, digests)
-    with pytest.raises(InputError, match="differs in the entry general.name"):
+    with pytest.raises(InputError, match=r"differs in the entry general.name"):
         verify_gguf(tmp_path / "m.gguf", fields | {"general.name": "another"}, digests)
 
 
@@ -214,7 +214,7 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
 def test_how_text_is_split_has_a_name_or_is_refused(tmp_path, splitter, name):
     tokenizer_json(tmp_path, splitter)
     if name is None:
-        with pytest.raises(InputError, match="llama.cpp would cut text into other tokens"):
+        with pytest.raises(InputError, match=r"llama.cpp would cut text into other tokens"):
             tokenizer_fields(tmp_path, 7)
         return
     fields = tokenizer_fields(tmp_path, 8)

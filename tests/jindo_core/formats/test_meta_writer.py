@@ -55,12 +55,12 @@ def test_wrong_bytes_and_wrong_shapes(tmp_path):
     digests = write_pth(file, {"a": (64,)}, torch.float32, iter([torch.ones(64)]))
     content = file.read_bytes()
     file.write_bytes(content.replace(torch.ones(64).numpy().tobytes(), torch.full((64,), 2.0).numpy().tobytes()))
-    with pytest.raises(InputError, match="the tensor a in .* is damaged"):
+    with pytest.raises(InputError, match=r"the tensor a in .* is damaged"):
         verify_pth(file, digests)
     file.write_bytes(content[:-30])
     with pytest.raises(InputError, match="can't be read back"):
         verify_pth(file, digests)
-    with pytest.raises(ValueError, match="expected torch.float32"):
+    with pytest.raises(ValueError, match=r"expected torch.float32"):
         write_pth(file, {"a": (64,)}, torch.float32, iter([torch.ones(64).half()]))
 
 

@@ -76,7 +76,7 @@ def test_a_flipped_bit_is_found(tmp_path):
     content = bytearray(file.read_bytes())
     content[-70] ^= 1
     file.write_bytes(content)
-    with pytest.raises(InputError, match="the tensor c in .* is damaged"):
+    with pytest.raises(InputError, match=r"the tensor c in .* is damaged"):
         verify_safetensors(written)
     with pytest.raises(InputError, match="differs in the tensor missing"):
         verify_safetensors(written | {"missing": (file, "0")})
