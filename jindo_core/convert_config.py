@@ -112,7 +112,7 @@ class ExportConfig:
 def _need(config: Config, name: str) -> None:
     if getattr(config, name) is None:
         known = settings(type(config))[name]
-        expected = f"{' or '.join(known.choices)} ({known.help})" if known.choices else known.help
+        expected = f"{known.expected()} ({known.help})" if known.choices else known.help
         raise InputError(f"--{name}: got nothing, expected {expected}")
 
 

@@ -137,7 +137,8 @@ def stories(stories260k, tmp_path_factory):
 
 def numbers(said):
     """{model: [loss, KL, largest]} of the printed table."""
-    rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in said.splitlines() if line.startswith("│")]
+    lines = [line.strip("│ ") for line in said.splitlines() if line.startswith("│")]
+    rows = [[cell.strip() for cell in line.split("│")] for line in lines]
     return {row[0]: [float(cell) for cell in row[1:] if cell] for row in rows}
 
 
@@ -182,8 +183,8 @@ def test_the_rows_that_training_held_out(stories, stories260k, tmp_path, capsys)
     rows = [{"instruction": f"Tell {i}", "output": f"It was number {i} in the park."} for i in range(20)]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     settings = {"data_path": str(tmp_path / "data.json"), "val_set_size": 3, "seed": 1, "double_quant": False}
-    record = {"base_model": str(stories260k), "prompt_template_name": "alpaca_short", "settings": settings, "results": {}}
-    (adapter / "jindo_run.json").write_text(json.dumps(record))
+    record = {"base_model": str(stories260k), "prompt_template_name": "alpaca_short", "settings": settings}
+    (adapter / "jindo_run.json").write_text(json.dumps(record | {"results": {}}))
     merge(adapter, tmp_path / "m", "nf4", eval_rows=32)
     said = capsys.readouterr().out
     assert "On 3 rows held out of data.json" in said
@@ -197,7 +198,7 @@ def test_the_rows_that_training_held_out(stories, stories260k, tmp_path, capsys)
     delta = read_adapter(adapter, source.linears).delta(norm.removesuffix(".weight"))
     assert torch.equal(found[norm], weight + delta)
     (tmp_path / "data.json").unlink()
-    with pytest.raises(InputError, match="data.json does not exist.*; or give --eval_text FILE"):
+    with pytest.raises(InputError, match=r"data.json does not exist.*; or give --eval_text FILE"):
         merge(adapter, tmp_path / "n", "nf4", eval_rows=32)
     assert not (tmp_path / "n").exists()
 
