@@ -308,7 +308,10 @@ def _write_gguf(
     model: MergedCheckpoint, source: Source, target: Path, dtype: str, overwrite: bool, view: ConversionView
 ) -> None:
     fields = model_fields(model.config, target.stem, dtype)
-    fields |= tokenizer_fields(source.path, model.config.vocab_size)
+    vocabulary, notes = tokenizer_fields(source.path, model.config.vocab_size)
+    fields |= vocabulary
+    for note in notes:
+        view.say(f"note: {note}: such texts become other tokens there")
     stored = stored_tensors({name: model.shapes[name] for name in source.names}, dtype)
     odd = [one.source for one in stored if dtype == "q8_0" and one.kind == "f16"]
     if odd:

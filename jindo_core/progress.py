@@ -213,7 +213,8 @@ class ConversionView:
 
     def drift(self, rows: Sequence[tuple[str, float, float, float]], text: str) -> None:
         """Rows: (model, loss, mean KL from the first row's, largest difference of a logit)."""
-        table = Table(title=f"On {text}", title_justify="left", title_style="bold")
+        self.say(f"On {text}:")
+        table = Table()
         table.add_column("model")
         for name in ("loss", "KL from the first", "largest logit change"):
             table.add_column(name, justify="right")

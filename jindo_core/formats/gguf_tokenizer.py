@@ -47,18 +47,22 @@ class Vocabulary:
     scores: list[float] | None = None
     merges: list[str] | None = None
     add_space_prefix: bool = False
+    notes: tuple[str, ...] = ()
+    """What the tokenizer does to a text that llama.cpp will not do."""
 
 
-def tokenizer_fields(path: Path, rows: int) -> dict[str, Any]:
+def tokenizer_fields(path: Path, rows: int) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The `tokenizer.*` entries for a model's folder or .gguf file.
 
     Args:
         rows: of the embedding; tokens that it has beyond the tokenizer's are named and marked unused.
+    Returns:
+        The entries, and a sentence on each thing that the tokenizer does to a text and llama.cpp does not.
     Raises:
         InputError: no tokenizer, one larger than the embedding, or one of a kind llama.cpp has no name for.
     """
     if path.is_file():
-        return _copied(path)
+        return _copied(path), ()
     tokenizer = load_tokenizer(path)
     tokenizer.check(rows)
     vocabulary = _from_sentencepiece(path) if (path / "tokenizer.model").is_file() else _from_json(path)
@@ -81,7 +85,7 @@ def tokenizer_fields(path: Path, rows: int) -> dict[str, Any]:
         "tokenizer.ggml.add_space_prefix": vocabulary.add_space_prefix,
         "tokenizer.chat_template": _chat_template(path),
     }
-    return {name: value for name, value in fields.items() if value is not None}
+    return {name: value for name, value in fields.items() if value is not None}, vocabulary.notes
 
 
 def _copied(file: Path) -> dict[str, Any]:
@@ -141,6 +145,7 @@ def _from_sentencepiece(folder: Path) -> Vocabulary:
     file = folder / "tokenizer.model"
     pieces: list[tuple[str, float, int]] = []
     kind, prefix = 1, True  # SentencePiece's own defaults: unigram, and a space before the text
+    joins, rules = True, b""
     try:
         for number, value in _messages(file.read_bytes()):
             if number == 1:
@@ -150,13 +155,19 @@ def _from_sentencepiece(folder: Path) -> Vocabulary:
             elif number == 2:
                 kind = dict(_messages(value)).get(3, 1)
             elif number == 3:
-                prefix = bool(dict(_messages(value)).get(3, 1))
+                normalizer = dict(_messages(value))
+                prefix, joins = bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1))
+                rules = normalizer.get(2, b"")
     except (IndexError, KeyError, AttributeError, TypeError, struct.error, UnicodeDecodeError):
         raise InputError(f"{file} is no whole SentencePiece model: copy it again from the model's source") from None
     if kind != _SENTENCEPIECE_BPE:
         raise InputError(f"{file} is of SentencePiece's kind {kind}, expected its BPE (2): GGUF has no LLaMA like that")
     texts, scores, types = (list(column) for column in zip(*pieces, strict=True))
-    return Vocabulary("llama", "default", texts, types, scores, add_space_prefix=prefix)
+    notes = (
+        *(("the tokenizer makes one space of several, which llama.cpp does not",) if joins else ()),
+        *(("the tokenizer rewrites characters (NFKC, say), which llama.cpp does not",) if rules else ()),
+    )
+    return Vocabulary("llama", "default", texts, types, scores, add_space_prefix=prefix, notes=notes)
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, Any]]:

@@ -127,7 +127,9 @@ def test_values_that_do_not_fit_and_bytes_that_differ(tmp_path):
 
 def test_sentencepiece_piece_by_piece(stories260k):
     """The oracle is the sentencepiece package."""
-    fields = tokenizer_fields(stories260k, 512)
+    fields, notes = tokenizer_fields(stories260k, 512)
+    assert len(notes) == 1
+    assert "makes one space of several" in notes[0]
     processor = SentencePieceProcessor(model_file=str(stories260k / "tokenizer.model"))
     assert fields["tokenizer.ggml.model"] == "llama"
     assert fields["tokenizer.ggml.tokens"] == [processor.id_to_piece(i) for i in range(512)]
@@ -146,7 +148,8 @@ def test_real_sentencepiece_models(assets, tmp_path, name):
     source = next(path for path in (assets / "tokenizers").rglob("*") if name in str(path) and path.is_file())
     shutil.copyfile(source, tmp_path / "tokenizer.model")
     processor = SentencePieceProcessor(model_file=str(source))
-    fields = tokenizer_fields(tmp_path, 32003)
+    fields, notes = tokenizer_fields(tmp_path, 32003)
+    assert notes == ()
     assert fields["tokenizer.ggml.scores"][:32000] == [processor.get_score(i) for i in range(32000)]
     assert fields["tokenizer.ggml.tokens"][32000:] == ["[PAD32000]", "[PAD32001]", "[PAD32002]"]
     assert fields["tokenizer.ggml.token_type"][32000:] == [UNUSED] * 3
@@ -162,7 +165,7 @@ def test_added_tokens_and_a_chat_template(stories260k, tmp_path):
     decoder = {"513": {"content": "<|im_end|>", "special": True}, "514": {"content": "word", "special": False}}
     more = {"added_tokens_decoder": decoder, "chat_template": "{{ x }}"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | more))
-    fields = tokenizer_fields(tmp_path, 516)
+    fields, _ = tokenizer_fields(tmp_path, 516)
     assert fields["tokenizer.ggml.tokens"][512:] == ["[PAD512]", "<|im_end|>", "word", "[PAD515]"]
     assert fields["tokenizer.ggml.token_type"][512:] == [UNUSED, CONTROL, USER_DEFINED, UNUSED]
     assert len(fields["tokenizer.ggml.scores"]) == 516
@@ -217,7 +220,7 @@ def test_how_text_is_split_has_a_name_or_is_refused(tmp_path, splitter, name):
         with pytest.raises(InputError, match=r"llama.cpp would cut text into other tokens"):
             tokenizer_fields(tmp_path, 7)
         return
-    fields = tokenizer_fields(tmp_path, 8)
+    fields, _ = tokenizer_fields(tmp_path, 8)
     assert fields["tokenizer.ggml.pre"] == name
     assert fields["tokenizer.ggml.model"] == "gpt2"
     assert fields["tokenizer.ggml.merges"] == ["a b"]
@@ -232,13 +235,13 @@ def test_llama_3s_and_qwen2s_rules(tmp_path, digits, name):
     )
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     tokenizer_json(tmp_path, {"type": "Sequence", "pretokenizers": [split, BYTES | {"use_regex": False}]})
-    assert tokenizer_fields(tmp_path, 7)["tokenizer.ggml.pre"] == name
+    assert tokenizer_fields(tmp_path, 7)[0]["tokenizer.ggml.pre"] == name
     Tokenizer.from_file(str(tmp_path / "tokenizer.json"))  # it is one
 
 
 def test_a_tokenizer_json_that_was_sentencepiece(tmp_path):
     tokenizer_json(tmp_path, None, byte_fallback=True)
-    fields = tokenizer_fields(tmp_path, 7)
+    fields, _ = tokenizer_fields(tmp_path, 7)
     assert fields["tokenizer.ggml.model"] == "llama"
     assert fields["tokenizer.ggml.token_type"] == [UNKNOWN, CONTROL, NORMAL, NORMAL, NORMAL, BYTE, NORMAL]
     assert fields["tokenizer.ggml.scores"][4] > fields["tokenizer.ggml.scores"][2]  # merges first
@@ -247,8 +250,8 @@ def test_a_tokenizer_json_that_was_sentencepiece(tmp_path):
 
 def test_a_ggufs_own_tokenizer_is_copied(tmp_path):
     tokenizer_json(tmp_path, BYTES)
-    file, fields = tmp_path / "m.gguf", tokenizer_fields(tmp_path, 32)
+    file, (fields, _) = tmp_path / "m.gguf", tokenizer_fields(tmp_path, 32)
     values = tensors()
     stored = stored_tensors({name: tuple(value.shape) for name, value in values.items()}, "f16")
     write_gguf(file, model_fields(CONFIG, "x", "f16") | fields, CONFIG, stored, values.__getitem__)
-    assert tokenizer_fields(file, 32) == fields
+    assert tokenizer_fields(file, 32) == (fields, ())
