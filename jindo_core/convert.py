@@ -26,7 +26,7 @@ from jindo_core.errors import InputError
 from jindo_core.files import staged, sync_folder
 from jindo_core.formats import Checkpoint, open_checkpoint
 from jindo_core.formats.gguf_tokenizer import tokenizer_fields
-from jindo_core.formats.gguf_writer import model_fields, stored_tensors, verify_gguf, write_gguf
+from jindo_core.formats.gguf_writer import is_finite, model_fields, stored_tensors, verify_gguf, write_gguf
 from jindo_core.formats.hf_config import bitsandbytes_config, hf_config
 from jindo_core.formats.meta_writer import PARAMS, WEIGHTS, meta_params, verify_pth, write_pth
 from jindo_core.formats.names import rename, rows_to_pairs
@@ -150,7 +150,7 @@ def _quantized_parts(source: Source, quantized: MergedCheckpoint, name: str) -> 
 
 
 def _check_finite(name: str, value: Tensor) -> None:
-    if not bool(value.isfinite().all()):
+    if not is_finite(value):
         raise InputError(f"the tensor {name} has values that are not finite: take the model from its source again")
 
 
@@ -369,7 +369,7 @@ def _as(model: MergedCheckpoint, name: str, dtype: str | None) -> Tensor:
     if dtype is None or value.dtype == _DTYPES[dtype]:
         return value
     cast = value.to(_DTYPES[dtype])
-    if not bool(cast.isfinite().all()):
+    if not is_finite(cast):
         raise InputError(f"the tensor {name} does not fit {dtype}: give --dtype bf16 or f32")
     return cast
 

@@ -21,6 +21,7 @@ from jindo_core.model import LlamaConfig, rope_frequencies
 ROPE_FACTORS = "rope_freqs.weight"
 TYPES = ("f32", "f16", "bf16", "q8_0")
 _Q8_0_BLOCK, _Q8_0_BYTES = 32, 34
+_ROWS = 1024
 _TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -52,15 +53,23 @@ def stored_tensors(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> list[_S
     return stored
 
 
+def is_finite(value: Tensor) -> bool:
+    """Whether no value is NaN or infinite; without a temporary of the tensor's size, which isfinite has several of."""
+    return value.numel() == 0 or all(math.isfinite(end.item()) for end in torch.aminmax(value))
+
+
 def _encoded(value: Tensor, stored: _Stored) -> np.ndarray[Any, Any]:
     """The tensor's bytes, uint8, with the file's shape in bytes."""
     if stored.kind == "q8_0":
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import quantize
 
-        return quantize(value.float().numpy(), GGMLQuantizationType.Q8_0)
+        rows = value.view(-1, value.shape[-1])
+        # A few rows at a time: gguf's temporaries are several times what they make.
+        parts = [quantize(part.float().numpy(), GGMLQuantizationType.Q8_0) for part in rows.split(_ROWS)]
+        return np.concatenate(parts)
     cast = value.to(_TORCH[stored.kind]).contiguous()
-    if not bool(cast.isfinite().all()):
+    if not is_finite(cast):
         raise InputError(f"the tensor {stored.source} does not fit {stored.kind}: give --dtype bf16 or f32")
     return cast.view(torch.uint8).numpy()
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from jindo_core.errors import InputError
 from jindo_core.formats.checksums import checksum, verify
+from jindo_core.formats.torch_file import read_records
 from jindo_core.model import LlamaConfig
 
 WEIGHTS, PARAMS = "consolidated.00.pth", "params.json"
@@ -109,19 +110,16 @@ def _entry(archive: zipfile.ZipFile, name: str, data: memoryview) -> None:
 
 
 def verify_pth(file: Path, digests: Mapping[str, str]) -> None:
-    """Read every tensor back, as others do, and compare its bytes with what was written.
+    """Read every tensor back and compare its bytes with what was written.
 
     Raises:
         InputError: one differs, is missing, or is not alone.
     """
-    try:
-        found = torch.load(file, weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise InputError(f"{file} can't be read back ({str(error).splitlines()[0]}): the disk is faulty") from None
+    found = read_records(file)
     if odd := found.keys() ^ digests.keys():
         raise InputError(f"{file} read back differs in the tensor {sorted(odd)[0]}: the disk is faulty")
     for name, digest in digests.items():
-        verify(name, found[name], digest, file)
+        verify(name, found[name].read(), digest, file)
 
 
 # --- params.json ---------------------------------------------------------------------------------------

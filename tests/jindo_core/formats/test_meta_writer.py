@@ -58,7 +58,7 @@ def test_wrong_bytes_and_wrong_shapes(tmp_path):
     with pytest.raises(InputError, match=r"the tensor a in .* is damaged"):
         verify_pth(file, digests)
     file.write_bytes(content[:-30])
-    with pytest.raises(InputError, match="can't be read back"):
+    with pytest.raises(InputError, match="is truncated"):
         verify_pth(file, digests)
     with pytest.raises(ValueError, match=r"expected torch.float32"):
         write_pth(file, {"a": (64,)}, torch.float32, iter([torch.ones(64).half()]))
