@@ -1,6 +1,7 @@
 """Steps within less memory: AdamW's moments and a model's layers, more or less of them resident; and loading.
 
-`python -m bench.budgets load FOLDER` loads a model in a process of its own and prints how much it grew.
+`python -m bench.budgets load FOLDER` loads a model in a process of its own and prints how much it grew, and how fast it
+was beside a plain read of the same files; with --cold the files are not in the page cache before either.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +23,12 @@ from bench import peers, steps
 from bench.cases import Setup
 from bench.shapes import Shape
 from bench.timing import OURS, Case
+from jindo_core.formats import open_checkpoint
+from jindo_core.formats.checksums import checksums
 from jindo_core.loader import load_model
 from jindo_core.memory import current_bytes, give_back_freed, peak_bytes
 from jindo_core.model import LlamaForCausalLM
-from jindo_core.nf4 import NF4Linear
+from jindo_core.nf4 import NF4Linear, quantize_nf4
 from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.plan import spread
 from jindo_core.streaming import LayerStream
@@ -102,15 +106,21 @@ def stalled(call: Callable[[int], Any], counted: Any, rounds: int = 3) -> float:
 # --- loading --------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(shape: Shape, folder: Path) -> None:
-    """A bf16 model of that shape with random weights, in Hugging Face's layout."""
+def write_checkpoint(shape: Shape, folder: Path, *, nf4: bool = False) -> None:
+    """A model of that shape with random weights, in Hugging Face's layout: in bf16, or the layers' linears in NF4 and a
+    checksum a tensor."""
     with torch.device("meta"):
         model = LlamaForCausalLM(shape.config())
     weights: dict[str, Tensor] = {
         name: torch.randn(p.shape).mul_(0.02).bfloat16() for name, p in model.named_parameters()
     }
+    if nf4:
+        for name in [name for name in weights if "_proj." in name]:
+            parts = quantize_nf4(weights.pop(name)).state_dict(name)
+            weights |= {key: part.clone() for key, part in parts.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    metadata = checksums(weights) if nf4 else {"format": "pt"}
+    save_file(weights, str(folder / "model.safetensors"), metadata=metadata)
     config = {
         "model_type": "llama", "vocab_size": shape.vocab, "hidden_size": shape.hidden, "hidden_act": "silu",
         "intermediate_size": shape.inner, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
@@ -119,10 +129,40 @@ def write_checkpoint(shape: Shape, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def loaded(folder: Path) -> dict[str, float]:
-    """Loads; bytes by which the process grew at most, of the loaded model, and of the largest tensor; seconds."""
+def plain_read(files: list[Path]) -> float:
+    """Seconds to read the files' bytes, 16 MiB at a time, into one buffer."""
+    buffer = memoryview(bytearray(1 << 24))
+    started = time.perf_counter()
+    for file in files:
+        with open(file, "rb", buffering=0) as opened:
+            while opened.readinto(buffer):
+                pass
+    return time.perf_counter() - started
+
+
+def evict(files: list[Path]) -> None:
+    """Out of the page cache."""
+    for file in files:
+        with open(file, "rb") as opened:
+            os.fdatasync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def loaded(folder: Path, *, cold: bool = False) -> dict[str, float]:
+    """Loads; bytes by which the process grew at most, of the loaded model, and of the largest tensor; seconds, bytes of
+    the files, and seconds to read these plainly.
+
+    cold: the files are not in the page cache before either; else they are.
+    """
     device = torch.device("cpu")
     NF4Linear.from_linear(nn.Linear(64, 64))  # libraries, threads
+    checkpoint = open_checkpoint(folder)
+    plain_read(checkpoint.files)
+    if cold:
+        evict(checkpoint.files)
+    read = plain_read(checkpoint.files)
+    if cold:
+        evict(checkpoint.files)
     give_back_freed()
     before = current_bytes(device)
     Path("/proc/self/clear_refs").write_text("5")
@@ -132,14 +172,19 @@ def loaded(folder: Path) -> dict[str, float]:
     grown = peak_bytes(device) - before
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if t is not None)
     largest = max(2 * m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))
-    return {"peak": grown, "model": held, "largest_tensor": largest, "seconds": seconds}
+    return {
+        "peak": grown, "model": held, "largest_tensor": largest, "seconds": seconds, "bytes": checkpoint.nbytes,
+        "plain_read_seconds": read,
+    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.budgets")
     parser.add_argument("what", choices=["load"])
     parser.add_argument("folder", type=Path)
-    print(json.dumps(loaded(parser.parse_args().folder)))
+    parser.add_argument("--cold", action="store_true", help="the files are not in the page cache")
+    given = parser.parse_args()
+    print(json.dumps(loaded(given.folder, cold=given.cold)))
 
 
 if __name__ == "__main__":

@@ -36,9 +36,11 @@ def test_streamed_layers(measure, setup, model, share, tmp_path):
     row["stalled"] = budgets.stalled(case.calls[OURS], stream)
 
 
-def test_loading(model, tmp_path, capsys):
-    """The most that loading takes, beside what is loaded and one tensor (target: 1.1 times the model, and a tensor)."""
-    budgets.write_checkpoint(model, tmp_path)
+@pytest.mark.parametrize("nf4", [False, True], ids=["bf16", "nf4"])
+def test_loading(model, tmp_path, capsys, nf4):
+    """The most that loading takes, beside what is loaded and one tensor (target: 1.1 times the model, and a tensor);
+    and its speed beside a plain read of the same file."""
+    budgets.write_checkpoint(model, tmp_path, nf4=nf4)
     command = [sys.executable, "-m", "bench.budgets", "load", str(tmp_path)]
     # As in bench/simulation.py: freed blocks go back at once, so that the figure tells what is held.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -46,6 +48,8 @@ def test_loading(model, tmp_path, capsys):
     found = json.loads(done.stdout.splitlines()[-1])
     with capsys.disabled():
         size, peak, tensor = (found[name] / 1e6 for name in ("model", "peak", "largest_tensor"))
-        print(f"\nloading {model.name}: {size:,.0f} MB held, at most {peak:,.0f} MB, largest tensor {tensor:,.0f} MB, "
-              f"{(peak - tensor) / size:.2f} times the model and a tensor; {found['seconds']:.1f} s")  # fmt: skip
+        speed, plain = (found["bytes"] / 1e9 / found[name] for name in ("seconds", "plain_read_seconds"))
+        print(f"\nloading {model.name} from {'NF4' if nf4 else 'bf16'}: {size:,.0f} MB held, at most {peak:,.0f} MB, "
+              f"largest tensor {tensor:,.0f} MB, {(peak - tensor) / size:.2f} times the model and a tensor; "
+              f"{found['seconds']:.1f} s, {speed:.2f} GB/s of the file, a plain read {plain:.2f} GB/s")  # fmt: skip
     assert found["peak"] <= 1.1 * found["model"] + found["largest_tensor"]

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from jindo_core import embedded
 from jindo_core.errors import InputError
 from jindo_core.files import read_json, write_atomically
+from jindo_core.formats.safetensors_file import read_header
+from jindo_core.formats.torch_file import read_records
 from jindo_core.lora import LoraLinear, adapted_layers
 
 WEIGHTS = "adapter_model.safetensors"
@@ -97,25 +99,16 @@ def _verify(folder: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of adapter_model.safetensors, or of the older adapter_model.bin."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """The tensors of adapter_model.safetensors, or of the older adapter_model.bin.
 
+    Raises:
+        InputError: neither is there, or the file does not hold plain tensors as it says.
+    """
     path, old = folder / WEIGHTS, folder / "adapter_model.bin"
-    if path.exists():
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise InputError(f"{path} is truncated or corrupt ({error}): save or download it again") from None
-    if not old.exists():
+    if not path.exists() and not old.exists():
         raise InputError(f"{folder} holds no {WEIGHTS}: expected an adapter in PEFT's format")
-    import pickle
-
-    try:
-        return torch.load(old, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        fault = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{old} can't be read as plain tensors ({fault}): convert it to safetensors") from None
+    places = read_header(path).places if path.exists() else read_records(old)
+    return {name: place.read() for name, place in places.items()}
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:

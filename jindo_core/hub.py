@@ -14,7 +14,7 @@ DATA_FILES = ["*.json", "*.jsonl"]
 
 
 def resolve_model(name: str | None) -> Path:
-    """A folder in Hugging Face's layout, or a .gguf file.
+    """A folder in Hugging Face's or Meta's layout, or a .gguf file.
 
     Args:
         name: a path; a Hub id (`owner/name`: its cache, else a download); "smollm2-135m-instruct" or None
@@ -26,7 +26,7 @@ def resolve_model(name: str | None) -> Path:
         return embedded.embedded_model()
     path = Path(name).expanduser()
     if _exists(path) and path.is_file() and path.suffix != ".gguf":
-        raise InputError(f"base model {name} is a file, expected a folder in Hugging Face's layout or a .gguf file")
+        raise InputError(f"base model {name} is a file, expected the folder that holds it, or a .gguf file")
     if _exists(path):
         return path
     if not _looks_like_hub_id(name):

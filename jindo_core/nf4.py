@@ -138,7 +138,10 @@ def described_state(text: Tensor) -> dict[str, Any]:
     """The object in a `quant_state` tensor: uint8, JSON. ValueError where it holds none."""
     if text.dtype != torch.uint8:
         raise ValueError(f"a quant_state of {text.dtype}, expected uint8")
-    described = json.loads(bytes(text.cpu().tolist()))
+    try:
+        described = json.loads(bytes(text.cpu().tolist()))
+    except RecursionError:
+        raise ValueError("a quant_state nested beyond reading") from None
     if not isinstance(described, dict):
         raise ValueError(f"a quant_state that is {type(described).__name__}, expected an object")
     return described

@@ -52,7 +52,7 @@ def read_checksums(metadata: Mapping[str, str], file: Path) -> dict[str, str]:
         )
     try:
         held = json.loads(metadata.get(CHECKSUMS_KEY, ""))
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         held = None
     if not isinstance(held, dict) or not all(isinstance(value, str) for value in held.values()):
         raise InputError(f"{file} has no readable checksums in its metadata: it is damaged, copy it again")

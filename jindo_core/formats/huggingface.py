@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -69,6 +70,11 @@ class HuggingFaceCheckpoint:
             if name in self._parts:
                 state = self._read_part(self._parts[name][-1])
                 shapes[name] = logical_shape(name, state, place.file)
+                if place.nbytes != (math.prod(shapes[name]) + 1) // 2:
+                    raise InputError(
+                        f"the NF4 weight {name} in {place.file} has {place.nbytes} bytes for the shape {shapes[name]}: "
+                        "it is damaged, copy it again"
+                    )
             elif name not in parts:
                 if place.dtype not in FLOATS:
                     expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)

@@ -23,8 +23,8 @@ from jindo_core.nf4 import NF4Weight
 
 PARAMS = "params.json"
 BY_COLUMNS = (".self_attn.o_proj.weight", ".mlp.down_proj.weight")
-LEFT_OUT = ("rope.freqs",)
-"""Derived from params.json."""
+LEFT_OUT = "rope.freqs"
+"""Ends the names of tensors that params.json says already; LLaMA 1 has one in every layer."""
 
 
 class _Split(NamedTuple):
@@ -114,7 +114,7 @@ def _join(files: list[Path], width: int) -> dict[str, _Split]:
     ranks = [read_records(file) for file in files]
     splits = {}
     for theirs in ranks[0].keys() | set().union(*ranks[1:]):
-        if theirs in LEFT_OUT:
+        if theirs.endswith(LEFT_OUT):
             continue
         parts = []
         for rank, file in zip(ranks, files, strict=True):

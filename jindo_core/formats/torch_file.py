@@ -57,6 +57,8 @@ def _record_sizes(file: Path, size: int) -> dict[int, int]:
                 start = entry.header_offset + 30 + name_length + extra_length
                 if entry.compress_type != zipfile.ZIP_STORED or start + entry.file_size > size:
                     raise InputError(f"{file} is corrupt (the record {entry.filename}): download it again")
+                if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
+                    raise InputError(f"{file} was saved on a big-endian machine: save it again on another")
                 records[start] = entry.file_size
     except InputError:
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -129,6 +130,20 @@ def test_the_engines_own_input_error_is_one_line_too(engine, capsys):
     engine.train.train = failing(InputError("rows.json: got\nnothing, expected rows"))
     assert main(["train"]) == 2
     assert one_error(capsys) == "error: rows.json: got nothing, expected rows\n"
+
+
+def test_a_broken_checkpoint_is_one_line_too(tmp_path, capsys):
+    """Through the real engine: a pickle where weights are expected."""
+    import torch
+
+    config = {
+        "model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save({"model.norm.weight": print}, tmp_path / "pytorch_model.bin")
+    assert main(["plan", "--base_model", str(tmp_path)]) == 2
+    assert "needs more than weights" in one_error(capsys)
 
 
 def test_a_run_that_cannot_go_on_is_one_line_and_1(engine, capsys):

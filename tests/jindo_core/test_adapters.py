@@ -168,6 +168,11 @@ def test_broken_adapters_are_refused(stories260k, tmp_path):
     (good / "adapter_model.safetensors").write_bytes((good / "adapter_model.safetensors").read_bytes()[:-7])
     refused("truncated or corrupt")
     (good / "adapter_model.safetensors").unlink()
+    torch.save({first: torch.zeros(1).expand(1 << 20, 64)}, good / "adapter_model.bin")
+    refused("needs more bytes than its storage")
+    torch.save({first: print}, good / "adapter_model.bin")
+    refused("needs more than weights")
+    (good / "adapter_model.bin").unlink()
     refused("holds no adapter_model.safetensors")
     with pytest.raises(InputError, match="is no folder"):
         load_adapter(model, tmp_path / "nowhere")

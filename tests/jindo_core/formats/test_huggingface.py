@@ -250,6 +250,7 @@ def test_nf4_weights_that_do_not_fit_are_refused(copy, refused):
         ({"dtype": "int8"}, "dtype 'int8', expected a floating dtype"),
         ({"shape": [172, -64]}, "shape .* expected sizes"),
         ({"nested_blocksize": 128}, "nested_blocksize 128, expected 256"),
+        ({"shape": [172, 640]}, r"has 5504 bytes for the shape \(172, 640\)"),
         ({"shape": [64, 172]}, rf"the tensor {UP} has shape \(64, 172\), expected \(172, 64\)"),
         ({"nested_offset": float("inf")}, "offset that is not finite"),
         ({"nested_offset": "x"}, "is damaged"),

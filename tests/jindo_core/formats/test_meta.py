@@ -37,7 +37,7 @@ def write(folder, tensors, params, ranks, *, embedding_dim=1):
         for rank, part in zip(held, parts, strict=True):
             rank[theirs] = part.clone()
     for number, rank in enumerate(held):
-        rank["rope.freqs"] = torch.ones(4)
+        rank |= dict.fromkeys(("rope.freqs", "layers.0.attention.inner_attention.rope.freqs"), torch.ones(4))
         torch.save(rank, folder / f"consolidated.{number:02d}.pth")
 
 

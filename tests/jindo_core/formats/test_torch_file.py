@@ -88,6 +88,12 @@ def test_storages_larger_than_their_record_are_refused(file):
     refused(file, "truncated or corrupt|the storage of w in .* is larger than its record")
 
 
+def test_the_other_byte_order_is_refused(file):
+    torch.save({"w": torch.ones(100)}, file)
+    rewrite(file, lambda name, data: b"big" if name.endswith("byteorder") else data)
+    refused(file, "big-endian")
+
+
 def test_compressed_records_are_refused(file):
     torch.save({"w": torch.ones(100)}, file)
     rewrite(file, lambda name, data: data, zipfile.ZIP_DEFLATED)
