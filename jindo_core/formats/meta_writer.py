@@ -150,11 +150,11 @@ def meta_params(config: LlamaConfig) -> dict[str, Any]:
     if config.rope_theta != 10000.0:
         params["rope_theta"] = config.rope_theta
     if config.rope is not None:
-        params |= _scaled_rope(config.rope)
+        params |= _scaled_rope(config.rope, config.hidden_size)
     return params
 
 
-def _scaled_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+def _scaled_rope(rope: Mapping[str, Any], dim: int) -> dict[str, Any]:
     fixed = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
     if rope["rope_type"] != "llama3" or any(rope.get(name) != value for name, value in fixed.items()):
         raise InputError(
@@ -162,7 +162,8 @@ def _scaled_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
             "--format safetensors"
         )
     scaled: dict[str, Any] = {"use_scaled_rope": True}
-    return scaled if rope["factor"] == 8 else scaled | {"rope_scaling_factor": rope["factor"]}
+    # 8 where nothing is said, but small models (3.2's) are taken to have 32.
+    return scaled if rope["factor"] == 8 and dim >= 4096 else scaled | {"rope_scaling_factor": rope["factor"]}
 
 
 def _feed_forward(dim: int, width: int) -> dict[str, Any]:

@@ -100,7 +100,9 @@ def test_only_what_differs_from_the_defaults_is_named():
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
     assert meta_params(config(rope=rope))["use_scaled_rope"] is True
+    assert "rope_scaling_factor" not in meta_params(config(rope=rope))
     assert meta_params(config(rope=rope | {"factor": 32.0}))["rope_scaling_factor"] == 32.0
+    assert meta_params(config(2048, 8192, rope=rope))["rope_scaling_factor"] == 8.0
 
 
 @pytest.mark.parametrize(
