@@ -15,6 +15,7 @@ from torch import Tensor
 from jindo_core.errors import InputError
 from jindo_core.formats.checksums import checksum, verify
 from jindo_core.formats.gguf import GGUF_FAULTS
+from jindo_core.formats.hf_config import require_llama
 from jindo_core.formats.names import rename, rows_to_pairs
 from jindo_core.model import LlamaConfig, rope_frequencies
 
@@ -78,10 +79,11 @@ def model_fields(config: LlamaConfig, name: str, dtype: str) -> dict[str, Any]:
     """The `general.*` and `llama.*` entries.
 
     Raises:
-        InputError: a RoPE scaling that llama.cpp has no entry for.
+        InputError: another family than LLaMA, or a RoPE scaling that llama.cpp has no entry for.
     """
     from gguf.constants import LlamaFileType
 
+    require_llama(config, "GGUF")
     kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
     fields: dict[str, Any] = {
         "general.type": "model",

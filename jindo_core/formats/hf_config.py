@@ -26,11 +26,35 @@ def hf_config(config: LlamaConfig, source: Path, dtype: torch.dtype) -> dict[str
     return raw | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+
+def family(config: LlamaConfig) -> str:
+    """config.json's model_type: "llama" where a configuration does not tell families apart."""
+    return str(vars(config).get("model_type", "llama"))
+
+
+def require_llama(config: LlamaConfig, format: str) -> None:
+    """Refuse a model that is no LLaMA, for a format whose rules are written for LLaMA alone: q and k of another family
+    may lie in another order, or its windows be forgotten, and the text still look right.
+
+    Raises:
+        InputError: another family, or a LLaMA of which some layers see a window only.
+    """
+    if family(config) not in ("llama", "mistral") or vars(config).get("sliding_window") is not None:
+        raise InputError(
+            f"the model is a {family(config)!r} or sees a window only, expected a LLaMA for {format}: give --format "
+            "safetensors"
+        )
+
+
 def _made(config: LlamaConfig) -> dict[str, Any]:
     eos = config.eos_token_ids
+    if family(config) not in ARCHITECTURES:
+        raise InputError(f"no config.json can be made for a {family(config)!r}: take the model from its source")
     raw: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [ARCHITECTURES[family(config)]],
+        "model_type": family(config),
         "hidden_act": "silu",
         **{
             name: getattr(config, name)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from jindo_core.errors import InputError
 from jindo_core.formats.checksums import checksum, verify
+from jindo_core.formats.hf_config import require_llama
 from jindo_core.formats.torch_file import read_records
 from jindo_core.model import LlamaConfig
 
@@ -130,6 +131,7 @@ def meta_params(config: LlamaConfig) -> dict[str, Any]:
     Raises:
         InputError: something that Meta's code can't do: biases, other head sizes, another RoPE scaling than Llama 3's.
     """
+    require_llama(config, "Meta's format")
     if config.attention_bias or config.mlp_bias:
         raise InputError("the model has biases, which Meta's format has no place for: give --format safetensors")
     if config.head_dim * config.num_attention_heads != config.hidden_size:
