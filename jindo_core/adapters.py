@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from jindo_core import embedded
 from jindo_core.errors import InputError
 from jindo_core.files import read_json, write_atomically
 from jindo_core.formats.safetensors_file import read_header
@@ -119,32 +122,81 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             model: nothing was attached then.
     """
     folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"lora_weights {folder} is no folder: expected one that holds {CONFIG} and {WEIGHTS}")
-    config = read_json(folder / CONFIG)
-    if next(adapted_layers(model), None) is not None:
+    if folder.is_dir() and next(adapted_layers(model), None) is not None:
         raise InputError("the model has an adapter already: load it afresh before attaching another")
-    pairs = _pair_up(read_adapter_weights(folder), model, folder)
-    _check_config(config, folder)
-    _check_numbers(config, folder)
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears.pop("lm_head", None)  # it is part of the fused loss and takes no adapter
+    adapter = read_adapter(folder, {path: (m.out_features, m.in_features) for path, m in linears.items()})
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for path, (a, b) in pairs.items():
+    for path, (a, b) in adapter.pairs.items():
         parent, _, name = path.rpartition(".")
         owner = model.get_submodule(parent)
         layer = LoraLinear(
-            getattr(owner, name),
-            a.shape[0],
-            config.get("lora_alpha", 8),
-            config.get("lora_dropout", 0.0),
-            use_rslora=bool(config.get("use_rslora")),
-        )
+            getattr(owner, name), a.shape[0], adapter.alpha, adapter.dropout, use_rslora=adapter.use_rslora
+        )  # fmt: skip
         layer.train(owner.training)
         with torch.no_grad():
             layer.lora_A.copy_(a)
             layer.lora_B.copy_(b)
         setattr(owner, name, layer)
     return model
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter as it lies on disk, seen to fit a model's layers.
+
+    Attributes:
+        pairs: {path of a layer: (A [r, K], B [N, r])}.
+        alpha, dropout, use_rslora: as in adapter_config.json.
+    """
+
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    alpha: float
+    dropout: float
+    use_rslora: bool
+
+    def delta(self, path: str) -> Tensor:
+        """What the adapter adds to a layer's weight: s B A, fp32 [N, K]."""
+        a, b = self.pairs[path]
+        rank = a.shape[0]
+        scale = self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return (b.float() @ a.float()) * scale
+
+
+def read_adapter(folder: str | Path, linears: Mapping[str, tuple[int, int]]) -> Adapter:
+    """The adapter in `folder`, for a model that need not be in memory.
+
+    Args:
+        linears: {path: (N, K)} of the layers that may carry one.
+    Raises:
+        InputError: as `load_adapter`.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"lora_weights {folder} is no folder: expected one that holds {CONFIG} and {WEIGHTS}")
+    config = read_json(folder / CONFIG)
+    pairs = _pair_up(read_adapter_weights(folder), linears, folder)
+    _check_config(config, folder)
+    _check_numbers(config, folder)
+    return Adapter(
+        pairs, config.get("lora_alpha", 8), config.get("lora_dropout", 0.0), bool(config.get("use_rslora"))
+    )
+
+
+def base_of(folder: str | Path | None) -> str | None:
+    """The base that an adapter of another tool names; None (the embedded model) without an adapter.
+
+    Raises:
+        InputError: it names none.
+    """
+    if folder is None:
+        return None
+    name = read_json(Path(folder).expanduser() / CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{folder}/{CONFIG} names no base model: expected --base_model")
+    return None if name == embedded.HUB_ID else name
 
 
 def _check_config(config: Mapping[str, Any], folder: Path) -> None:
@@ -164,11 +216,9 @@ def _check_numbers(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def _pair_up(
-    weights: Mapping[str, Tensor], model: nn.Module, folder: Path
+    weights: Mapping[str, Tensor], linears: Mapping[str, tuple[int, int]], folder: Path
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """{path of a layer: (A, B)}; every tensor must fit a linear layer of the model."""
-    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linears.pop("lm_head", None)  # it is part of the fused loss and takes no adapter
+    """{path of a layer: (A, B)}; every tensor must fit one of the layers."""
     halves: dict[str, dict[str, Tensor]] = {}
     for key, value in weights.items():
         path, _, half = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
@@ -182,7 +232,7 @@ def _pair_up(
         if len(found) != 2:
             raise InputError(f"{folder}: {path} has {next(iter(found))} only, expected lora_A and lora_B")
         a, b = found["lora_A"], found["lora_B"]
-        rows, columns = linears[path].out_features, linears[path].in_features
+        rows, columns = linears[path]
         if a.dim() != 2 or a.shape[1] != columns or b.shape != (rows, a.shape[0]):
             raise InputError(
                 f"{folder}: {path} has A {tuple(a.shape)} and B {tuple(b.shape)}, expected [r, {columns}] and "

@@ -68,6 +68,9 @@ _SAID_ELSEWHERE = {
     "lora_alpha": "alpha",
     "lora_target_modules": "target_modules",
     "lora_weights": "adapter",
+    "overwrite": "force overwrite_output_dir",
+    "output_file": "outfile",
+    "dtype": "outtype",
     "instruction": "prompt",
 }
 
@@ -156,8 +159,8 @@ class TrainConfig:
     eval_steps: int = setting(200, _LOGS, "held-out loss every N steps", at_least=1)
 
     def __post_init__(self) -> None:
-        _read_fields(self)
-        _check_device(self.device)
+        read_fields(self)
+        check_device(self.device)
         if self.micro_batch_size > self.batch_size:
             raise InputError(
                 f"--micro_batch_size: got {self.micro_batch_size}, expected at most --batch_size "
@@ -218,8 +221,8 @@ class GenerateConfig:
     device: str = setting("auto", _MEMORY, "auto, cpu, cuda or cuda:N", metavar="DEVICE")
 
     def __post_init__(self) -> None:
-        _read_fields(self)
-        _check_device(self.device)
+        read_fields(self)
+        check_device(self.device)
         for name in ("instruction", "input"):
             text = getattr(self, name)
             # Bytes on a command line that are no UTF-8 arrive as lone surrogates, which no tokenizer takes.
@@ -227,12 +230,14 @@ class GenerateConfig:
                 raise InputError(f"--{name}: got bytes that are no UTF-8, expected text in UTF-8")
 
 
-def _read_fields(config: Config) -> None:
+def read_fields(config: Config) -> None:
+    """Read every field of a config by its setting, in place; for `__post_init__`. Raises InputError."""
     for name, known in settings(type(config)).items():
         object.__setattr__(config, name, known.read(getattr(config, name)))
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """See that a device's name is well formed; whether it is there shows later. Raises InputError."""
     if not _DEVICE.fullmatch(device):
         raise InputError(f"--device: got {device!r}, expected auto, cpu, cuda or cuda:N such as cuda:0")
 

@@ -130,20 +130,6 @@ def _pick(
     return int(order[torch.multinomial(probability, 1, generator=generator)])
 
 
-def _base_of(folder: str | None) -> str | None:
-    """The base that an adapter of another tool names; None (the embedded model) without an adapter."""
-    from jindo_core import embedded
-    from jindo_core.adapters import CONFIG
-    from jindo_core.files import read_json
-
-    if folder is None:
-        return None
-    name = read_json(Path(folder).expanduser() / CONFIG).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise InputError(f"{folder}/{CONFIG} names no base model: expected --base_model")
-    return None if name == embedded.HUB_ID else name
-
-
 def run_generate(config: GenerateConfig) -> str:
     """The `generate` command: load, build the prompt, write the answer to standard output as it comes.
 
@@ -151,7 +137,7 @@ def run_generate(config: GenerateConfig) -> str:
     """
     from rich.console import Console
 
-    from jindo_core.adapters import load_adapter
+    from jindo_core.adapters import base_of, load_adapter
     from jindo_core.data.templates import load_template
     from jindo_core.hub import resolve_model
     from jindo_core.loader import load_model
@@ -164,7 +150,7 @@ def run_generate(config: GenerateConfig) -> str:
     if config.lora_weights is not None and not Path(config.lora_weights).expanduser().is_dir():
         raise InputError(f"lora_weights {config.lora_weights} is no folder: expected the output of a training run")
     run = read_run(config.lora_weights)
-    base = config.base_model or (run.base_model if run else _base_of(config.lora_weights))
+    base = config.base_model or (run.base_model if run else base_of(config.lora_weights))
     template_name = config.prompt_template_name or (run.prompt_template_name if run else "alpaca")
     template = load_template(template_name)
     path = resolve_model(base)

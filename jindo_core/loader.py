@@ -70,7 +70,7 @@ def load_model(
     checkpoint = open_checkpoint(resolved)
     with torch.device("meta"):
         model = build(checkpoint.config)
-    _check_tensors(model, checkpoint, resolved)
+    check_tensors(model, checkpoint, resolved)
     if offload_layers:
         _check_offload(offload_layers, model.config.num_hidden_layers, quantize)
         model.stack.stream = LayerStream(device, offload_folder)
@@ -119,7 +119,12 @@ def _computes_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _check_tensors(model: nn.Module, checkpoint: Checkpoint, source: Path) -> None:
+def check_tensors(model: nn.Module, checkpoint: Checkpoint, source: Path) -> None:
+    """See that a checkpoint holds the tensors of a model, which may be on the meta device, in their shapes.
+
+    Raises:
+        InputError: one is missing, misshapen or belongs to no part of the model; `source` names the checkpoint.
+    """
     expected = {name: tuple(value.shape) for name, value in model.named_parameters()}
     # Old LLaMA checkpoints carry their rotary frequencies; a tied head may be stored a second time.
     tied = "lm_head.weight" not in expected

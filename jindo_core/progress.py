@@ -1,4 +1,4 @@
-"""What a person sees of a training run: plain lines and tables, and a live bar on a terminal."""
+"""What a person sees of a training run or a conversion: plain lines and tables, and a live bar on a terminal."""
 
 from __future__ import annotations
 
@@ -189,3 +189,35 @@ def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
         mean = keep * mean + (1 - keep) * value
         out.append(mean / (1 - keep**i))
     return out
+
+
+class ConversionView:
+    """Prints a conversion to standard output, with a bar on a terminal while tensors are written."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console = Console(highlight=False, width=160)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def bar(self, what: str, total: int, *, in_bytes: bool = True) -> Iterator[Callable[[int], None]]:
+        """A bar of `total` bytes, or steps; what is yielded moves it on by so many."""
+        amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
+        columns = (TextColumn(what), BarColumn(), amount, TextColumn("left"), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda amount: bar.advance(task, amount)
+
+    def drift(self, rows: Sequence[tuple[str, float, float, float]], text: str) -> None:
+        """Rows: (model, loss, mean KL from the first row's, largest difference of a logit)."""
+        self.say(f"On {text}:")
+        table = Table()
+        table.add_column("model")
+        for name in ("loss", "KL from the first", "largest logit change"):
+            table.add_column(name, justify="right")
+        for i, (model, loss, divergence, largest) in enumerate(rows):
+            table.add_row(model, f"{loss:.4f}", *(("", "") if i == 0 else (f"{divergence:.2e}", f"{largest:.3g}")))
+        self.console.print(table)

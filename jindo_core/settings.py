@@ -18,6 +18,7 @@ _TRUE = frozenset({"true", "1", "yes", "on", "t", "y"})
 _FALSE = frozenset({"false", "0", "no", "off", "f", "n"})
 
 _MODULE_NAME = re.compile(r"[\w.-]+")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,15 @@ def _names(value: object) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(parts))
 
 
+def size_in_bytes(text: str) -> int | None:
+    """`4GB`, `400MB` (powers of 1000), `2GiB` (of 1024) or plain bytes; None where it is none of these, or zero."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        return None
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " ")) or None
+
+
 _READERS: dict[str, Callable[[object], Any]] = {
     "int": _whole,
     "float": _number,
@@ -167,7 +177,9 @@ def settings(config_class: type[Config]) -> dict[str, Setting]:
 
 
 def _describe(name: str, hint: Any, default: Any, metadata: dict[str, Any]) -> Setting:
-    optional = isinstance(hint, types.UnionType) and types.NoneType in typing.get_args(hint)
+    # `Literal[…] | None` is a typing.Union, `str | None` is not.
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    optional = union and types.NoneType in typing.get_args(hint)
     if optional:
         (hint,) = [part for part in typing.get_args(hint) if part is not types.NoneType]
     choices: tuple[str, ...] = ()

@@ -17,6 +17,7 @@ ENGINE_ROWS = [
     {"errors"},
     {"settings", "plan", "plan_falcon", "files"},
     {"config", "families", "long_memory", "rotary"},
+    {"convert_config"},
     {"nf4"},
     {"lora", "pages"},
     {"pager"},
@@ -26,9 +27,9 @@ ENGINE_ROWS = [
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation", "progress"},
-    {"evaluate", "tune", "doctor"},
-    {"prepare"},
-    {"train"},
+    {"evaluate", "tune", "doctor", "merge"},
+    {"prepare", "drift"},
+    {"train", "convert"},
 ]
 NEVER_THE_MODEL = {"data", "optim", "paged_adamw", "pager", "pages", "tokenizer", "config", "errors"}
 

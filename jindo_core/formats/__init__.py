@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from jindo_core.causal_lm import ModelConfig
@@ -44,6 +45,10 @@ class Checkpoint(Protocol):
 
     def read_nf4(self, name: str) -> NF4Weight:
         """A quantized weight, its bytes as they are. Only of names in `quantized`; raises as `read`."""
+        ...
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What `read` gives a weight in."""
         ...
 
     def nbytes_of(self, name: str) -> int:

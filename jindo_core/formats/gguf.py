@@ -75,6 +75,9 @@ class GGUFCheckpoint:
     def read_nf4(self, name: str) -> NF4Weight:
         raise KeyError(f"{name}: GGUF holds no NF4")
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32
+
     def nbytes_of(self, name: str) -> int:
         return 4 * math.prod(self.shapes[name])  # dequantized to fp32
 

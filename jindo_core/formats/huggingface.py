@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from jindo_core.architectures import read_config
@@ -17,7 +18,7 @@ from jindo_core.formats.checksums import read_checksums, verify
 from jindo_core.formats.places import FLOATS, Place, open_size
 from jindo_core.formats.safetensors_file import read_header
 from jindo_core.formats.torch_file import read_records
-from jindo_core.nf4 import NF4Weight
+from jindo_core.nf4 import NF4Weight, described_state
 
 LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
@@ -88,6 +89,12 @@ class HuggingFaceCheckpoint:
     def read_nf4(self, name: str) -> NF4Weight:
         parts = {part: self._read_part(part) for part in self._parts[name]}
         return assemble(name, parts, self._places[name].file)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        if name not in self._parts:
+            return self._places[name].dtype
+        dtype: torch.dtype = getattr(torch, described_state(self._read_part(self._parts[name][-1]))["dtype"])
+        return dtype
 
     def nbytes_of(self, name: str) -> int:
         return sum(self._places[part].nbytes for part in self._parts.get(name, [name]))

@@ -81,6 +81,9 @@ class MetaCheckpoint:
     def read_nf4(self, name: str) -> NF4Weight:
         raise KeyError(f"{name}: Meta's layout holds no NF4")
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self._splits[name].parts[0].dtype
+
     def nbytes_of(self, name: str) -> int:
         # Whole and a part beside it, or whole in two row orders.
         split = self._splits[name]

@@ -1,0 +1,217 @@
+"""Writing llama.cpp's format, through the `gguf` package, a tensor at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jindo_core.errors import InputError
+from jindo_core.formats.checksums import checksum, verify
+from jindo_core.formats.gguf import GGUF_FAULTS
+from jindo_core.formats.hf_config import require_llama
+from jindo_core.formats.names import rename, rows_to_pairs
+from jindo_core.model import LlamaConfig
+from jindo_core.rotary import rope_frequencies
+
+ROPE_FACTORS = "rope_freqs.weight"
+TYPES = ("f32", "f16", "bf16", "q8_0")
+_Q8_0_BLOCK, _Q8_0_BYTES = 32, 34
+_ROWS = 1024
+_TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as the file holds it: its type's name, and bytes."""
+
+    name: str
+    source: str
+    kind: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def stored_tensors(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> list[_Stored]:
+    """What a file of `dtype` (one of `TYPES`) holds of each tensor: vectors are fp32, as llama.cpp wants them, and a
+    matrix whose rows are no multiple of 32 is fp16 in a file of q8_0, as its converter does."""
+    stored = []
+    for source, shape in shapes.items():
+        kind = "f32" if len(shape) == 1 else dtype
+        if kind == "q8_0" and shape[-1] % _Q8_0_BLOCK:
+            kind = "f16"
+        count = math.prod(shape)
+        size = count // _Q8_0_BLOCK * _Q8_0_BYTES if kind == "q8_0" else count * _TORCH[kind].itemsize
+        name = rename(source, "huggingface", "gguf")
+        if name is None:
+            raise InputError(f"the tensor {source} has no name in GGUF's LLaMA: give --format safetensors")
+        stored.append(_Stored(name, source, kind, shape, size))
+    return stored
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether no value is NaN or infinite; without a temporary of the tensor's size, which isfinite has several of."""
+    return value.numel() == 0 or all(math.isfinite(end.item()) for end in torch.aminmax(value))
+
+
+def _encoded(value: Tensor, stored: _Stored) -> np.ndarray[Any, Any]:
+    """The tensor's bytes, uint8, with the file's shape in bytes."""
+    if stored.kind == "q8_0":
+        from gguf.constants import GGMLQuantizationType
+        from gguf.quants import quantize
+
+        rows = value.view(-1, value.shape[-1])
+        # A few rows at a time: gguf's temporaries are several times what they make.
+        parts = [quantize(part.float().numpy(), GGMLQuantizationType.Q8_0) for part in rows.split(_ROWS)]
+        return np.concatenate(parts)
+    cast = value.to(_TORCH[stored.kind]).contiguous()
+    if not is_finite(cast):
+        raise InputError(f"the tensor {stored.source} does not fit {stored.kind}: give --dtype bf16 or f32")
+    return cast.view(torch.uint8).numpy()
+
+
+def model_fields(config: LlamaConfig, name: str, dtype: str) -> dict[str, Any]:
+    """The `general.*` and `llama.*` entries.
+
+    Raises:
+        InputError: another family than LLaMA, or a RoPE scaling that llama.cpp has no entry for.
+    """
+    from gguf.constants import LlamaFileType
+
+    require_llama(config, "GGUF")
+    kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+    fields: dict[str, Any] = {
+        "general.type": "model",
+        "general.name": name,
+        "general.file_type": int(LlamaFileType[kinds[dtype]]),
+        "general.quantization_version": 2,
+        "llama.block_count": config.num_hidden_layers,
+        "llama.context_length": config.max_position_embeddings,
+        "llama.embedding_length": config.hidden_size,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.value_length": config.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "llama.rope.freq_base": float(config.rope_theta),
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.vocab_size": config.vocab_size,
+    }
+    rope = config.rope or {"rope_type": "default"}
+    kind = rope["rope_type"]
+    if kind in ("linear", "yarn"):
+        fields["llama.rope.scaling.type"] = kind
+        context = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+        fields["llama.rope.scaling.factor"] = float(rope.get("factor") or config.max_position_embeddings / context)
+        if kind == "yarn":
+            fields["llama.rope.scaling.original_context_length"] = context
+    elif kind not in ("default", "llama3", "factors"):
+        raise InputError(f"the model's RoPE scaling {kind!r} has no place in GGUF: give --format safetensors")
+    extra = set(rope) - {"rope_type", "factor", "original_max_position_embeddings", "type"}
+    if kind == "yarn" and any(rope[key] is not None for key in extra):
+        raise InputError(f"the model's yarn settings {sorted(extra)} have no place in GGUF: give --format safetensors")
+    return fields
+
+
+def rope_factors(config: LlamaConfig) -> Tensor | None:
+    """Divisors of the rotary frequencies, fp32 [D/2], where llama.cpp takes them as a tensor (Llama 3)."""
+    if (config.rope or {}).get("rope_type") not in ("llama3", "factors"):
+        return None
+    scaled, _ = rope_frequencies(config, config.max_position_embeddings)
+    plain = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    return plain / scaled
+
+
+def write_gguf(
+    file: Path,
+    fields: Mapping[str, Any],
+    config: LlamaConfig,
+    stored: Sequence[_Stored],
+    read: Callable[[str], Tensor],
+) -> dict[str, str]:
+    """Write a GGUF file, one tensor in memory at a time.
+
+    Args:
+        fields: entries (`model_fields`, `tokenizer_fields`). stored: `stored_tensors`.
+        read: gives a tensor by its name in Hugging Face's LLaMA.
+    Returns:
+        {name: checksum} of the tensors' bytes.
+    """
+    from gguf import GGUFWriter
+    from gguf.constants import GGMLQuantizationType
+
+    factors = rope_factors(config)
+    writer = GGUFWriter(file, "llama")
+    for name, value in fields.items():
+        writer.add_key_value(name, value, *_types(value))
+    if factors is not None:
+        stored = [_Stored(ROPE_FACTORS, ROPE_FACTORS, "f32", tuple(factors.shape), factors.nbytes), *stored]
+    for one in stored:
+        rows = one.nbytes // math.prod(one.shape[:-1])
+        kind = GGMLQuantizationType[one.kind.upper()]
+        writer.add_tensor_info(one.name, (*one.shape[:-1], rows), np.dtype(np.uint8), one.nbytes, kind)
+    digests = {}
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for one in stored:
+            value = factors if factors is not None and one.name == ROPE_FACTORS else _permuted(read, one.source, config)
+            data = _encoded(value, one)
+            digests[one.name] = checksum(torch.from_numpy(data))
+            writer.write_tensor_data(data)
+    finally:
+        writer.close()
+    return digests
+
+
+def _permuted(read: Callable[[str], Tensor], name: str, config: LlamaConfig) -> Tensor:
+    value = read(name)
+    if ".q_proj." in name:
+        return rows_to_pairs(value, config.num_attention_heads)
+    return rows_to_pairs(value, config.num_key_value_heads) if ".k_proj." in name else value
+
+
+def _types(value: Any) -> Iterator[Any]:
+    """The GGUF type of an entry, and its elements' where it is a list."""
+    from gguf.constants import GGUFValueType as Kind
+
+    if isinstance(value, list):
+        yield Kind.ARRAY
+        yield {str: Kind.STRING, float: Kind.FLOAT32, int: Kind.INT32}[type(value[0])]
+    else:
+        yield {bool: Kind.BOOL, str: Kind.STRING, float: Kind.FLOAT32, int: Kind.UINT32}[type(value)]
+
+
+def verify_gguf(file: Path, fields: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Read every entry and tensor back and compare with what was written.
+
+    Raises:
+        InputError: one differs or is missing.
+    """
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+    except GGUF_FAULTS as error:
+        raise InputError(f"{file} can't be read back ({error}): the disk is faulty") from None
+    for name, value in fields.items():
+        found = reader.get_field(name)
+        expected = np.float32(value) if isinstance(value, float) else value
+        if isinstance(value, list) and isinstance(value[0], float):
+            expected = [float(np.float32(number)) for number in value]
+        if found is None or found.contents() != expected:
+            raise InputError(f"{file} read back differs in the entry {name}: the disk is faulty")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if odd := tensors.keys() ^ digests.keys():
+        raise InputError(f"{file} read back differs in the tensor {sorted(odd)[0]}: the disk is faulty")
+    for name, digest in digests.items():
+        data = np.ascontiguousarray(tensors[name].data).view(np.uint8)
+        verify(name, torch.from_numpy(data.copy()), digest, file)

@@ -1,0 +1,112 @@
+"""config.json of a model that is written in Hugging Face's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jindo_core.errors import InputError
+from jindo_core.files import read_json
+from jindo_core.model import LlamaConfig
+from jindo_core.rotary import rope_frequencies
+
+
+def hf_config(config: LlamaConfig, source: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The contents of config.json: those of the source's where it has one, else made from `config`.
+
+    Args:
+        source: the model's folder or file. dtype: of the weights that are not quantized.
+    """
+    file = source / "config.json"
+    raw = read_json(file) if source.is_dir() and file.is_file() else _made(config)
+    raw.pop("quantization_config", None)
+    raw.pop("dtype", None)
+    return raw | {"torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+
+def family(config: LlamaConfig) -> str:
+    """config.json's model_type: "llama" where a configuration does not tell families apart."""
+    return str(vars(config).get("model_type", "llama"))
+
+
+def require_llama(config: LlamaConfig, format: str) -> None:
+    """Refuse a model that is no LLaMA, for a format whose rules are written for LLaMA alone: q and k of another family
+    may lie in another order, or its windows be forgotten, and the text still look right.
+
+    Raises:
+        InputError: another family, or a LLaMA of which some layers see a window only.
+    """
+    if family(config) not in ("llama", "mistral") or vars(config).get("sliding_window") is not None:
+        raise InputError(
+            f"the model is a {family(config)!r} or sees a window only, expected a LLaMA for {format}: give --format "
+            "safetensors"
+        )
+
+
+def _made(config: LlamaConfig) -> dict[str, Any]:
+    eos = config.eos_token_ids
+    if family(config) not in ARCHITECTURES:
+        raise InputError(f"no config.json can be made for a {family(config)!r}: take the model from its source")
+    raw: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[family(config)]],
+        "model_type": family(config),
+        "hidden_act": "silu",
+        **{
+            name: getattr(config, name)
+            for name in (
+                "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta",
+                "tie_word_embeddings", "attention_bias", "mlp_bias",
+            )
+        },
+    }  # fmt: skip
+    if config.rope is not None:
+        raw["rope_scaling"] = _named_scaling(config)
+    if eos:
+        raw["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
+    return raw
+
+
+def _named_scaling(config: LlamaConfig) -> dict[str, Any]:
+    """RoPE's scaling; GGUF's list of divisors becomes Llama 3's rule again, where that gives the same."""
+    assert config.rope is not None
+    if config.rope["rope_type"] != "factors":
+        return dict(config.rope)
+    rule = {
+        "rope_type": "llama3", "factor": float(max(config.rope["factors"])), "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    length = config.max_position_embeddings
+    ruled, _ = rope_frequencies(LlamaConfig(**{**vars(config), "rope": rule}), length)
+    if not torch.allclose(ruled, rope_frequencies(config, length)[0], rtol=1e-5, atol=0):
+        raise InputError("the RoPE divisors of this GGUF are not Llama 3's rule: config.json has no place for others")
+    return rule
+
+
+def bitsandbytes_config(dtype: torch.dtype, double_quant: bool) -> Mapping[str, Any]:
+    """config.json's quantization_config, as transformers writes it for bitsandbytes' NF4.
+
+    Args:
+        dtype: of the arithmetic.
+    """
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
