@@ -26,6 +26,7 @@ ENGINE_ROWS = [
     | {"run_record", "decoding", "generation"},
     {"evaluate", "progress", "tune", "doctor"},
     {"train"},
+    {"integrations"},
 ]
 NEVER_THE_MODEL = {"data", "optim", "paged_adamw", "pager", "pages", "tokenizer", "config", "errors"}
 
