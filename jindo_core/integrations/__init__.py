@@ -2,7 +2,7 @@
 
     from jindo_core.integrations import JindoNF4Config         # transformers: quantization_config=JindoNF4Config()
     from jindo_core.integrations import use_for_bitsandbytes   # existing BitsAndBytesConfig code runs on this engine
-    from jindo_core.integrations import register_fused_lora    # peft: get_peft_model(model, register_fused_lora(config))
+    from jindo_core.integrations import register_fused_lora    # peft: get_peft_model(m, register_fused_lora(c))
     from jindo_core import patch_model                         # any model, in place
 
 Names load on first use, and each needs only its own library.

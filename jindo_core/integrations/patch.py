@@ -78,7 +78,8 @@ def _choose(model: nn.Module, target_modules: Sequence[str] | str, skip: Sequenc
         linears = {path: layer for path, layer in linears.items() if any(_ends(path, name) for name in names)}
     linears = {path: layer for path, layer in linears.items() if not any(_ends(path, name) for name in skip)}
     if not linears:
-        raise InputError(f"{type(model).__name__} has no linear layer left to quantize: look at target_modules and skip")
+        kind = type(model).__name__
+        raise InputError(f"{kind} has no linear layer left to quantize: look at target_modules and skip")
     return linears
 
 

@@ -52,9 +52,8 @@ class NF4LoraLinear(Linear):
     def update_layer(self, adapter_name: str, *args: Any, config: LoraConfig, **kwargs: Any) -> None:
         if config.init_lora_weights not in INITIALIZATIONS:
             allowed = ", ".join(repr(value) for value in INITIALIZATIONS)
-            raise InputError(
-                f"init_lora_weights {config.init_lora_weights!r} reads the base's weight, which is in NF4: expected {allowed}"
-            )
+            given = config.init_lora_weights
+            raise InputError(f"init_lora_weights {given!r} reads the base's weight, which is NF4: expected {allowed}")
         if config.lora_bias:
             raise InputError("lora_bias is not supported on NF4 layers: expected False")
         super().update_layer(adapter_name, *args, config=config, **kwargs)

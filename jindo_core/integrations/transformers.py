@@ -37,7 +37,7 @@ class JindoNF4Config(QuantizationConfigMixin):
     Args:
         double_quant: also quantize the block maxima: 4.127 instead of 4.5 bits a weight.
         block_size: elements that share one maximum.
-        compute_dtype: of the products (a torch dtype or its name); the inputs' own by default, where bitsandbytes has fp32.
+        compute_dtype: of the products, a torch dtype or its name; by default the inputs', where bitsandbytes has fp32.
         modules_to_not_convert: names of layers that stay as they are. By default the head, what is tied, and the last
             layer; a list of your own takes their place (tied weights stay in any case). `llm_int8_skip_modules`,
             bitsandbytes' name for it, is taken too.
