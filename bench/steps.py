@@ -81,9 +81,20 @@ def ours(shape: Shape, weights: Weights, *, train: bool, checkpointing: bool = F
 
 
 def peer(
-    shape: Shape, weights: Weights, *, train: bool, prepare: bool = False, checkpointing: bool = False
+    shape: Shape,
+    weights: Weights,
+    *,
+    train: bool,
+    prepare: bool = False,
+    checkpointing: bool = False,
+    linear: Callable[[NF4Weight], nn.Module] | None = None,
+    register: Callable[[Any], Any] = lambda config: config,
 ) -> nn.Module:
-    """The peers' model, adapted; `prepare`: by peft's prepare_model_for_kbit_training."""
+    """The peers' model, adapted; `prepare`: by peft's prepare_model_for_kbit_training.
+
+    Args:
+        linear: makes its layers; bitsandbytes' by default. register: what peft's configuration goes through.
+    """
     transformers, peft = peers.load("transformers"), peers.load("peft")
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -99,7 +110,7 @@ def peer(
     with device:
         model.model.rotary_emb = LlamaRotaryEmbedding(config)
     dtype = next(weight.dtype for weight in weights.values() if isinstance(weight, Tensor))
-    _fill(model, weights, lambda weight: peers.linear4bit(weight, dtype))
+    _fill(model, weights, linear or (lambda weight: peers.linear4bit(weight, dtype)))
     if prepare:
         model.is_loaded_in_4bit = True
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
@@ -107,7 +118,7 @@ def peer(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     torch.manual_seed(1)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=TARGETS, **peers.LORA))
+    adapted = peft.get_peft_model(model, register(peft.LoraConfig(target_modules=TARGETS, **peers.LORA)))
     return adapted.train(train)
 
 

@@ -18,7 +18,8 @@ RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 def make():
     torch.manual_seed(0)
     # 67 columns: blocks cross rows; the second layer has 2,211 bytes: uneven shards.
-    model = nn.Sequential(nn.Sequential(nn.Linear(64, 67), nn.SiLU()), nn.Sequential(nn.LayerNorm(67), nn.Linear(67, 66)))
+    first, second = nn.Sequential(nn.Linear(64, 67), nn.SiLU()), nn.Sequential(nn.LayerNorm(67), nn.Linear(67, 66))
+    model = nn.Sequential(first, second)
     jc.patch_model(model, double_quant=False)
     jc.attach_lora(model, r=4, target_modules="all-linear")
     for module in model.modules():
