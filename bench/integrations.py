@@ -1,7 +1,7 @@
 """The same trainer around bitsandbytes' layers and around ours: a loop with peft, and transformers' Trainer.
 
-Both sides have transformers' model, peft's adapters (ours by `register_fused_lora`) and the same NF4 codes. bitsandbytes'
-side has the optimizer that its users take there: torch's AdamW, for its own paged one needs a GPU.
+Both sides have transformers' model, peft's adapters (ours by `register_fused_lora`) and the same NF4 codes.
+bitsandbytes' side has torch's AdamW: its own paged one needs a GPU.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def main() -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(2)))
     jc.patch_model(model.to(device))
     jc.attach_lora(model, r=8, alpha=16, target_modules="all-linear")
-    # It casts the adapters and nothing that is NF4 (torch 2.13). torch 2.11 casts the packed bytes too: no policy there.
+    # It casts the adapters, nothing that is NF4 (torch 2.13). torch 2.11 casts the packed bytes too: no policy there.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model:
         fully_shard(layer, mesh=mesh, mp_policy=policy)

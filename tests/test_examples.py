@@ -54,7 +54,8 @@ def test_transformers_nf4(example, tmp_path, capsys):
     example("transformers_nf4").main(str(tmp_path))
     said = capsys.readouterr().out
     assert "the same logits: True" in said
-    parameters, held = (int(n.replace(",", "")) for n in re.search(r"([\d,]+) parameters in ([\d,]+) bytes", said).groups())
+    numbers = re.search(r"([\d,]+) parameters in ([\d,]+) bytes", said).groups()
+    parameters, held = (int(number.replace(",", "")) for number in numbers)
     assert held < parameters
     assert any(key.endswith("quant_state.bitsandbytes__nf4") for key in load_file(tmp_path / "model.safetensors"))
 
@@ -120,7 +121,8 @@ def test_fsdp2(repo_root, tmp_path):
     """As torchrun starts it: "fsdp2" on two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command.append(str(repo_root / "examples" / "fsdp2.py"))
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = losses(done.stdout)
     assert found[-1] < found[0]

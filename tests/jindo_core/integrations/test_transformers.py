@@ -273,7 +273,7 @@ def test_neither_bitsandbytes_nor_accelerate_is_needed(saved):
 import sys
 sys.modules["bitsandbytes"] = sys.modules["accelerate"] = sys.modules["peft"] = None
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from jindo_core.integrations import JindoNF4Config, use_for_bitsandbytes
 use_for_bitsandbytes()
 for config in (JindoNF4Config(), BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")):
