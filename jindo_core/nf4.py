@@ -222,7 +222,7 @@ class NF4Linear(nn.Linear):
 
     def operand(self, x: Tensor) -> Tensor:
         """x in the dtype that the product is computed in."""
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        if _autocast(x):
             return x.to(torch.get_autocast_dtype(x.device.type))
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
@@ -250,7 +250,7 @@ class NF4Linear(nn.Linear):
             block_size=self.block_size, keep_weight=self.keep_weight,
         )  # fmt: skip
         y = y if self.bias is None else y + self.bias.to(y.dtype)
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        return y if _autocast(x) else y.to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         # .to(dtype) may move the maxima, never cast them: a bf16 absmax changes every weight of its block.
@@ -309,3 +309,7 @@ class NF4Linear(nn.Linear):
             return f"in_features={self.in_features}, out_features={self.out_features}, no weight yet"
         bits = self.nf4.nbytes * 8 / math.prod((self.out_features, self.in_features))
         return f"in_features={self.in_features}, out_features={self.out_features}, {bits:.3f} bits/weight"
+
+
+def _autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64  # which torch's own layers keep too

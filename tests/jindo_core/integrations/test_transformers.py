@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -252,20 +251,6 @@ def test_dequantize_gives_the_model_back(saved, load, ids, name):
     assert [m for m in plain.modules() if isinstance(m, Conv1D)] or name != "gpt2"
     assert not hasattr(plain.config, "quantization_config")
     torch.testing.assert_close(plain(ids).logits, wanted, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16])
-def test_compute_dtype_and_autocast(given):
-    layer = NF4Linear.from_linear(nn.Linear(64, 192))
-    x = torch.randn(20, 64, dtype=given)
-    values = layer.nf4.dequantize()
-    layer.compute_dtype = torch.float32
-    wanted = (x.float() @ values.t() + layer.bias).to(given)
-    assert torch.equal(layer(x), wanted)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x.float())
-    assert y.dtype == torch.bfloat16
-    assert torch.equal(y, x.bfloat16() @ values.bfloat16().t() + layer.bias.bfloat16())
 
 
 def test_neither_bitsandbytes_nor_accelerate_is_needed(saved):
