@@ -262,6 +262,14 @@ class NF4Linear(nn.Linear):
                 self._buffers[name] = buffer.to(moved.device)
         return self
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        # torch.distributed.checkpoint looks each key up by attributes, `weight.absmax` too; by this hook in a stand-in.
+        return {"weight": "_keys"}
+
+    @property
+    def _keys(self) -> _AnyKey:
+        return _AnyKey()
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in CONSTANTS:
@@ -309,6 +317,15 @@ class NF4Linear(nn.Linear):
             return f"in_features={self.in_features}, out_features={self.out_features}, no weight yet"
         bits = self.nf4.nbytes * 8 / math.prod((self.out_features, self.in_features))
         return f"in_features={self.in_features}, out_features={self.out_features}, {bits:.3f} bits/weight"
+
+
+class _AnyKey:
+    """Has every public attribute."""
+
+    def __getattr__(self, name: str) -> _AnyKey:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
 
 
 def _autocast(x: Tensor) -> bool:

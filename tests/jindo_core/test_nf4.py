@@ -120,3 +120,14 @@ def test_product_dtype(linear):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer(x), x.bfloat16() @ weight.bfloat16().t() + linear.bias.bfloat16())
         assert layer(x.double()).dtype == torch.float64
+
+
+def test_distributed_checkpoints_know_the_keys(linear):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    model = nn.Sequential(NF4Linear.from_linear(linear), nn.LayerNorm(320))
+    state = get_model_state_dict(model)
+    assert state.keys() == model.state_dict().keys()
+    trained = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    assert {"1.weight", "1.bias"} <= trained.keys()
+    assert "0.weight" not in trained

@@ -6,6 +6,7 @@ import os
 
 import torch
 from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -59,6 +60,11 @@ def check(policy, tolerance):
             assert type(buffer) is torch.Tensor
             assert torch.equal(buffer, constants[name])
     assert model[0][0].base.weight.dtype == torch.uint8
+    whole = make().state_dict()
+    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    assert gathered.keys() == whole.keys()
+    for name, value in gathered.items():
+        assert torch.equal(value, whole[name]), name
 
 
 def main():
