@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -113,6 +114,22 @@ def test_what_is_no_plain_linear_is_left_and_named(block):
     assert [kind for kind in (nn.Linear, Rewritten, Router, Doubled) if computes_as_linear(kind)] == [
         nn.Linear, Rewritten,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "linear"),
+    [
+        ("transformers.models.falcon.modeling_falcon", "FalconLinear", True),
+        ("transformers.models.llama4.modeling_llama4", "Llama4Router", False),
+        ("transformers.models.phimoe.modeling_phimoe", "PhimoeTopKRouter", False),
+        ("transformers.models.idefics.modeling_idefics", "IdeficsDecoupledLinear", False),
+        ("bitsandbytes.nn", "Linear4bit", False),
+        ("bitsandbytes.nn", "Linear8bitLt", False),
+        ("jindo_core.nf4", "NF4Linear", False),
+    ],
+)
+def test_known_subclasses(module, name, linear):
+    assert computes_as_linear(getattr(importlib.import_module(module), name)) == linear
 
 
 def test_asking_a_subclass_draws_no_random_number():
