@@ -273,7 +273,7 @@ def _give(layer: NF4Linear, name: str, weight: NF4Weight) -> Tensor:
 def use_for_bitsandbytes() -> Callable[[], None]:
     """From now on `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")` loads into this engine's layers.
 
-    Checkpoints in bitsandbytes' format load and are written as before. Logits are the same; but linears that it does not
+    Checkpoints in bitsandbytes' format load and are written as before. Logits are the same, but linears it does not
     find (Falcon's) are quantized too. 8-bit, fp4, and a bnb_4bit_quant_storage other than uint8 are left to
     bitsandbytes, which is said once.
 
