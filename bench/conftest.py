@@ -27,6 +27,7 @@ TESTS = {
     "decoding": "tests/jindo_core/test_decoding.py",
     "paged_adamw": "tests/jindo_core/test_paged_adamw.py",
     "streaming": "tests/jindo_core/test_streaming.py",
+    "integrations": "tests/jindo_core/integrations/test_peft.py",
 }
 
 
@@ -74,7 +75,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole steps first: unsloth, a peer of the dequantize, patches transformers when it is imported."""
-    items.sort(key=lambda item: "_step" not in item.path.name)
+    items.sort(key=lambda item: "_step" not in item.path.name and item.path.stem != "test_integrations")
 
 
 @pytest.fixture(autouse=True)

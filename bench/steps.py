@@ -85,16 +85,27 @@ def ours(shape: Shape | FalconShape, weights: Weights, *, train: bool, checkpoin
 
 
 def peer(
-    shape: Shape | FalconShape, weights: Weights, *, train: bool, prepare: bool = False, checkpointing: bool = False
+    shape: Shape | FalconShape,
+    weights: Weights,
+    *,
+    train: bool,
+    prepare: bool = False,
+    checkpointing: bool = False,
+    linear: Callable[[NF4Weight], nn.Module] | None = None,
+    register: Callable[[Any], Any] = lambda config: config,
 ) -> nn.Module:
-    """The peers' model, adapted; `prepare`: by peft's prepare_model_for_kbit_training."""
+    """The peers' model, adapted; `prepare`: by peft's prepare_model_for_kbit_training.
+
+    Args:
+        linear: makes its layers; bitsandbytes' by default. register: what peft's configuration goes through.
+    """
     peft = peers.load("peft")
     model = _their_model(shape)
     device = next(weight.device for weight in weights.values() if isinstance(weight, Tensor))
     with device:
         model.base_model.rotary_emb = type(model.base_model.rotary_emb)(model.config)
     dtype = next(weight.dtype for weight in weights.values() if isinstance(weight, Tensor))
-    _fill(model, weights, lambda weight: peers.linear4bit(weight, dtype))
+    _fill(model, weights, linear or (lambda weight: peers.linear4bit(weight, dtype)))
     model.tie_weights()
     if prepare:
         model.is_loaded_in_4bit = True
@@ -104,7 +115,7 @@ def peer(
         model.enable_input_require_grads()
     torch.manual_seed(1)
     targets = list(plan_falcon.LINEARS) if isinstance(shape, FalconShape) else TARGETS
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, **peers.LORA))
+    adapted = peft.get_peft_model(model, register(peft.LoraConfig(target_modules=targets, **peers.LORA)))
     return adapted.train(train)
 
 

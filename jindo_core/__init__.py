@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jindo_core.adapters import load_adapter, save_adapter
     from jindo_core.errors import InputError, TrainingError
     from jindo_core.generation import generate
+    from jindo_core.integrations.patch import patch_model
     from jindo_core.loader import load_model
     from jindo_core.lora import LoraLinear, attach_lora
     from jindo_core.nf4 import NF4Linear, NF4Weight, quantize_nf4
@@ -40,6 +41,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_tokenizer",
+    "patch_model",
     "quantize_nf4",
     "save_adapter",
 ]
@@ -56,6 +58,7 @@ _HOME = {
     "load_adapter": "adapters",
     "load_model": "loader",
     "load_tokenizer": "tokenizer",
+    "patch_model": "integrations.patch",
     "quantize_nf4": "nf4",
     "save_adapter": "adapters",
 }

@@ -55,10 +55,9 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.dropout if self.training else 0.0
-        seed = _draw_seed(x) if p > 0 else None
+        seed = draw_seed(x) if p > 0 else None
         if isinstance(self.base, NF4Linear):
-            y = self.base.matmul(x, self.lora_A, self.lora_B, scale=self.scale, dropout=p, seed=seed)
-            return y if self.base.bias is None else y + self.base.bias.to(y.dtype)
+            return self.base.adapted(x, self.lora_A, self.lora_B, scale=self.scale, dropout=p, seed=seed)
         down = F.linear(drop(x, p, seed), self.lora_A.to(x.dtype))
         return self.base(x) + F.linear(down, self.lora_B.to(x.dtype)) * self.scale
 
@@ -66,7 +65,7 @@ class LoraLinear(nn.Module):
         return f"r={self.lora_A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
-def _draw_seed(x: Tensor) -> Tensor:
+def draw_seed(x: Tensor) -> Tensor:
     """A dropout seed from torch's generator, so that checkpointing, which replays the generator, redraws it."""
     return torch.randint(2**31 - 1, (1,), dtype=torch.int32, device=x.device)
 
@@ -83,7 +82,7 @@ def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     if not alike or not all(isinstance(base, NF4Linear) for base in bases):
         return tuple(layer(x) for layer in layers)
     held = [base for base in bases if isinstance(base, NF4Linear)]
-    if len({(base.block_size, base.absmax.dtype) for base in held}) > 1:
+    if len({(base.block_size, base.absmax.dtype) for base in held}) > 1 or any(base.compute_dtype for base in held):
         return tuple(layer(x) for layer in layers)
     dropout = next(iter(rates), 0.0)
     parts = [
@@ -92,9 +91,10 @@ def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         else base.projection()
         for layer, base in zip(layers, held, strict=True)
     ]
-    seed = _draw_seed(x) if dropout > 0 else None
+    seed = draw_seed(x) if dropout > 0 else None
     y = lora_matmul_group(
-        x, parts, dropout=dropout, seed=seed, block_size=held[0].block_size, keep_weight=held[0].keep_weight
+        held[0].operand(x), parts, dropout=dropout, seed=seed, block_size=held[0].block_size,
+        keep_weight=held[0].keep_weight,
     )  # fmt: skip
     outputs = y.split([base.out_features for base in held], dim=-1)
     return tuple(

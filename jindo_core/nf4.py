@@ -23,6 +23,8 @@ from jindo_core.kernels.nf4 import (
 )
 
 STATE_KEY = "quant_state.bitsandbytes__nf4"
+CONSTANTS = ("absmax", "nested_absmax", "offset")
+"""The buffers of an `NF4Linear`: what its codes are multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class NF4Weight:
         parts = {
             prefix: self.packed,
             f"{prefix}.absmax": self.absmax,
-            f"{prefix}.quant_map": code_table(self.packed.device),
+            f"{prefix}.quant_map": code_table(self.packed.device).clone(),  # safetensors refuses shared tensors
         }
         if self.nested_absmax is not None and self.offset is not None:
             state |= {
@@ -99,7 +101,7 @@ class NF4Weight:
                 "nested_offset": self.offset.item(),
             }
             parts[f"{prefix}.nested_absmax"] = self.nested_absmax
-            parts[f"{prefix}.nested_quant_map"] = dynamic_map(self.packed.device)
+            parts[f"{prefix}.nested_quant_map"] = dynamic_map(self.packed.device).clone()
         text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
         return parts | {f"{prefix}.{STATE_KEY}": text.to(self.packed.device)}
 
@@ -167,8 +169,9 @@ def quantize_nf4(weight: Tensor, *, block_size: int = 64, double_quant: bool = T
 class NF4Linear(nn.Linear):
     """A frozen linear layer y = x W^T + b with W [N, K] in NF4; differentiable in x and b.
 
-    W is rebuilt at every use, in x's dtype, and not kept unless `keep_weight` is set (see `lora_matmul_group`).
-    State dict keys are bitsandbytes'.
+    W is rebuilt at every use and not kept unless `keep_weight` is set (see `lora_matmul_group`). The product is in x's
+    dtype, under autocast in autocast's, or in `compute_dtype` where that is set, as bitsandbytes' Linear4bit; y is in
+    x's dtype, or autocast's. State dict keys are bitsandbytes'.
 
     Args:
         weight: W, shape [N, K]. bias: [N], or None.
@@ -178,26 +181,46 @@ class NF4Linear(nn.Linear):
     nested_absmax: Tensor | None
     offset: Tensor | None
     keep_weight: bool = False
+    compute_dtype: torch.dtype | None = None
 
     def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate a full weight
         self.out_features, self.in_features = weight.shape
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self._hold(weight)
+        self.hold(weight)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, double_quant: bool = True) -> NF4Linear:
+    def from_linear(cls, linear: nn.Linear, *, double_quant: bool = True, block_size: int = 64) -> NF4Linear:
         """Quantize an ordinary linear layer."""
         bias = None if linear.bias is None else linear.bias.detach()
-        return cls(quantize_nf4(linear.weight, double_quant=double_quant), bias)
+        return cls(quantize_nf4(linear.weight, double_quant=double_quant, block_size=block_size), bias)
 
-    def _hold(self, weight: NF4Weight) -> None:
+    @classmethod
+    def placeholder(cls, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> NF4Linear:
+        """A layer on the meta device whose weight is to come by `hold`; until then a full one of `dtype` stands in."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = in_features, out_features
+        for name, shape in (("weight", (out_features, in_features)), ("bias", (out_features,) if bias else None)):
+            value = None if shape is None else torch.empty(shape, dtype=dtype, device="meta")
+            layer.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
+        for name in CONSTANTS:
+            layer.register_buffer(name, None)
+        return layer
+
+    @property
+    def is_placeholder(self) -> bool:
+        """Whether the weight is still to come."""
+        return self.absmax is None
+
+    def hold(self, weight: NF4Weight) -> None:
+        """Take `weight` [N, K] in place of what there is."""
         self.block_size, self.weight_dtype = weight.block_size, weight.dtype
         self.weight = nn.Parameter(weight.packed, requires_grad=False)
-        # Buffers, not parameters: sharding engines cast and cut parameters, and these must stay whole fp32.
-        self.register_buffer("absmax", weight.absmax, persistent=False)
-        self.register_buffer("nested_absmax", weight.nested_absmax, persistent=False)
-        self.register_buffer("offset", weight.offset, persistent=False)
+        # Buffers, not parameters: sharding engines cast and cut parameters, and these must stay whole fp32. Persistent,
+        # though saved under other names: transformers takes others for something to be computed anew.
+        for name in CONSTANTS:
+            self.register_buffer(name, getattr(weight, name))
 
     @property
     def nf4(self) -> NF4Weight:
@@ -208,8 +231,13 @@ class NF4Linear(nn.Linear):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.matmul(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.adapted(x)
+
+    def operand(self, x: Tensor) -> Tensor:
+        """x in the dtype that the product is computed in."""
+        if _autocast(x):
+            return x.to(torch.get_autocast_dtype(x.device.type))
+        return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
     def projection(
         self, lora_A: Tensor | None = None, lora_B: Tensor | None = None, *, scale: float = 1.0
@@ -219,7 +247,7 @@ class NF4Linear(nn.Linear):
             self.weight, self.absmax, self.nested_absmax, self.offset, self.out_features, lora_A, lora_B, scale
         )  # fmt: skip
 
-    def matmul(
+    def adapted(
         self,
         x: Tensor,
         lora_A: Tensor | None = None,
@@ -229,15 +257,17 @@ class NF4Linear(nn.Linear):
         dropout: float = 0.0,
         seed: Tensor | None = None,
     ) -> Tensor:
-        """x W^T, plus scale * (D(x) A^T) B^T when an adapter is given; no bias. See `lora_matmul`."""
-        return lora_matmul_group(
-            x, [self.projection(lora_A, lora_B, scale=scale)], dropout=dropout, seed=seed,
+        """x W^T + b, plus scale * (D(x) A^T) B^T when an adapter is given. See `lora_matmul`."""
+        y = lora_matmul_group(
+            self.operand(x), [self.projection(lora_A, lora_B, scale=scale)], dropout=dropout, seed=seed,
             block_size=self.block_size, keep_weight=self.keep_weight,
         )  # fmt: skip
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if _autocast(x) else y.to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         # .to(dtype) may move the maxima, never cast them: a bf16 absmax changes every weight of its block.
-        kept = {name: self._buffers[name] for name in ("absmax", "nested_absmax", "offset")}
+        kept = {name: self._buffers[name] for name in CONSTANTS}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
             moved = self._buffers[name]
@@ -245,8 +275,20 @@ class NF4Linear(nn.Linear):
                 self._buffers[name] = buffer.to(moved.device)
         return self
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        # torch.distributed.checkpoint looks each key up by attributes, `weight.absmax` too; by this hook in a stand-in.
+        return {"weight": "_keys"}
+
+    @property
+    def _keys(self) -> _AnyKey:
+        return _AnyKey()
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in CONSTANTS:
+            destination.pop(prefix + name, None)
+        if self.is_placeholder:
+            return
         parts = self.nf4.state_dict()
         del parts["weight"]
         destination.update({prefix + key: part for key, part in parts.items()})
@@ -276,7 +318,7 @@ class NF4Linear(nn.Linear):
                 f"{prefix}weight has shape {weight.shape}, expected {(self.out_features, self.in_features)}"
             )
             return
-        self._hold(weight.to(self.weight.device))
+        self.hold(weight.to(weight.packed.device if self.weight.is_meta else self.weight.device))
         if self.bias is not None and prefix + "bias" in state_dict:
             with torch.no_grad():
                 self.bias.copy_(state_dict[prefix + "bias"])
@@ -284,5 +326,20 @@ class NF4Linear(nn.Linear):
             missing_keys.append(prefix + "bias")
 
     def extra_repr(self) -> str:
+        if self.is_placeholder:
+            return f"in_features={self.in_features}, out_features={self.out_features}, no weight yet"
         bits = self.nf4.nbytes * 8 / math.prod((self.out_features, self.in_features))
         return f"in_features={self.in_features}, out_features={self.out_features}, {bits:.3f} bits/weight"
+
+
+class _AnyKey:
+    """Has every public attribute."""
+
+    def __getattr__(self, name: str) -> _AnyKey:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
+
+
+def _autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64  # which torch's own layers keep too

@@ -297,7 +297,9 @@ def forward(
     if not 1 <= rows <= MAX_ROWS or x.dtype == torch.float64 or masked or keep_weight:
         return reference.forward_reference(x, layers, block_size, dropout, seed, keep_weight)
     flat = x.reshape(rows, in_features)
-    y = x.new_empty(rows, sum(layer.out_features for layer in layers))
+    # No view is returned: autograd lets nobody change the view of a Function in place, as Falcon does.
+    whole = x.new_empty(*x.shape[:-1], sum(layer.out_features for layer in layers))
+    y = whole.view(rows, whole.shape[-1])
     down = x.new_empty(rows, sum(layer.rank for layer in layers))
     first, r = 0, 0
     for layer in layers:
@@ -306,4 +308,4 @@ def forward(
         weight = (layer.packed, layer.absmax, layer.nested_absmax, layer.offset)
         gemv(flat, *weight, block_size, *adapter, layer.scale, out, down[:, r : r + layer.rank])
         first, r = first + layer.out_features, r + layer.rank
-    return y.view(*x.shape[:-1], first), down, x.new_empty(0, in_features)
+    return whole, down, x.new_empty(0, in_features)

@@ -22,7 +22,9 @@ def forward_reference(
     in_features = x.shape[-1]
     flat = x.reshape(-1, in_features)
     rows, width = flat.shape[0], sum(layer.out_features for layer in layers)
-    y = x.new_empty(rows, width)
+    # No view is returned: autograd lets nobody change the view of a Function in place, as Falcon does.
+    whole = x.new_empty(*x.shape[:-1], width)
+    y = whole.view(rows, whole.shape[-1])
     kept = x.new_empty(width if keep_weight else 0, in_features)
     down = down_product(flat, layers, dropout, seed)
     first, r = 0, 0
@@ -38,7 +40,7 @@ def forward_reference(
         torch.addmm(y[:, n], mine, up.t(), beta=0, alpha=layer.scale, out=y[:, n])
         y[:, n].addmm_(flat, w.t())
         r += layer.rank
-    return y.view(*x.shape[:-1], width), down, kept
+    return whole, down, kept
 
 
 def down_product(flat: Tensor, layers: Sequence[Projection], dropout: float, seed: Tensor | None) -> Tensor:

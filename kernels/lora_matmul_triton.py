@@ -278,7 +278,9 @@ def forward(
         return reference.forward_reference(x, layers, block_size, dropout, seed, keep_weight)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     rows, in_features = flat.shape
-    y = x.new_empty(rows, sum(layer.out_features for layer in layers))
+    # No view is returned: autograd lets nobody change the view of a Function in place, as Falcon does.
+    whole = x.new_empty(*x.shape[:-1], sum(layer.out_features for layer in layers))
+    y = whole.view(rows, whole.shape[-1])
     down = x.new_empty(rows, sum(layer.rank for layer in layers))
     paired = is_paired(in_features, block_size)
     tile = tiles_for(FORWARD_TILES, rows, x.dtype, paired)
@@ -299,7 +301,7 @@ def forward(
             num_warps=tile.warps, num_stages=tile.stages, **EXACT,
         )  # fmt: skip
         first, r = first + out_features, r + rank
-    return y.view(*x.shape[:-1], first), down, x.new_empty(0, in_features)
+    return whole, down, x.new_empty(0, in_features)
 
 
 def backward(

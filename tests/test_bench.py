@@ -115,3 +115,11 @@ def test_the_table_and_the_plots(bench, case, ceilings, tmp_path, capsys):
     assert {"roofline-cpu.png", "ratios-cpu.png"} <= {p.name for p in tmp_path.iterdir()}
     assert plot.main([str(tmp_path / "none.json")], tmp_path) == 2
     assert "expected a .json of `make bench`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["peft loop", "Trainer"])
+def test_trainers_beside_bitsandbytes(bench, what):
+    """Both sides train the same thing: the pair is refused otherwise."""
+    case = bench("integrations").case(what, bench("shapes").SHAPES["tiny"], torch.float32, CPU, 32)
+    assert list(case.calls) == ["jindo", "bitsandbytes"]
+    assert bench("timing").Pair(case, CPU, 0.0).failed == {}

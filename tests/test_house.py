@@ -30,6 +30,7 @@ ENGINE_ROWS = [
     {"evaluate", "tune", "doctor", "merge"},
     {"prepare", "drift"},
     {"train", "convert"},
+    {"integrations"},
 ]
 NEVER_THE_MODEL = {"data", "optim", "paged_adamw", "pager", "pages", "tokenizer", "config", "errors"}
 

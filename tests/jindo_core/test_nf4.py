@@ -83,3 +83,51 @@ def test_a_state_that_does_not_fit_is_refused(linear):
         NF4Linear.from_linear(linear).load_state_dict(state)
     with pytest.raises(RuntimeError, match="Missing key"):
         NF4Linear.from_linear(linear).load_state_dict(linear.state_dict())
+
+
+def test_a_placeholder_takes_its_weight_later(linear):
+    layer = NF4Linear.placeholder(192, 320, bias=True, dtype=torch.bfloat16)
+    assert layer.is_placeholder
+    assert "no weight yet" in repr(layer)
+    assert {name: (tuple(p.shape), p.device.type) for name, p in layer.named_parameters()} == {
+        "weight": ((320, 192), "meta"), "bias": ((320,), "meta"),
+    }  # fmt: skip
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    layer.hold(quantize_nf4(linear.weight))
+    layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+    expected = NF4Linear.from_linear(linear)
+    assert not layer.is_placeholder
+    assert layer.state_dict().keys() == expected.state_dict().keys()
+    x = torch.randn(20, 192)
+    assert torch.equal(layer(x), expected(x))
+
+
+def test_no_two_layers_share_what_they_save(linear):
+    """safetensors refuses tensors with common memory."""
+    states = [NF4Linear.from_linear(linear).state_dict() for _ in range(2)]
+    for key in states[0]:
+        if key != "bias":
+            assert states[0][key].data_ptr() != states[1][key].data_ptr(), key
+
+
+def test_product_dtype(linear):
+    """x's own, compute_dtype's, or autocast's; the result in x's dtype, or autocast's."""
+    layer = NF4Linear.from_linear(linear)
+    x, weight = torch.randn(20, 192), layer.nf4.dequantize()
+    assert torch.equal(layer(x.bfloat16()), x.bfloat16() @ weight.bfloat16().t() + linear.bias.bfloat16())
+    layer.compute_dtype = torch.float32
+    assert torch.equal(layer(x.bfloat16()), (x.bfloat16().float() @ weight.t() + linear.bias).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), x.bfloat16() @ weight.bfloat16().t() + linear.bias.bfloat16())
+        assert layer(x.double()).dtype == torch.float64
+
+
+def test_distributed_checkpoints_know_the_keys(linear):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    model = nn.Sequential(NF4Linear.from_linear(linear), nn.LayerNorm(320))
+    state = get_model_state_dict(model)
+    assert state.keys() == model.state_dict().keys()
+    trained = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    assert {"1.weight", "1.bias"} <= trained.keys()
+    assert "0.weight" not in trained

@@ -302,3 +302,17 @@ def test_autocast_changes_nothing_inside(rows):
             results.append([y, *torch.autograd.grad(y.square().sum(), (x, a, b))])
     for plain, autocast in zip(*results, strict=True):
         assert torch.equal(plain, autocast)
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_result_may_be_changed_in_place(rows, adapter):
+    """As Falcon's layers do with attention's output; autograd forbids it for a view that a Function returns."""
+    x, parts, a, b = make_case((1, rows), 64, 32, 4, torch.float32, adapter=adapter)
+    y = lora_matmul(x, *parts, 32, a, b, scale=2.0)
+    wanted = y.detach() + 1
+    y += 1
+    assert torch.equal(y, wanted)
+    (got,) = torch.autograd.grad(y.sum(), x)
+    (expected,) = torch.autograd.grad(lora_matmul(x, *parts, 32, a, b, scale=2.0).sum(), x)
+    assert torch.equal(got, expected)

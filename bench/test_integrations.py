@@ -1,0 +1,13 @@
+"""The same trainer with bitsandbytes' layers and with ours; 512 tokens."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import integrations
+
+
+@pytest.mark.parametrize("what", ["peft loop", "Trainer"])
+def test_trainer_step(measure, setup, model, what):
+    make = lambda: integrations.case(what, model, setup.dtype, setup.device, 512)  # noqa: E731
+    measure(make, "integrations")
