@@ -43,4 +43,5 @@ def main() -> None:
 if __name__ == "__main__":
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     main()
+    distributed.barrier()  # no rank leaves while another still talks to it
     distributed.destroy_process_group()

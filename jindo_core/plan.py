@@ -434,7 +434,10 @@ def _undone(before: Job, after: Job, budget: int) -> Job:
         tried = replace(after, **{name: getattr(before, name) for name in names})
         if plan(tried).peak_bytes <= budget:
             after = tried
-    return after
+    if after.resident_states == before.resident_states:
+        return after
+    more = _paged(replace(after, resident_states=before.resident_states))  # as many moments as there is room for
+    return next((tried for tried in more if plan(tried).peak_bytes <= budget), after)
 
 
 def _told(before: Job, after: Job) -> Iterator[Change]:

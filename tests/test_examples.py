@@ -127,3 +127,14 @@ def test_fsdp2(repo_root, tmp_path):
     found = losses(done.stdout)
     assert found[-1] < found[0]
     assert sorted(re.findall(r"rank (\d) holds 4,096 of 8,192 bytes", done.stdout)) == ["0", "1"]
+
+
+def test_the_readme_s_library_example(repo_root, stories260k, tmp_path, capsys, monkeypatch):
+    """As it is printed there, on another model."""
+    text = (repo_root / "README.md").read_text(encoding="utf-8").split("As a library:")[1]
+    code = text.split("```python\n")[1].split("```")[0]
+    assert "./my-llama" in code
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("./my-llama", str(stories260k)), "README.md", "exec"), {})
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
+    assert capsys.readouterr().out.strip()
