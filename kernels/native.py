@@ -30,6 +30,11 @@ POINTER, LONG, INT, FLOAT, DOUBLE = (
 )  # fmt: skip
 
 
+INTERFACE = 1
+"""Of the functions' arguments, csrc/level.c's jindo_interface: a library built from other sources would be handed the
+wrong ones, and end the process."""
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The loaded library, or None where it was not built."""
@@ -47,10 +52,18 @@ def library() -> ctypes.CDLL | None:
     bundled += sorted((Path(torch.__file__).parent.parent / "torch.libs").glob("libgomp*"))
     try:
         ctypes.CDLL(str(bundled[0]) if bundled else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
-        return ctypes.CDLL(str(found))
+        loaded = ctypes.CDLL(str(found))
     except OSError as error:
         warnings.warn(f"The C kernels can't be loaded ({error}): slower PyTorch code runs on the CPU.", stacklevel=2)
         return None
+    if getattr(loaded, "jindo_interface", int)() != INTERFACE:
+        warnings.warn(
+            "The C kernels were built from other sources than these: slower PyTorch code runs on the CPU. Install "
+            "jindo-core again (pip install -e .).",
+            stacklevel=2,
+        )
+        return None
+    return loaded
 
 
 def function(name: str, *types: Any, returns: Any = None) -> Any:

@@ -17,6 +17,9 @@ int jindo_level_in_use = PORTABLE;
 
 __attribute__((constructor)) static void start(void) { jindo_level_in_use = best(); }
 
+/* native.py's INTERFACE: another number where a function's or a struct's arguments change. */
+EXPORT int jindo_interface(void) { return 1; }
+
 /* Use at most `wanted`; returns what is in use. */
 EXPORT int jindo_set_level(int wanted)
 {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import subprocess
 import sys
 
@@ -40,6 +42,28 @@ def test_without_the_library_the_reference_runs_and_says_so(monkeypatch):
         monkeypatch.undo()
         native.library.cache_clear()
         assert native.library() is not None
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(native, "INTERFACE", -1)
+    native.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="built from other sources than these"):
+            assert native.library() is None
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
+        assert native.library() is not None
+
+
+def test_the_interface_s_number_goes_with_its_functions(repo_root):
+    """Of all exported functions and the structs they take: where this changes, INTERFACE changes, here and in C."""
+    text = "".join(path.read_text() for path in sorted((repo_root / "kernels" / "csrc").glob("*.[ch]")))
+    functions = re.findall(r"^EXPORT [^;{]*\)", text, re.MULTILINE)
+    structs = re.findall(r"^typedef struct.*?^} \w+;", text, re.MULTILINE | re.DOTALL)
+    assert len(functions) > 15
+    digest = hashlib.sha256(re.sub(r"\s+", " ", "".join([*functions, *structs])).encode()).hexdigest()[:12]
+    assert (native.INTERFACE, digest) == (1, "66979d6a5387")
 
 
 def test_a_library_that_cannot_be_loaded_is_named(monkeypatch, tmp_path):

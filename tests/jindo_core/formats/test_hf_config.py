@@ -12,7 +12,8 @@ from jindo_core.errors import InputError
 from jindo_core.formats.gguf_writer import model_fields
 from jindo_core.formats.hf_config import bitsandbytes_config, hf_config
 from jindo_core.formats.meta_writer import meta_params
-from jindo_core.model import LlamaConfig, rope_frequencies
+from jindo_core.model import LlamaConfig
+from jindo_core.rotary import rope_frequencies
 
 CONFIG = LlamaConfig(
     vocab_size=32, hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4,
