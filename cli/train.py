@@ -6,7 +6,7 @@ from jindo_core.cli.flags import parse_flags
 from jindo_core.config import TrainConfig, resolve_train_config
 
 _DESCRIPTION = """\
-Fine-tune a LLaMA with LoRA on its 4-bit weights.
+Fine-tune a language model with LoRA on its 4-bit weights.
 Without flags: SmolLM2-135M on bundled Korean rows.
 [a / b]: the default with --base_model / without. Switches take --x, --x False
 or --no_x. In a flag's name - and _ are the same."""

@@ -138,19 +138,19 @@ class TrainConfig:
     quantize: Literal["nf4", "none"] = setting("nf4", _MEMORY, "how the base model is kept")
     double_quant: bool = setting(True, _MEMORY, "quantize NF4's scales too")
     max_memory_MB: int = setting(
-        0, _MEMORY, "budget on the device in MB, say 5400: what keeps it is chosen (0: none)", at_least=0
+        0, _MEMORY, "keep to N MB there, say 5400 (0: no limit)", at_least=0
     )
     gradient_checkpointing: bool = setting(False, _MEMORY, "less memory, a third more time")
     checkpointed_layers: int = setting(0, _MEMORY, "that, for the first N layers only", at_least=0)
-    offload_checkpoints: bool = setting(False, _MEMORY, "keep checkpointed layers' inputs on the host")
+    offload_checkpoints: bool = setting(False, _MEMORY, "keep those layers' inputs on the host")
     offload_embedding: bool = setting(False, _MEMORY, "keep the input embedding on the host")
     offload_head: bool = setting(False, _MEMORY, "stream the head from the host in slices")
     offload_layers: int = setting(0, _MEMORY, "stream N layers' weights from the host", at_least=0)
     offload_folder: str | None = setting(
-        None, _MEMORY, "existing disk folder for what is offloaded; left out: RAM", path=True, metavar="DIR"
+        None, _MEMORY, "for what is offloaded; left out: RAM", path=True, metavar="DIR"
     )
     resident_optimizer_MB: int | None = setting(
-        None, _MEMORY, "of AdamW's paged moments kept on the device; left out: what fits", at_least=0
+        None, _MEMORY, "of AdamW's moments on the device; left out: all", at_least=0
     )
     dtype: Literal["auto", "bf16", "fp32"] = setting("auto", _MEMORY, "of the arithmetic")
     device: str = setting("auto", _MEMORY, "auto, cpu, cuda or cuda:N", metavar="DEVICE")
