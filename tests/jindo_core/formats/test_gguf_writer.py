@@ -16,7 +16,8 @@ from jindo_core.errors import InputError
 from jindo_core.formats import open_checkpoint
 from jindo_core.formats.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, tokenizer_fields
 from jindo_core.formats.gguf_writer import model_fields, rope_factors, stored_tensors, verify_gguf, write_gguf
-from jindo_core.model import LlamaConfig, rope_frequencies
+from jindo_core.model import LlamaConfig
+from jindo_core.rotary import rope_frequencies
 
 CONFIG = LlamaConfig(
     vocab_size=32, hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4,
