@@ -425,4 +425,3 @@ def _done(view: ConversionView, target: Path, begun: float) -> None:
     said = f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
     count = f"{len(files)} file{'s' if len(files) > 1 else ''}"
     view.say(f"wrote {target}: {count}, {said}, read back and compared, {time.monotonic() - begun:.1f} s")
-

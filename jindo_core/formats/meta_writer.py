@@ -126,6 +126,7 @@ def verify_pth(file: Path, digests: Mapping[str, str]) -> None:
 
 # --- params.json ---------------------------------------------------------------------------------------
 
+
 def meta_params(config: ModelConfig) -> dict[str, Any]:
     """The contents of params.json; only what differs from Meta's defaults, for its first versions take no more.
 
