@@ -25,8 +25,10 @@ from jindo_core.streaming import LayerStream
 
 
 class ModelConfig(RotaryConfig, Protocol):
-    """What the engine asks of any architecture's configuration."""
+    """What the engine asks of any architecture's configuration; model_type as transformers calls the family."""
 
+    @property
+    def model_type(self) -> str: ...
     @property
     def vocab_size(self) -> int: ...
     @property

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from jindo_core.adapters import Adapter, base_of, read_adapter
+from jindo_core.architectures import build
+from jindo_core.causal_lm import ModelConfig
 from jindo_core.convert_config import ExportConfig, MergeConfig, QuantizeConfig
 from jindo_core.drift import TRAINED, held_out_examples, measure_drift
 from jindo_core.errors import InputError
@@ -27,14 +29,13 @@ from jindo_core.files import staged, sync_folder
 from jindo_core.formats import Checkpoint, open_checkpoint
 from jindo_core.formats.gguf_tokenizer import tokenizer_fields
 from jindo_core.formats.gguf_writer import is_finite, model_fields, stored_tensors, verify_gguf, write_gguf
-from jindo_core.formats.hf_config import bitsandbytes_config, hf_config
+from jindo_core.formats.hf_config import hf_config, nf4_config, require_bitsandbytes
 from jindo_core.formats.meta_writer import PARAMS, WEIGHTS, meta_params, verify_pth, write_pth
 from jindo_core.formats.names import rename, rows_to_pairs
 from jindo_core.formats.safetensors_writer import SafetensorsWriter, verify_safetensors
 from jindo_core.hub import resolve_model
 from jindo_core.loader import check_tensors, pick_device
 from jindo_core.merge import MergedCheckpoint, Onto
-from jindo_core.model import LlamaConfig, LlamaForCausalLM
 from jindo_core.nf4 import STATE_KEY
 from jindo_core.progress import ConversionView
 from jindo_core.run_record import RunRecord, read_run
@@ -45,7 +46,8 @@ SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-"""What belongs to a model beside its weights and configuration, and goes along unchanged."""
+"""What belongs to a model beside its weights and configuration, and goes along unchanged; also its own code (*.py), as
+LongLLaMA and the first Falcons have."""
 
 _DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 _MARKS = ("config.json", PARAMS)
@@ -55,12 +57,14 @@ _STATE_ROOM = 320  # bytes of a quant_state, whose numbers vary in length
 
 @dataclass(frozen=True)
 class Source:
-    """A model that is read: where it lies, its weights' names in order, and {path: (N, K)} of what NF4 quantizes."""
+    """A model that is read: where it lies, its weights' names in order, {path: (N, K)} of what NF4 quantizes, and the
+    name of its input embedding."""
 
     path: Path
     checkpoint: Checkpoint
     names: list[str]
     linears: dict[str, tuple[int, int]]
+    embedding: str
 
 
 def open_source(base_model: str | None) -> Source:
@@ -68,27 +72,31 @@ def open_source(base_model: str | None) -> Source:
     path = resolve_model(base_model)
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
-        model = LlamaForCausalLM(checkpoint.config)
+        model = build(checkpoint.config)
     check_tensors(model, checkpoint, path)
     linears = {
         name: (module.out_features, module.in_features)
-        for name, module in model.model.named_modules(prefix="model")
-        if isinstance(module, nn.Linear)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not model.lm_head
     }
-    return Source(path, checkpoint, [name for name, _ in model.named_parameters()], linears)
+    names = [name for name, _ in model.named_parameters()]
+    return Source(path, checkpoint, names, linears, f"{model.EMBEDDING}.weight")
 
 
 def run_quantize(config: QuantizeConfig) -> Path:
     """The `quantize` command: the layers' linear weights in NF4, everything else as it is.
 
     Returns:
-        The folder: config.json that transformers loads through bitsandbytes, safetensors under bitsandbytes' keys,
-        tokenizer files.
+        The folder: config.json that transformers loads through bitsandbytes (a Falcon's through our integration),
+        safetensors under bitsandbytes' keys, tokenizer files.
     Raises:
-        InputError: what is wrong with the model or the target; the target is as it was then.
+        InputError: what is wrong with the model or the target, or a Falcon for bitsandbytes; the target is as it was
+            then.
     """
     begun, view, device = time.monotonic(), ConversionView(), pick_device(config.device)
     source = open_source(config.base_model)
+    if config.format == "bitsandbytes":
+        require_bitsandbytes(source.checkpoint.config)
     target = _target(config.output_dir, source.path)
     if source.checkpoint.quantized:
         view.say(f"note: {source.path.name} holds NF4 already: its bytes are taken as they are")
@@ -111,11 +119,7 @@ def run_quantize(config: QuantizeConfig) -> Path:
                 for part, value in _quantized_parts(source, quantized, name).items():
                     writer.write(part, value)
                 advance(quantized.nbytes_of(name))
-        dtype = source.checkpoint.dtype_of("model.norm.weight")
-        double = any(name.endswith(".nested_absmax") for name in sizes)
-        described = hf_config(source.checkpoint.config, source.path, dtype)
-        described["quantization_config"] = bitsandbytes_config(dtype, double)
-        _write_json(folder / "config.json", described)
+        _write_json(folder / "config.json", _quantized_config(source, quantized, sizes))
         _copy_side_files(source.path, folder)
         sync_folder(folder)
         verify_safetensors(writer.written)
@@ -136,6 +140,15 @@ def _quantized_sizes(source: Source, quantized: MergedCheckpoint, name: str, dou
     if double_quant:
         sizes |= {f"{name}.nested_absmax": 4 * -(-blocks // 256), f"{name}.nested_quant_map": 1024}
     return sizes | {f"{name}.{STATE_KEY}": _STATE_ROOM}
+
+
+def _quantized_config(source: Source, quantized: MergedCheckpoint, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """config.json for tensors of these names."""
+    model, dtype = source.checkpoint.config, source.checkpoint.dtype_of(source.embedding)
+    double = any(name.endswith(".nested_absmax") for name in sizes)
+    whole = [path for path in source.linears if f"{path}.weight" not in quantized.nf4_names]
+    described = nf4_config(model, dtype, double_quant=double, whole=whole)
+    return hf_config(model, source.path, dtype) | {"quantization_config": described}
 
 
 def _quantized_parts(source: Source, quantized: MergedCheckpoint, name: str) -> dict[str, Tensor]:
@@ -169,12 +182,12 @@ def run_merge(config: MergeConfig) -> Path:
     target = _target(config.output_dir, source.path, Path(config.lora_weights))
     double = _double_quant(config.double_quant, run)
 
-    def merged(onto: Onto) -> MergedCheckpoint:
+    def merged(onto: Onto, adapter: Adapter | None) -> MergedCheckpoint:
         return MergedCheckpoint(
             source.checkpoint, adapter, onto, source.linears, double_quant=double, device=device
         )  # fmt: skip
 
-    chosen = merged(config.onto)
+    chosen = merged(config.onto, adapter)
     text = None
     if config.eval_rows:
         tokenizer = load_tokenizer(source.path)
@@ -183,14 +196,14 @@ def run_merge(config: MergeConfig) -> Path:
     _done(view, target, begun)
     if text is not None:
         examples, said = text
-        others = {_called(onto): merged(onto) for onto in _possible(source.checkpoint)}
+        others = {_called(onto): merged(onto, adapter) for onto in _possible(source.checkpoint)}
         # What is measured of the chosen one is what was written.
         written = MergedCheckpoint(open_checkpoint(target), None, "original", source.linears, device=device)
         others[_called(config.onto)] = written
         total = (1 + len(others)) * source.checkpoint.config.num_hidden_layers
         with view.bar("measuring drift", total, in_bytes=False) as advance:
             rows = measure_drift(
-                others, merged("nf4"), adapter, examples, tokenizer.pad_id, device, lambda: advance(1)
+                others, merged("nf4", None), adapter, examples, tokenizer.pad_id, device, lambda: advance(1)
             )  # fmt: skip
         assert rows[0].model == TRAINED
         view.drift([dataclasses.astuple(row) for row in rows], said)
@@ -251,7 +264,7 @@ def _write_safetensors(
                 value = _as(model, name, dtype)
                 writer.write(name, value)
                 advance(value.nbytes)
-        kept = _DTYPES[dtype] if dtype else model.dtype_of("model.norm.weight")
+        kept = _DTYPES[dtype] if dtype else model.dtype_of(source.embedding)
         _write_json(folder / "config.json", hf_config(model.config, source.path, kept))
         _copy_side_files(source.path, folder)
         sync_folder(folder)
@@ -263,25 +276,26 @@ def _write_meta(
     model: MergedCheckpoint, source: Source, target: Path, dtype: str | None, overwrite: bool, view: ConversionView
 ) -> None:
     params = meta_params(model.config)
-    kept = _DTYPES[dtype] if dtype else model.dtype_of("model.embed_tokens.weight")
+    kept = _DTYPES[dtype] if dtype else model.dtype_of(source.embedding)
     if kept not in _DTYPES.values():
         raise InputError(f"the model's weights are {kept}: give --dtype f32, bf16 or f16")
     name_of = {v: k for k, v in _DTYPES.items()}
     # Meta's code has a head of its own, also where it is the embedding.
-    names = [*source.names, *([] if "lm_head.weight" in source.names else ["lm_head.weight"])]
+    read_as = {name: name for name in source.names}
+    read_as.setdefault("lm_head.weight", source.embedding)
     shapes = {}
-    for name in names:
+    for name, ours in read_as.items():
         theirs = rename(name, "huggingface", "meta")
         if theirs is None:
             raise InputError(f"the tensor {name} has no name in Meta's LLaMA: give --format safetensors")
-        shapes[theirs] = model.shapes[_tied(model, name)]
+        shapes[theirs] = model.shapes[ours]
     total = sum(math.prod(shape) for shape in shapes.values()) * kept.itemsize
     with staged(target, overwrite=overwrite, needs=total + _side_bytes(source.path), marks=_MARKS) as folder:
         with view.bar("writing", total) as advance:
 
             def tensors() -> Iterator[Tensor]:
-                for name in names:
-                    value = _rotated_as_meta(_as(model, _tied(model, name), name_of[kept]), name, model.config)
+                for name, ours in read_as.items():
+                    value = _rotated_as_meta(_as(model, ours, name_of[kept]), name, model.config)
                     yield value
                     advance(value.nbytes)
 
@@ -293,12 +307,7 @@ def _write_meta(
         open_checkpoint(folder)
 
 
-def _tied(model: MergedCheckpoint, name: str) -> str:
-    """The name under which a weight is read: the embedding's for a head that is the embedding."""
-    return "model.embed_tokens.weight" if name == "lm_head.weight" and model.config.tie_word_embeddings else name
-
-
-def _rotated_as_meta(value: Tensor, name: str, config: LlamaConfig) -> Tensor:
+def _rotated_as_meta(value: Tensor, name: str, config: ModelConfig) -> Tensor:
     if ".q_proj." in name:
         return rows_to_pairs(value, config.num_attention_heads)
     return rows_to_pairs(value, config.num_key_value_heads) if ".k_proj." in name else value
@@ -308,6 +317,8 @@ def _write_gguf(
     model: MergedCheckpoint, source: Source, target: Path, dtype: str, overwrite: bool, view: ConversionView
 ) -> None:
     fields = model_fields(model.config, target.stem, dtype)
+    if window := model.config.window(0):
+        view.say(f"note: llama.cpp sees all tokens, this model the last {window}: beyond those, its text will differ")
     vocabulary, notes = tokenizer_fields(source.path, model.config.vocab_size)
     fields |= vocabulary
     for note in notes:
@@ -379,18 +390,21 @@ def _write_json(file: Path, value: Any) -> None:
 
 
 def _side_bytes(path: Path) -> int:
-    files = [path / name for name in SIDE_FILES] if path.is_dir() else []
-    return _SPARE + sum(file.stat().st_size for file in files if file.is_file())
+    return _SPARE + (sum(file.stat().st_size for file in _side_files(path)) if path.is_dir() else 0)
+
+
+def _side_files(folder: Path) -> list[Path]:
+    return [file for file in (*(folder / name for name in SIDE_FILES), *sorted(folder.glob("*.py"))) if file.is_file()]
 
 
 def _copy_side_files(path: Path, folder: Path) -> None:
     """Tokenizer and generation settings; out of a GGUF file the tokenizer that it brings."""
     if path.is_dir():
-        for name in SIDE_FILES:
-            if (path / name).is_file():
-                shutil.copyfile(path / name, folder / name)
-                if (path / name).read_bytes() != (folder / name).read_bytes():
-                    raise InputError(f"{folder / name} read back differs from {path / name}: the disk is faulty")
+        for file in _side_files(path):
+            copy = folder / file.name
+            shutil.copyfile(file, copy)
+            if file.read_bytes() != copy.read_bytes():
+                raise InputError(f"{copy} read back differs from {file}: the disk is faulty")
         return
     from transformers import AutoTokenizer
 
@@ -411,4 +425,3 @@ def _done(view: ConversionView, target: Path, begun: float) -> None:
     said = f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
     count = f"{len(files)} file{'s' if len(files) > 1 else ''}"
     view.say(f"wrote {target}: {count}, {said}, read back and compared, {time.monotonic() - begun:.1f} s")
-

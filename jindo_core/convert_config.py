@@ -36,7 +36,7 @@ class QuantizeConfig:
     base_model: str | None = setting(None, _MODEL, _SOURCE + "SmolLM2-135M", path=True, metavar="MODEL")
     output_dir: str | None = setting(None, _MODEL, "folder to write", path=True, metavar="DIR")
     format: Literal["jindo", "bitsandbytes"] = setting(
-        "jindo", _OUTPUT, "jindo: bitsandbytes' and a checksum a tensor; transformers loads both"
+        "jindo", _OUTPUT, "jindo: bitsandbytes' and a checksum a tensor; transformers loads both, Falcon from jindo"
     )
     double_quant: bool = setting(True, _OUTPUT, "quantize NF4's scales too")
     max_shard_size: str = _shard_setting()

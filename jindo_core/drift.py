@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jindo_core.adapters import Adapter
+from jindo_core.architectures import build
+from jindo_core.causal_lm import CausalLM
 from jindo_core.data.examples import IGNORE, Example, collate, encode_all
 from jindo_core.data.records import bundled_path, read_records, split_records
 from jindo_core.data.templates import load_template
@@ -23,7 +25,6 @@ from jindo_core.errors import InputError
 from jindo_core.hub import resolve_data
 from jindo_core.lora import LoraLinear
 from jindo_core.merge import MergedCheckpoint
-from jindo_core.model import LlamaConfig, LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear
 from jindo_core.run_record import RunRecord
 from jindo_core.tokenizer import Tokenizer
@@ -60,11 +61,12 @@ def measure_drift(
     """The loss of every model, and its distance from the first row's, which is the adapter on NF4.
 
     Args:
-        merged: {what it is called: a merged model}. trained: gives the base in NF4, and everything that is not.
+        merged: {what it is called: a merged model}. trained: the base in NF4, without the adapter.
         examples: held-out rows, run as one batch.
         on_layer: called after each layer of each model, (1 + len(merged)) * layers times.
     """
-    config = trained.config
+    with torch.device("meta"):
+        model = build(trained.config).requires_grad_(False).eval()
     batch = collate(examples, pad_id)
     ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
     counted = labels[:, 1:] != IGNORE
@@ -77,8 +79,8 @@ def measure_drift(
     with torch.no_grad():
         for name, linear in linears.items():
             source = merged.get(name, trained)
-            hidden[name] = _hidden_states(config, source, linear, ids, device, on_layer)[:, :-1][counted]
-        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+            hidden[name] = _hidden_states(model, source, linear, ids, device, on_layer)[:, :-1][counted]
+        head = f"{model.EMBEDDING}.weight" if trained.config.tie_word_embeddings else "lm_head.weight"
         weight = trained.read(head).to(device, torch.float32)
         return [_compare(name, states, hidden[TRAINED], weight, targets) for name, states in hidden.items()]
 
@@ -97,52 +99,63 @@ def _compare(name: str, states: Tensor, reference: Tensor, head: Tensor, targets
 
 
 def _hidden_states(
-    config: LlamaConfig,
+    model: CausalLM,
     source: MergedCheckpoint,
     linear: Callable[[str, nn.Linear], nn.Module],
     ids: Tensor,
     device: torch.device,
     on_layer: Callable[[], None],
 ) -> Tensor:
-    """[B, T] -> [B, T, C], fp32; `linear` makes a layer's linear module from its path and placeholder."""
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).model.requires_grad_(False).eval()
+    """[B, T] -> [B, T, C], fp32.
 
-    def fill(module: nn.Module, prefix: str) -> None:
-        """Read the parameters of everything but linear layers."""
-        for path, part in list(module.named_modules()):
-            for name in [] if isinstance(part, nn.Linear) else list(part._parameters):
-                value = source.read(".".join(filter(None, (prefix, path, name))))
-                setattr(part, name, nn.Parameter(value.to(device, torch.float32), requires_grad=False))
+    Args:
+        model: of placeholders, whose layers are that again afterwards.
+        linear: makes a layer's linear module from its path and placeholder.
+    """
+    root = model.LAYERS.rpartition(".")[0]
 
-    def load(prefix: str, layer: nn.Module) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            fill(layer, prefix)
+    def fill(path: str, part: nn.Module) -> None:
+        """Read a module's own parameters, which are no linear layer's."""
+        for name in list(part._parameters):
+            value = source.read(f"{path}.{name}").to(device, torch.float32)
+            setattr(part, name, nn.Parameter(value, requires_grad=False))
+
+    def load(prefix: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, *_: Any) -> None:
             for path, part in list(layer.named_modules()):
                 if isinstance(part, nn.Linear):
                     layer.set_submodule(path, linear(f"{prefix}.{path}", part).eval())
+                else:
+                    fill(".".join(filter(None, (prefix, path))), part)
 
         return hook
 
-    layers, model.layers = list(model.layers), nn.ModuleList()
-    fill(model, "model")
-    model.layers = nn.ModuleList(layers)
-    for i, layer in enumerate(layers):
+    def drop(layer: nn.Module) -> Callable[..., None]:
         empty = {path: part for path, part in layer.named_modules() if isinstance(part, nn.Linear)}
 
-        def drop(module: nn.Module, *_: Any, empty: dict[str, nn.Linear] = empty) -> None:
+        def hook(*_: Any) -> None:
             for path, part in empty.items():
-                module.set_submodule(path, part)
-            module.to_empty(device="meta")
+                layer.set_submodule(path, part)
+            layer.to_empty(device="meta")
             on_layer()
 
-        layer.register_forward_pre_hook(load(f"model.layers.{i}", layer))
-        layer.register_forward_hook(drop)
-    return model(ids)
+        return hook
+
+    for path, part in model.stack.named_modules(prefix=root):
+        if not path.startswith(f"{model.LAYERS}."):
+            fill(path, part)
+    hooks = []
+    for i, layer in enumerate(model.stack.layers):
+        hooks.append(layer.register_forward_pre_hook(load(f"{model.LAYERS}.{i}")))
+        hooks.append(layer.register_forward_hook(drop(layer)))
+    hidden: Tensor = model.stack(ids)
+    for hook in hooks:
+        hook.remove()
+    return hidden
 
 
-def _whole_linear(source: MergedCheckpoint, device: torch.device) -> Callable[[str, nn.Linear], nn.Module]:
-    def make(path: str, meta: nn.Linear) -> nn.Module:
+def _whole_linear(source: MergedCheckpoint, device: torch.device) -> Callable[[str, nn.Linear], nn.Linear]:
+    def make(path: str, meta: nn.Linear) -> nn.Linear:
         full = nn.Linear(meta.in_features, meta.out_features, bias=meta.bias is not None, device="meta")
         for name in dict(full.named_parameters()):
             value = source.read(f"{path}.{name}").to(device, torch.float32)
@@ -155,9 +168,13 @@ def _whole_linear(source: MergedCheckpoint, device: torch.device) -> Callable[[s
 def _trained_linear(
     source: MergedCheckpoint, adapter: Adapter, path: str, meta: nn.Linear, device: torch.device
 ) -> nn.Module:
-    """The layer as training had it: NF4, and the adapter's matrices beside it."""
-    bias = None if meta.bias is None else source.read(f"{path}.bias").to(device, torch.float32)
-    base = NF4Linear(source.quantize(f"{path}.weight").to(device), bias)
+    """The layer as training had it: NF4, or whole where the base's own files leave it so, and the adapter's matrices
+    beside it."""
+    if f"{path}.weight" in source.nf4_names:
+        bias = None if meta.bias is None else source.read(f"{path}.bias").to(device, torch.float32)
+        base: nn.Linear = NF4Linear(source.quantize(f"{path}.weight").to(device), bias)
+    else:
+        base = _whole_linear(source, device)(path, meta)
     if path not in adapter.pairs:
         return base
     a, b = adapter.pairs[path]

@@ -60,6 +60,11 @@ class FalconConfig:
     rope: Mapping[str, Any] | None = None
     memory: LongMemory | None = None
 
+    @property
+    def model_type(self) -> str:
+        """transformers' name for the family, whatever the first releases say."""
+        return MODEL_TYPES[0]
+
     def window(self, layer: int) -> int | None:
         """None: every layer's queries see all keys up to their own."""
         return None

@@ -18,12 +18,14 @@ from jindo_core.nf4 import STATE_KEY, NF4Weight, described_state
 
 STATE_PREFIX = "quant_state.bitsandbytes__"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE_KEY)
+OUR_METHOD = "jindo_nf4"
+"""config.json's quant_method of what `jindo_core.integrations` saves: the same tensors."""
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """bitsandbytes' own."""
 
 
 def check_quantization(raw: Mapping[str, Any], file: Path) -> None:
-    """See that a config.json's quantization, if it has one, is bitsandbytes' NF4.
+    """See that a config.json's quantization, if it has one, is bitsandbytes' NF4 or ours.
 
     Raises:
         InputError: another method, 8 bits, or FP4.
@@ -34,6 +36,8 @@ def check_quantization(raw: Mapping[str, Any], file: Path) -> None:
     if not isinstance(settings, Mapping):
         raise InputError(f"{file} has quantization_config {settings!r}, expected an object")
     method = settings.get("quant_method", "bitsandbytes")
+    if method == OUR_METHOD:
+        return
     if method != "bitsandbytes":
         raise InputError(f"{file} is quantized with {method!r}: expected bitsandbytes' NF4, or the 16-bit original")
     if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):

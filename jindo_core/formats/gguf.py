@@ -112,6 +112,7 @@ class GGUFCheckpoint:
             "rope_theta": self._field(f"{kind}.rope.freq_base", 10000.0),
             "tie_word_embeddings": "lm_head.weight" not in self.shapes,
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.shapes,
+            "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self.shapes,
         }
         config = LlamaConfig.from_dict(raw | {"rope_scaling": self._read_rope(kind)})
         if "rope_freqs.weight" in self._tensors:

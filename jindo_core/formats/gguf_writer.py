@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jindo_core.causal_lm import ModelConfig
 from jindo_core.errors import InputError
 from jindo_core.formats.checksums import checksum, verify
 from jindo_core.formats.gguf import GGUF_FAULTS
 from jindo_core.formats.hf_config import require_llama
 from jindo_core.formats.names import rename, rows_to_pairs
-from jindo_core.model import LlamaConfig
-from jindo_core.rotary import rope_frequencies
+from jindo_core.rotary import RotaryConfig, rope_frequencies
 
 ROPE_FACTORS = "rope_freqs.weight"
 TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -76,51 +76,72 @@ def _encoded(value: Tensor, stored: _Stored) -> np.ndarray[Any, Any]:
     return cast.view(torch.uint8).numpy()
 
 
-def model_fields(config: LlamaConfig, name: str, dtype: str) -> dict[str, Any]:
-    """The `general.*` and `llama.*` entries.
+def architecture(config: ModelConfig) -> str:
+    """The model's name in llama.cpp, which calls a Mistral llama."""
+    return "qwen2" if config.model_type == "qwen2" else "llama"
+
+
+def model_fields(config: ModelConfig, name: str, dtype: str) -> dict[str, Any]:
+    """The `general.*` entries and the architecture's own.
 
     Raises:
-        InputError: another family than LLaMA, or a RoPE scaling that llama.cpp has no entry for.
+        InputError: a family that is not LLaMA-shaped, memory layers, a Qwen2 with a window, or a RoPE scaling that
+            llama.cpp has no entry for.
     """
     from gguf.constants import LlamaFileType
 
-    require_llama(config, "GGUF")
+    config, kind = require_llama(config, "GGUF"), architecture(config)
     kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
     fields: dict[str, Any] = {
         "general.type": "model",
         "general.name": name,
         "general.file_type": int(LlamaFileType[kinds[dtype]]),
         "general.quantization_version": 2,
-        "llama.block_count": config.num_hidden_layers,
-        "llama.context_length": config.max_position_embeddings,
-        "llama.embedding_length": config.hidden_size,
-        "llama.feed_forward_length": config.intermediate_size,
-        "llama.attention.head_count": config.num_attention_heads,
-        "llama.attention.head_count_kv": config.num_key_value_heads,
-        "llama.attention.key_length": config.head_dim,
-        "llama.attention.value_length": config.head_dim,
-        "llama.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "llama.rope.freq_base": float(config.rope_theta),
-        "llama.rope.dimension_count": config.head_dim,
-        "llama.vocab_size": config.vocab_size,
     }
+    sizes: dict[str, Any] = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.freq_base": float(config.rope_theta),
+        "rope.dimension_count": config.head_dim,
+        "vocab_size": config.vocab_size,
+    }
+    if config.sliding_window is not None:
+        if kind == "qwen2":
+            raise InputError(
+                "the model is a 'qwen2' with a sliding window, which llama.cpp has not: give --format safetensors"
+            )
+        sizes["attention.sliding_window"] = config.sliding_window
+    return fields | {f"{kind}.{key}": value for key, value in (sizes | _rope_entries(config, kind)).items()}
+
+
+def _rope_entries(config: ModelConfig, architecture: str) -> dict[str, Any]:
     rope = config.rope or {"rope_type": "default"}
     kind = rope["rope_type"]
-    if kind in ("linear", "yarn"):
-        fields["llama.rope.scaling.type"] = kind
-        context = rope.get("original_max_position_embeddings", config.max_position_embeddings)
-        fields["llama.rope.scaling.factor"] = float(rope.get("factor") or config.max_position_embeddings / context)
-        if kind == "yarn":
-            fields["llama.rope.scaling.original_context_length"] = context
-    elif kind not in ("default", "llama3", "factors"):
-        raise InputError(f"the model's RoPE scaling {kind!r} has no place in GGUF: give --format safetensors")
+    if kind == "default" or (kind in ("llama3", "factors") and architecture == "llama"):
+        return {}
+    if kind not in ("linear", "yarn"):
+        raise InputError(
+            f"the model's RoPE scaling {kind!r} has no place in GGUF's {architecture}: give --format safetensors"
+        )
     extra = set(rope) - {"rope_type", "factor", "original_max_position_embeddings", "type"}
     if kind == "yarn" and any(rope[key] is not None for key in extra):
         raise InputError(f"the model's yarn settings {sorted(extra)} have no place in GGUF: give --format safetensors")
-    return fields
+    context = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    entries = {
+        "rope.scaling.type": kind,
+        "rope.scaling.factor": float(rope.get("factor") or config.max_position_embeddings / context),
+    }
+    return entries | ({"rope.scaling.original_context_length": context} if kind == "yarn" else {})
 
 
-def rope_factors(config: LlamaConfig) -> Tensor | None:
+def rope_factors(config: RotaryConfig) -> Tensor | None:
     """Divisors of the rotary frequencies, fp32 [D/2], where llama.cpp takes them as a tensor (Llama 3)."""
     if (config.rope or {}).get("rope_type") not in ("llama3", "factors"):
         return None
@@ -132,7 +153,7 @@ def rope_factors(config: LlamaConfig) -> Tensor | None:
 def write_gguf(
     file: Path,
     fields: Mapping[str, Any],
-    config: LlamaConfig,
+    config: ModelConfig,
     stored: Sequence[_Stored],
     read: Callable[[str], Tensor],
 ) -> dict[str, str]:
@@ -140,7 +161,7 @@ def write_gguf(
 
     Args:
         fields: entries (`model_fields`, `tokenizer_fields`). stored: `stored_tensors`.
-        read: gives a tensor by its name in Hugging Face's LLaMA.
+        read: gives a tensor by its name in Hugging Face's layout.
     Returns:
         {name: checksum} of the tensors' bytes.
     """
@@ -148,7 +169,7 @@ def write_gguf(
     from gguf.constants import GGMLQuantizationType
 
     factors = rope_factors(config)
-    writer = GGUFWriter(file, "llama")
+    writer = GGUFWriter(file, architecture(config))
     for name, value in fields.items():
         writer.add_key_value(name, value, *_types(value))
     if factors is not None:
@@ -172,8 +193,11 @@ def write_gguf(
     return digests
 
 
-def _permuted(read: Callable[[str], Tensor], name: str, config: LlamaConfig) -> Tensor:
+def _permuted(read: Callable[[str], Tensor], name: str, config: ModelConfig) -> Tensor:
+    """A tensor with its rows as llama.cpp has them: a LLaMA's q and k in pairs, a Qwen2's as they are."""
     value = read(name)
+    if architecture(config) == "qwen2":
+        return value
     if ".q_proj." in name:
         return rows_to_pairs(value, config.num_attention_heads)
     return rows_to_pairs(value, config.num_key_value_heads) if ".k_proj." in name else value

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from jindo_core.causal_lm import ModelConfig
 from jindo_core.errors import InputError
 from jindo_core.files import read_json
+from jindo_core.formats.bitsandbytes import OUR_METHOD
 from jindo_core.model import LlamaConfig
 from jindo_core.rotary import rope_frequencies
 
 
-def hf_config(config: LlamaConfig, source: Path, dtype: torch.dtype) -> dict[str, Any]:
+def hf_config(config: ModelConfig, source: Path, dtype: torch.dtype) -> dict[str, Any]:
     """The contents of config.json: those of the source's where it has one, else made from `config`.
 
     Args:
@@ -28,34 +30,42 @@ def hf_config(config: LlamaConfig, source: Path, dtype: torch.dtype) -> dict[str
 
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+UNSEEN = ("falcon",)
+"""Families whose linear layers are a subclass of nn.Linear, which transformers' bitsandbytes passes over."""
 
 
-def family(config: LlamaConfig) -> str:
-    """config.json's model_type: "llama" where a configuration does not tell families apart."""
-    return str(vars(config).get("model_type", "llama"))
-
-
-def require_llama(config: LlamaConfig, format: str) -> None:
-    """Refuse a model that is no LLaMA, for a format whose rules are written for LLaMA alone: q and k of another family
-    may lie in another order, or its windows be forgotten, and the text still look right.
+def require_llama(config: ModelConfig, format: str) -> LlamaConfig:
+    """The configuration, of a model that a format's rules for LLaMA's shape hold for.
 
     Raises:
-        InputError: another family, or a LLaMA of which some layers see a window only.
+        InputError: another family, or a LongLLaMA whose memory would be forgotten while the text still looks right.
     """
-    if family(config) not in ("llama", "mistral") or vars(config).get("sliding_window") is not None:
+    if not isinstance(config, LlamaConfig) or config.memory is not None:
+        what = f"a {config.model_type!r}" + ("" if config.memory is None else " with memory layers")
+        raise InputError(f"the model is {what}, which {format} has no place for: give --format safetensors")
+    return config
+
+
+def require_bitsandbytes(config: ModelConfig) -> None:
+    """Refuse a model whose quantized weights transformers would not load through bitsandbytes.
+
+    Raises:
+        InputError: a Falcon.
+    """
+    if config.model_type in UNSEEN:
         raise InputError(
-            f"the model is a {family(config)!r} or sees a window only, expected a LLaMA for {format}: give --format "
-            "safetensors"
+            f"the model is a {config.model_type!r}, of which bitsandbytes finds no linear layer to read NF4 into: give "
+            "--format jindo, which transformers loads with jindo_core.integrations"
         )
 
 
-def _made(config: LlamaConfig) -> dict[str, Any]:
-    eos = config.eos_token_ids
-    if family(config) not in ARCHITECTURES:
-        raise InputError(f"no config.json can be made for a {family(config)!r}: take the model from its source")
+def _made(config: ModelConfig) -> dict[str, Any]:
+    kind, eos = config.model_type, config.eos_token_ids
+    if not isinstance(config, LlamaConfig) or kind not in ARCHITECTURES:
+        raise InputError(f"no config.json can be made for a {kind!r}: take the model from its source")
     raw: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[family(config)]],
-        "model_type": family(config),
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
         "hidden_act": "silu",
         **{
             name: getattr(config, name)
@@ -66,6 +76,8 @@ def _made(config: LlamaConfig) -> dict[str, Any]:
             )
         },
     }  # fmt: skip
+    if kind != "llama":  # whose absent window would be 4096
+        raw |= {"sliding_window": config.sliding_window}
     if config.rope is not None:
         raw["rope_scaling"] = _named_scaling(config)
     if eos:
@@ -89,11 +101,25 @@ def _named_scaling(config: LlamaConfig) -> dict[str, Any]:
     return rule
 
 
-def bitsandbytes_config(dtype: torch.dtype, double_quant: bool) -> Mapping[str, Any]:
+def nf4_config(config: ModelConfig, dtype: torch.dtype, *, double_quant: bool, whole: Sequence[str]) -> dict[str, Any]:
+    """config.json's quantization_config: bitsandbytes', or ours (`JindoNF4Config`) where that would find no layer.
+
+    Args:
+        dtype: of the arithmetic. whole: paths of linear layers, beside the head, that are not quantized.
+    """
+    if config.model_type not in UNSEEN:
+        return bitsandbytes_config(dtype, double_quant, whole)
+    return {
+        "block_size": 64, "compute_dtype": None, "double_quant": double_quant, "modules_to_not_convert": None,
+        "quant_method": OUR_METHOD,
+    }  # fmt: skip
+
+
+def bitsandbytes_config(dtype: torch.dtype, double_quant: bool, whole: Sequence[str] = ()) -> dict[str, Any]:
     """config.json's quantization_config, as transformers writes it for bitsandbytes' NF4.
 
     Args:
-        dtype: of the arithmetic.
+        dtype: of the arithmetic. whole: paths of linear layers, beside the head, that are not quantized.
     """
     return {
         "_load_in_4bit": True,
@@ -104,7 +130,7 @@ def bitsandbytes_config(dtype: torch.dtype, double_quant: bool) -> Mapping[str, 
         "bnb_4bit_use_double_quant": double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None,
+        "llm_int8_skip_modules": [*whole, "lm_head"] if whole else None,
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,

@@ -182,14 +182,20 @@ def _config(params: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: 
 
 
 def _rope_scaling(params: dict[str, Any]) -> dict[str, Any] | None:
-    """LLaMA 3.1's scaling. Meta gives no factor: it is 32 in the small models of 3.2 (1B and 3B), else 8."""
+    """LLaMA 3.1's scaling."""
     if not params.get("use_scaled_rope"):
         return None
-    factor = params.get("rope_scaling_factor") or (32.0 if params["dim"] in (2048, 3072) else 8.0)
+    factor = params.get("rope_scaling_factor") or implied_factor(params["dim"])
     return {
         "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
         "high_freq_factor": params.get("rope_high_freq_factor") or 4.0, "original_max_position_embeddings": 8192,
     }  # fmt: skip
+
+
+def implied_factor(dim: int) -> float:
+    """The scaling's factor where params.json gives none, as Meta's do: 32 in the small models of LLaMA 3.2 (1B and 3B),
+    else 8."""
+    return 32.0 if dim in (2048, 3072) else 8.0
 
 
 def _context(params: dict[str, Any], vocabulary: int) -> int:

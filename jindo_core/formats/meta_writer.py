@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jindo_core.causal_lm import ModelConfig
 from jindo_core.errors import InputError
 from jindo_core.formats.checksums import checksum, verify
 from jindo_core.formats.hf_config import require_llama
+from jindo_core.formats.meta import implied_factor
 from jindo_core.formats.torch_file import read_records
-from jindo_core.model import LlamaConfig
 
 WEIGHTS, PARAMS = "consolidated.00.pth", "params.json"
 _ALIGNMENT = 64
@@ -125,13 +126,20 @@ def verify_pth(file: Path, digests: Mapping[str, str]) -> None:
 
 # --- params.json ---------------------------------------------------------------------------------------
 
-def meta_params(config: LlamaConfig) -> dict[str, Any]:
+
+def meta_params(config: ModelConfig) -> dict[str, Any]:
     """The contents of params.json; only what differs from Meta's defaults, for its first versions take no more.
 
     Raises:
-        InputError: something that Meta's code can't do: biases, other head sizes, another RoPE scaling than Llama 3's.
+        InputError: something that Meta's code can't do: other families, windows, biases, other head sizes, another
+            RoPE scaling than Llama 3's.
     """
-    require_llama(config, "Meta's format")
+    config = require_llama(config, "Meta's format")
+    if config.sliding_window is not None:
+        raise InputError(
+            f"the model sees {config.sliding_window} tokens, which Meta's format has no place for: give --format "
+            "safetensors"
+        )
     if config.attention_bias or config.mlp_bias:
         raise InputError("the model has biases, which Meta's format has no place for: give --format safetensors")
     if config.head_dim * config.num_attention_heads != config.hidden_size:
@@ -163,9 +171,8 @@ def _scaled_rope(rope: Mapping[str, Any], dim: int) -> dict[str, Any]:
             f"the model's RoPE scaling {dict(rope)} is not the one that Meta's code has (llama3, 1, 4, 8192): give "
             "--format safetensors"
         )
-    scaled: dict[str, Any] = {"use_scaled_rope": True}
-    # 8 where nothing is said, but small models (3.2's) are taken to have 32.
-    return scaled if rope["factor"] == 8 and dim >= 4096 else scaled | {"rope_scaling_factor": rope["factor"]}
+    implied = rope["factor"] == implied_factor(dim)
+    return {"use_scaled_rope": True} | ({} if implied else {"rope_scaling_factor": rope["factor"]})
 
 
 def _feed_forward(dim: int, width: int) -> dict[str, Any]:

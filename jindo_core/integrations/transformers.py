@@ -21,10 +21,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
 from jindo_core.errors import InputError, nearest
+from jindo_core.formats.bitsandbytes import OUR_METHOD as METHOD
 from jindo_core.integrations.patch import mark_as_4bit, quantizable
 from jindo_core.nf4 import STATE_KEY, NF4Linear, NF4Weight, quantize_nf4
 
-METHOD = "jindo_nf4"
 PARTS = ("weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax", f"weight.{STATE_KEY}")
 """What stands beside `weight` in a checkpoint."""
 

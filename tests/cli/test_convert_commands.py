@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from transformers import FalconConfig, FalconForCausalLM
 
 from jindo_core.adapters import save_adapter
 from jindo_core.cli.main import main
@@ -99,3 +101,36 @@ def test_help_needs_no_torch(command):
     assert done.stdout.endswith("0 False\n")
     for flag in ("--base_model", "--overwrite", "examples:"):
         assert flag in done.stdout
+
+
+@pytest.fixture
+def falcon(stories260k, tmp_path):
+    """A random Falcon of the 7B's layout, with stories260K's tokenizer and an adapter."""
+    folder, sizes = tmp_path / "falcon", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    FalconForCausalLM(FalconConfig(vocab_size=512, **sizes)).save_pretrained(folder)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(stories260k / name, folder / name)
+    model = load_model(folder, dtype="fp32", device="cpu")
+    attach_lora(model, r=2, alpha=4, target_modules="all-linear")
+    for _, layer in adapted_layers(model):
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return folder, save_adapter(model, tmp_path / "adapter", base_model=str(folder))
+
+
+def test_a_falcon_and_what_has_no_place_for_it(falcon, tmp_path, capsys):
+    base, adapter = falcon
+    place = ["--output_dir", str(tmp_path / "m")]
+    assert main(["merge", "--lora_weights", str(adapter), *place, "--onto=original", "--eval_rows=2"]) == 0
+    said = capsys.readouterr().out
+    for part in ("read back and compared", "adapter on NF4, as trained", "merged onto the original", "merged onto NF4"):
+        assert part in said
+    quantize = ["quantize", "--base_model", str(tmp_path / "m"), "--output_dir", str(tmp_path / "q")]
+    assert main(quantize) == 0
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "jindo_nf4"
+    assert config["multi_query"] is True
+    fails(capsys, [*quantize, "--overwrite", "--format=bitsandbytes"], "bitsandbytes finds no linear layer")
+    export = ["export", "--base_model", str(base), "--format"]
+    fails(capsys, [*export, "meta", "--output_dir", str(tmp_path / "x")], "which Meta's format has no place for")
+    fails(capsys, [*export, "gguf", "--output_file", str(tmp_path / "x.gguf")], "which GGUF has no place for")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from jindo_core.errors import InputError
+from jindo_core.falcon import FalconConfig
 from jindo_core.formats.gguf_writer import model_fields
-from jindo_core.formats.hf_config import bitsandbytes_config, hf_config
+from jindo_core.formats.hf_config import bitsandbytes_config, hf_config, nf4_config
 from jindo_core.formats.meta_writer import meta_params
+from jindo_core.integrations.transformers import JindoNF4Config
+from jindo_core.long_memory import LongMemory
 from jindo_core.model import LlamaConfig
 from jindo_core.rotary import rope_frequencies
 
@@ -55,10 +56,46 @@ def test_quantization_as_transformers_writes_it(double):
     assert bitsandbytes_config(torch.float16, double) == theirs.to_dict()
 
 
-@pytest.mark.parametrize("more", [{"model_type": "qwen2"}, {"model_type": "mistral", "sliding_window": 4096}])
-def test_other_families_are_refused_where_llamas_rules_would_be_wrong(more):
-    config = SimpleNamespace(**vars(CONFIG) | more)
-    with pytest.raises(InputError, match="expected a LLaMA for GGUF: give --format safetensors"):
-        model_fields(config, "x", "f16")
-    with pytest.raises(InputError, match="expected a LLaMA for Meta's format"):
-        meta_params(config)
+def test_ours_as_our_integration_writes_it():
+    falcon = FalconConfig(
+        vocab_size=32, hidden_size=64, ffn_hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=1, norms=1,
+    )  # fmt: skip
+    assert nf4_config(falcon, torch.float16, double_quant=False, whole=[]) == JindoNF4Config(False).to_dict()
+    assert nf4_config(CONFIG, torch.float16, double_quant=True, whole=[]) == bitsandbytes_config(torch.float16, True)
+
+
+def test_a_made_mistral_keeps_its_window(tmp_path):
+    """Absent, it would be transformers' 4096."""
+    for window in (None, 7):
+        types = () if window is None else ("sliding_attention",)
+        more = {"model_type": "mistral", "sliding_window": window, "layer_types": types}
+        config = LlamaConfig(**vars(CONFIG) | more)
+        raw = hf_config(config, tmp_path / "x.gguf", torch.float16)
+        assert LlamaConfig.from_dict(raw) == config
+        assert AutoConfig.for_model(**raw).sliding_window == window
+
+
+MEMORY = LongMemory(layers=(0,), context=2048)
+
+
+@pytest.mark.parametrize(
+    ("more", "meta", "gguf"),
+    [
+        ({"model_type": "longllama"}, None, None),
+        ({"model_type": "longllama", "memory": MEMORY}, "a 'longllama' with memory layers", "with memory layers"),
+        ({"model_type": "mistral"}, None, None),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sees 4096 tokens", None),
+        ({"model_type": "qwen2", "attention_bias": True}, "has biases", None),
+        ({"model_type": "qwen2", "attention_bias": True, "sliding_window": 9}, "sees 9", "a 'qwen2' with a sliding"),
+        ({"model_type": "qwen2", "attention_bias": True, "rope": LLAMA3}, "has biases", "'llama3' has no place in"),
+    ],
+)
+def test_families_are_refused_where_their_text_would_be_wrong(more, meta, gguf):
+    config = LlamaConfig(**vars(CONFIG) | more)
+    for job, message in ((lambda: meta_params(config), meta), (lambda: model_fields(config, "x", "f16"), gguf)):
+        if message is None:
+            job()
+            continue
+        with pytest.raises(InputError, match=f"{message}.*: give --format safetensors$"):
+            job()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from jindo_core.errors import InputError
+from jindo_core.formats.meta import _rope_scaling
 from jindo_core.formats.meta_writer import meta_params, verify_pth, write_pth
 from jindo_core.model import LlamaConfig
 
@@ -103,6 +104,20 @@ def test_only_what_differs_from_the_defaults_is_named():
     assert "rope_scaling_factor" not in meta_params(config(rope=rope))
     assert meta_params(config(rope=rope | {"factor": 32.0}))["rope_scaling_factor"] == 32.0
     assert meta_params(config(2048, 8192, rope=rope))["rope_scaling_factor"] == 8.0
+
+
+@pytest.mark.parametrize("dim", [1024, 2048, 3072, 4096, 8192])
+@pytest.mark.parametrize("factor", [8.0, 16.0, 32.0])
+def test_the_scaling_factor_comes_back(dim, factor):
+    """Named or not: the reader's rule is that of what Meta published."""
+    rope = {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    params = meta_params(config(dim, 4 * dim, rope=rope))
+    assert _rope_scaling(params) == rope
+    published = (dim in (2048, 3072) and factor == 32) or (dim in (4096, 8192) and factor == 8)
+    assert not (published and "rope_scaling_factor" in params)
 
 
 @pytest.mark.parametrize(
