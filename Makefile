@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: train test test-slow bench plots gpu lint clean help
+.PHONY: train test test-slow test-llama bench plots gpu lint clean help
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -36,6 +36,10 @@ test: $(VENV)/.installed-dev ## lint, types, and every test that needs no GPU (u
 
 test-slow: $(VENV)/.installed-dev ## the long tests: real training runs against the peers
 	$(BIN)/python -m pytest -q -m slow
+
+test-llama: $(VENV)/.installed-dev ## exported GGUF files in llama.cpp, built from source first (cmake, some twelve minutes)
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e ".[llama]"
+	$(BIN)/python -m pytest -q -m slow tests/jindo_core/test_llama_cpp.py
 
 bench: $(VENV)/.installed-dev ## kernel throughput beside the peers that are installed
 	$(BIN)/python -m pytest -q bench

@@ -26,6 +26,9 @@ from jindo_core.streaming import LayerStream
 
 CUDA_CONTEXT = CONTEXT
 
+CPU_PRODUCTS = 36 << 20
+"""Bytes that a CPU's process grows by beside its tensors: matrix products that oneDNN compiles, one for every shape."""
+
 T = TypeVar("T")
 
 

@@ -23,6 +23,7 @@ from jindo_core.hub import resolve_data, resolve_model
 from jindo_core.loader import load_model, pick_device, pick_dtype
 from jindo_core.lora import attach_lora
 from jindo_core.memory import (
+    CPU_PRODUCTS,
     CUDA_CONTEXT,
     Relief,
     current_bytes,
@@ -131,7 +132,7 @@ def _plan(
     cuda = device.type == "cuda"
     itemsize = pick_dtype(config.dtype, device).itemsize
     length = -(-max(len(example.input_ids) for example in examples) // 8) * 8
-    process = CUDA_CONTEXT if cuda else current_bytes(device)
+    process = CUDA_CONTEXT if cuda else current_bytes(device) + CPU_PRODUCTS
     wanted = dataclasses.replace(
         job_of(config, sizes_of(architecture), length=length, itemsize=itemsize, context=process),
         micro_batch=min(config.micro_batch_size, rows), on_cuda=cuda,
