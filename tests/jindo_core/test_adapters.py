@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, LlamaConfig
 from transformers import LlamaForCausalLM as TheirLlama
 
 from jindo_core import adapters
@@ -359,6 +359,21 @@ def test_modules_to_save_go_both_ways(tmp_path, tied, offloaded, modules):
     torch.testing.assert_close(logits_of(theirs), expected, rtol=1e-5, atol=1e-5)
     again = load_adapter(load_model(tmp_path / "base", quantize=None, dtype="fp32", device="cpu"), tmp_path / "ours")
     torch.testing.assert_close(logits_of(again), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_falcons_embedding_has_another_name(tmp_path, tied):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6}
+    FalconForCausalLM(FalconConfig(**sizes, tie_word_embeddings=tied)).save_pretrained(tmp_path / "base")
+    expected = train_with_peft(tmp_path / "base", tmp_path / "theirs", ["word_embeddings", "lm_head"])
+    model = load_model(tmp_path / "base", quantize=None, dtype="fp32", device="cpu")
+    torch.testing.assert_close(logits_of(load_adapter(model, tmp_path / "theirs")), expected, rtol=1e-5, atol=1e-5)
+    save_adapter(model, tmp_path / "ours")
+    assert same_tensors(tmp_path / "theirs", tmp_path / "ours")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(back, tmp_path / "ours").eval()
+    torch.testing.assert_close(logits_of(theirs), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_head_that_does_not_fit_is_refused(tmp_path):
