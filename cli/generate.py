@@ -17,7 +17,8 @@ Switches take --x, --x False or --no_x. In a flag's name - and _ are the same.""
 _EPILOG = """\
 examples:
   jindo-core generate --lora_weights ./lora-korean --instruction '봄에 대해 한 문장으로 써 줘.'
-  jindo-core generate --base_model ./my-llama < question.txt"""
+  jindo-core generate --base_model ./my-llama < question.txt
+  jindo-core generate --lora_weights ./lora-7b --offload_layers 16 --offload_head   # on a GPU that is too small"""
 
 
 def run(argv: list[str]) -> int:

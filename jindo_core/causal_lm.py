@@ -210,13 +210,15 @@ def _attention_mask(
 class CausalLMOutput:
     """What the model returns: `.loss` (fp32 scalar, or None without labels) and `.logits` [B, T, V].
 
-    With labels the logits are made only when asked for: the loss never needs them whole.
+    With labels the logits are made only when asked for: the loss never needs them whole. Those of a `StreamedHead` give
+    no gradient: its loss does, from labels.
     """
 
     def __init__(self, hidden: Tensor, head: nn.Module, loss: Tensor | None) -> None:
         self.loss = loss
-        self._hidden, self._head = hidden, head
-        self._logits = head(hidden) if loss is None else None
+        # A streamed head's slices are gone when a backward pass comes.
+        self._hidden, self._head = hidden.detach() if isinstance(head, StreamedHead) else hidden, head
+        self._logits = head(self._hidden) if loss is None else None
 
     @property
     def logits(self) -> Tensor:

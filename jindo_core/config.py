@@ -217,6 +217,12 @@ class GenerateConfig:
 
     quantize: Literal["nf4", "none"] = setting("nf4", _MEMORY, "how the base model is kept")
     double_quant: bool = setting(True, _MEMORY, "quantize NF4's scales too")
+    offload_embedding: bool = setting(False, _MEMORY, "keep the input embedding on the host")
+    offload_head: bool = setting(False, _MEMORY, "stream the head from the host in slices")
+    offload_layers: int = setting(0, _MEMORY, "stream N layers' weights from the host", at_least=0)
+    offload_folder: str | None = setting(
+        None, _MEMORY, "for what is offloaded; left out: RAM", path=True, metavar="DIR"
+    )
     dtype: Literal["auto", "bf16", "fp32"] = setting("auto", _MEMORY, "of the arithmetic")
     device: str = setting("auto", _MEMORY, "auto, cpu, cuda or cuda:N", metavar="DEVICE")
 

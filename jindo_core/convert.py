@@ -351,7 +351,9 @@ def _open_adapted(base_model: str | None, lora_weights: str) -> tuple[Source, Ad
         raise InputError(f"lora_weights {lora_weights} is no folder: expected one that holds a LoRA adapter")
     run = read_run(lora_weights)
     source = open_source(base_model or (run.base_model if run else base_of(lora_weights)))
-    return source, read_adapter(lora_weights, source.linears), run
+    shape = source.checkpoint.shapes[source.embedding]
+    ends = {"lm_head": shape, source.embedding.removesuffix(".weight"): shape}
+    return source, read_adapter(lora_weights, source.linears, ends), run
 
 
 def _double_quant(given: bool | None, run: RunRecord | None) -> bool:

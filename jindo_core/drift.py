@@ -79,18 +79,35 @@ def measure_drift(
     with torch.no_grad():
         for name, linear in linears.items():
             source = merged.get(name, trained)
-            hidden[name] = _hidden_states(model, source, linear, ids, device, on_layer)[:, :-1][counted]
-        head = f"{model.EMBEDDING}.weight" if trained.config.tie_word_embeddings else "lm_head.weight"
-        weight = trained.read(head).to(device, torch.float32)
-        return [_compare(name, states, hidden[TRAINED], weight, targets) for name, states in hidden.items()]
+            read = _read_saved(adapter, source) if name == TRAINED else source.read
+            hidden[name] = _hidden_states(model, read, linear, ids, device, on_layer)[:, :-1][counted]
+        head = "lm_head" if not trained.config.tie_word_embeddings else model.EMBEDDING
+        weight = _read_saved(adapter, trained)(f"{head}.weight").to(device, torch.float32)
+        rows = []
+        for name, states in hidden.items():
+            # A head that the adapter brings is rounded in the merged models.
+            differs = name != TRAINED and head in adapter.saved
+            own = merged[name].read(f"{head}.weight").to(device, torch.float32) if differs else weight
+            rows.append(_compare(name, (states, own), (hidden[TRAINED], weight), targets))
+        return rows
 
 
-def _compare(name: str, states: Tensor, reference: Tensor, head: Tensor, targets: Tensor) -> Drift:
-    """Hidden states [n, C] of both models -> their distance, a chunk of logits [256, V] at a time."""
+def _read_saved(adapter: Adapter, source: MergedCheckpoint) -> Callable[[str], Tensor]:
+    """Reads the base's weights, or the adapter's where it brings its own embedding or head."""
+
+    def read(name: str) -> Tensor:
+        saved = adapter.saved.get(name.removesuffix(".weight"))
+        return source.read(name) if saved is None else saved
+
+    return read
+
+
+def _compare(name: str, model: tuple[Tensor, Tensor], trained: tuple[Tensor, Tensor], targets: Tensor) -> Drift:
+    """Hidden states [n, C] and heads [V, C] of two models -> their distance, a chunk of logits [256, V] at a time."""
     loss = divergence = largest = 0.0
     for start in range(0, len(targets), _POSITIONS):
         chunk = slice(start, start + _POSITIONS)
-        ours, theirs = F.linear(states[chunk], head), F.linear(reference[chunk], head)
+        ours, theirs = (F.linear(states[chunk], head) for states, head in (model, trained))
         loss += F.cross_entropy(ours, targets[chunk], reduction="sum").item()
         logs = theirs.log_softmax(-1)
         divergence += F.kl_div(ours.log_softmax(-1), logs, reduction="sum", log_target=True).item()
@@ -100,7 +117,7 @@ def _compare(name: str, states: Tensor, reference: Tensor, head: Tensor, targets
 
 def _hidden_states(
     model: CausalLM,
-    source: MergedCheckpoint,
+    read: Callable[[str], Tensor],
     linear: Callable[[str, nn.Linear], nn.Module],
     ids: Tensor,
     device: torch.device,
@@ -109,7 +126,7 @@ def _hidden_states(
     """[B, T] -> [B, T, C], fp32.
 
     Args:
-        model: of placeholders, whose layers are that again afterwards.
+        model: of placeholders, whose layers are that again afterwards. read: a weight by its name.
         linear: makes a layer's linear module from its path and placeholder.
     """
     root = model.LAYERS.rpartition(".")[0]
@@ -117,7 +134,7 @@ def _hidden_states(
     def fill(path: str, part: nn.Module) -> None:
         """Read a module's own parameters, which are no linear layer's."""
         for name in list(part._parameters):
-            value = source.read(f"{path}.{name}").to(device, torch.float32)
+            value = read(f"{path}.{name}").to(device, torch.float32)
             setattr(part, name, nn.Parameter(value, requires_grad=False))
 
     def load(prefix: str) -> Callable[..., None]:

@@ -141,6 +141,7 @@ def run_generate(config: GenerateConfig) -> str:
     from jindo_core.data.templates import load_template
     from jindo_core.hub import resolve_model
     from jindo_core.loader import load_model
+    from jindo_core.pages import PageStore
     from jindo_core.progress import loading_bar
     from jindo_core.run_record import read_run
     from jindo_core.tokenizer import load_tokenizer
@@ -155,11 +156,19 @@ def run_generate(config: GenerateConfig) -> str:
     template = load_template(template_name)
     path = resolve_model(base)
     tokenizer = load_tokenizer(path)
-    with loading_bar(Console(stderr=True)) as on_progress:  # standard output is the answer's
+    if config.offload_folder is not None:
+        PageStore(config.offload_folder).close()  # one that can't be written to is an error before anything is loaded
+    console = Console(stderr=True)  # standard output is the answer's
+    with loading_bar(console) as on_progress:
         model = load_model(
             path, quantize=config.quantize, double_quant=config.double_quant, dtype=config.dtype,
-            device=config.device, on_progress=on_progress,
+            device=config.device, offload_layers=config.offload_layers, offload_embedding=config.offload_embedding,
+            offload_head=config.offload_head, offload_folder=config.offload_folder or "host", on_progress=on_progress,
         )  # fmt: skip
+    if config.offload_embedding and model.config.tie_word_embeddings and not config.offload_head:
+        console.print(
+            "note: --offload_embedding has no effect: this model's embedding is its head (--offload_head moves both)"
+        )
     tokenizer.check(model.config.vocab_size)
     if config.lora_weights is not None:
         load_adapter(model, config.lora_weights)

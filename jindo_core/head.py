@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class StreamedHead(nn.Module):
         weight: W, from where it lies now. device: where it is used.
         store: "host", or a folder for a memory-mapped file.
     Attributes:
-        weight: a placeholder on the meta device: shape and dtype, no bytes.
+        weight: a placeholder on the meta device: shape and dtype, no bytes. `state_dict` has W itself, on the CPU.
     Raises:
         InputError: the store has no room.
     """
@@ -41,8 +42,42 @@ class StreamedHead(nn.Module):
         units = -(-rows // self.slice_rows)
         pages = store_for(device, store)
         self._pager = Pager(pages, device, units=units, unit_bytes=self.slice_rows * row, resident=0)
+        self.write(weight)
+
+    def write(self, weight: Tensor) -> None:
+        """Take the values of another W of the same shape; they are cast to this one's dtype."""
+        if weight.shape != self.weight.shape:
+            raise ValueError(f"a head of {tuple(self.weight.shape)} got {tuple(weight.shape)}")
         for unit, part in enumerate(weight.detach().split(self.slice_rows)):
-            self._pager.write(unit, 0, part.cpu())
+            self._pager.write(unit, 0, part.to("cpu", self.weight.dtype))
+
+    def whole(self) -> Tensor:
+        """W [V, C], a copy on the CPU."""
+        out = torch.empty_like(self.weight, device="cpu", requires_grad=False)
+        for place, part in zip(out.split(self.slice_rows), self.slices(), strict=True):
+            place.copy_(part)
+        return out
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.whole()  # the placeholder says nothing
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        name = f"{prefix}weight"
+        if name not in state_dict:
+            missing_keys.append(name)
+        elif state_dict[name].shape != self.weight.shape:
+            error_msgs.append(f"{name} is {tuple(state_dict[name].shape)}, expected {tuple(self.weight.shape)}")
+        else:
+            self.write(state_dict[name])
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +101,7 @@ class StreamedHead(nn.Module):
                 self._pager.done(unit, changed=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., C] -> [..., V]; for generation and evaluation: no gradient flows back to x."""
+        """[..., C] -> [..., V]; for generation and evaluation: x, through which no gradient flows, asks for none."""
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("a streamed head gives gradients through `loss` alone: its logits need torch.no_grad()")
         return torch.cat([F.linear(x, part) for part in self.slices()], -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -123,17 +123,38 @@ def attach_lora(
         InputError: no name matches a linear layer, or an adapter is attached already.
     """
     targets = match_targets(model, target_modules)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    return attach_layers(model, lora_layers(model, dict.fromkeys(targets, r), alpha, dropout, use_rslora=use_rslora))
+
+
+def lora_layers(
+    model: nn.Module, ranks: Mapping[str, int], alpha: float, dropout: float = 0.0, *, use_rslora: bool = False
+) -> dict[str, LoraLinear]:
+    """A `LoraLinear` for each path in `ranks`, beside a model that is as it was: `attach_layers` puts them in.
+
+    Args:
+        ranks: {path of a linear layer: r}.
+    Raises:
+        InputError: a number that is impossible.
+    """
     # A streamed layer's weights are placeholders; its adapter lies with the rest of the model.
     places = {parameter.device for parameter in model.parameters()} - {torch.device("meta")}
     streamed_to = next((device for device in places if device.type != "cpu"), next(iter(places), torch.device("meta")))
-    for path in targets:
+    layers = {}
+    for path, r in ranks.items():
+        base = model.get_submodule(path)
+        assert isinstance(base, nn.Linear)
+        device = streamed_to if base.weight.is_meta else base.weight.device
+        layers[path] = LoraLinear(base, r, alpha, dropout, use_rslora=use_rslora, device=device)
+    return layers
+
+
+def attach_layers(model: nn.Module, layers: Mapping[str, LoraLinear]) -> nn.Module:
+    """Freeze `model` and put its layers' adapters in, in place; returns the model."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
         owner = model.get_submodule(parent)
-        base = getattr(owner, name)
-        device = streamed_to if base.weight.is_meta else base.weight.device
-        layer = LoraLinear(base, r, alpha, dropout, use_rslora=use_rslora, device=device)
         setattr(owner, name, layer.train(owner.training))
     return model
 

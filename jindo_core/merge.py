@@ -18,7 +18,8 @@ Onto = Literal["original", "nf4"]
 
 
 class MergedCheckpoint:
-    """W + s B A, added in fp32 and rounded once to W's own dtype; a `Checkpoint` of whole weights.
+    """W + s B A, added in fp32 and rounded once to W's own dtype; a `Checkpoint` of whole weights. An embedding and a
+    head that the adapter brings take the place of the base's.
 
     Args:
         base: the model that the adapter was trained on; its original, or in NF4.
@@ -30,7 +31,8 @@ class MergedCheckpoint:
     Attributes:
         nf4_names: the weights that are, or become, NF4.
     Raises:
-        InputError: `onto` is "original" and the base's files hold NF4.
+        InputError: `onto` is "original" and the base's files hold NF4; or the adapter brings an embedding or a head,
+            and the base's are one.
     """
 
     def __init__(
@@ -45,6 +47,11 @@ class MergedCheckpoint:
     ) -> None:
         if onto == "original" and base.quantized:
             raise InputError("--onto original: the base model's files hold NF4; give --onto nf4, or its original")
+        if adapter is not None and adapter.saved and base.config.tie_word_embeddings:
+            raise InputError(
+                f"the adapter brings its own {' and '.join(adapter.saved)}, but the base model's head is its "
+                "embedding: they can't be merged, use the adapter as it is (generate --lora_weights)"
+            )
         self.config, self.shapes, self.files, self.nbytes = base.config, base.shapes, base.files, base.nbytes
         self.quantized: frozenset[str] = frozenset()
         self._base, self._adapter, self._onto = base, adapter, onto
@@ -55,6 +62,8 @@ class MergedCheckpoint:
 
     def read(self, name: str) -> Tensor:
         path = name.removesuffix(".weight")
+        if self._adapter is not None and path in self._adapter.saved and name.endswith(".weight"):
+            return self._adapter.saved[path].to("cpu", self._base.dtype_of(name))
         adapted = self._adapter is not None and path in self._adapter.pairs and name.endswith(".weight")
         if self._onto == "nf4" and name in self.nf4_names:
             quantized = self.quantize(name)

@@ -7,9 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import jindo_core
+from jindo_core.adapters import save_adapter
+from jindo_core.cli.main import main
 from jindo_core.errors import InputError
 from jindo_core.generation import _pick, generate, generate_ids
+from jindo_core.head import StreamedHead
 from jindo_core.loader import load_model
+from jindo_core.lora import adapted_layers, attach_lora
 from jindo_core.tokenizer import load_tokenizer
 
 
@@ -55,6 +59,57 @@ def test_quantized_text_still_tells_a_story(stories15m):
     model = load_model(stories15m, dtype="fp32", device="cpu")
     text = generate(model, load_tokenizer(stories15m), "Once upon a time, there was a", max_new_tokens=30)
     assert "little" in text
+
+
+@pytest.mark.parametrize("place", ["host", "folder"])
+def test_the_command_answers_with_everything_offloaded(place, stories260k, tmp_path, capsys, monkeypatch):
+    """The same answer, an adapter included, from a model whose layers, head and embedding lie elsewhere."""
+    model = attach_lora(load_model(stories260k, dtype="fp32", device="cpu"), target_modules="all-linear")
+    for _, layer in adapted_layers(model):
+        torch.nn.init.normal_(layer.lora_B, std=0.02)
+    save_adapter(model, tmp_path / "adapter", base_model=str(stories260k))
+    seen = []
+
+    def watched(*args, **more):
+        seen.append(load_model(*args, **more))
+        return seen[-1]
+
+    monkeypatch.setattr("jindo_core.loader.load_model", watched)
+    flags = ["--lora_weights", str(tmp_path / "adapter"), "--instruction", "Tell me.", "--device", "cpu"]
+    flags += ["--prompt_template_name", "alpaca_short", "--max_new_tokens", "12", "--dtype", "fp32"]
+    offload = ["--offload_layers", "3", "--offload-head", "--offload_embedding"]
+    offload += [] if place == "host" else ["--offload_folder", str(tmp_path)]
+    answers = []
+    for more in ([], offload):
+        assert main(["generate", *flags, *more]) == 0
+        said = capsys.readouterr()
+        answers.append(said.out)
+        assert "no effect" not in said.err
+    assert answers[0] == answers[1]
+    assert len(answers[0]) > 10
+    assert seen[0].stack.stream is None
+    assert len(seen[1].stack.stream.layers) == 3
+    assert isinstance(seen[1].lm_head, StreamedHead)
+    assert main(["generate", *flags, "--offload_embedding"]) == 0
+    assert "--offload_embedding has no effect: this model's embedding is its head" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--offload_layers", "9"], "offload_layers is 9, expected 0 to 5"),
+        (["--offload_layers", "-1"], "--offload_layers: got '-1', expected a whole number of at least 0"),
+        (["--offload_layers", "2", "--quantize", "none"], "offload_layers needs quantize 'nf4'"),
+        (["--offload_folder", "nowhere"], "nowhere"),
+    ],
+)
+def test_offloading_that_can_not_be(more, message, stories260k, capsys):
+    flags = ["--base_model", str(stories260k), "--instruction", "Tell me.", "--device", "cpu"]
+    assert main(["generate", *flags, *more]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines()[-1].startswith("error: ")
+    assert message in said.err
 
 
 def test_stops_at_a_stop_id_and_at_the_context(story):

@@ -84,6 +84,38 @@ def test_a_model_with_its_head_on_the_host(stories15m, monkeypatch):
     torch.testing.assert_close(logits, other_logits, rtol=1e-5, atol=1e-5)
 
 
+def test_logits_are_there_with_gradients_enabled(stories15m):
+    """As `CausalLMOutput` says: without a gradient of their own, and the loss keeps its."""
+    ids = torch.arange(100, 120)[None]
+    model = attach_lora(load_model(stories15m, dtype="fp32", device="cpu", offload_head=True), r=4).train()
+    for output in (model(ids), model(ids, labels=ids)):
+        assert not output.logits.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(output.logits, model(ids).logits)
+    assert output.loss.requires_grad
+    output.loss.backward()
+    grads = [value.grad for name, value in model.named_parameters() if name.endswith("lora_B")]
+    assert all(bool(grad.any()) for grad in grads)
+
+
+def test_its_state_is_the_weight_itself(small_slices):
+    weight = torch.randn(1003, 8)
+    one, other = (StreamedHead(value, torch.device("cpu")) for value in (weight, torch.zeros(1003, 8)))
+    state = nn.Sequential(one).state_dict()
+    assert torch.equal(state["0.weight"], weight)
+    x = torch.randn(3, 8)
+    assert not other(x).any(), "its first slice is in a buffer now"
+    nn.Sequential(other).load_state_dict(state)
+    assert torch.equal(other(x), one(x))
+    assert torch.equal(other.whole(), weight)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        nn.Sequential(other).load_state_dict({})
+    with pytest.raises(RuntimeError, match=r"0\.weight is \(2, 8\), expected \(1003, 8\)"):
+        nn.Sequential(other).load_state_dict({"0.weight": torch.zeros(2, 8)})
+    with pytest.raises(ValueError, match=r"got \(2, 8\)"):
+        other.write(torch.zeros(2, 8))
+
+
 def test_its_logits_give_no_gradient(small_slices):
     streamed = StreamedHead(torch.randn(50, 8), torch.device("cpu"))
     with pytest.raises(RuntimeError, match=r"its logits need torch\.no_grad"):

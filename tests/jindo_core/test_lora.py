@@ -140,6 +140,14 @@ def test_the_head_takes_no_adapter(model):
         attach_lora(model, target_modules=["lm_head"])
 
 
+def test_what_is_refused_changes_nothing(model):
+    embedding = model.stack.embedding.requires_grad_(True)
+    with pytest.raises(InputError, match=r"lora_dropout is 1\.5"):
+        attach_lora(model, dropout=1.5)
+    assert not list(adapted_layers(model))
+    assert embedding.weight.requires_grad
+
+
 def test_impossible_numbers_are_refused():
     base = nn.Linear(4, 4)
     with pytest.raises(InputError, match="lora_r is 0"):

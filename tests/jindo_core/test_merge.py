@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers import LlamaForCausalLM as TheirLlama
 
-from jindo_core.adapters import load_adapter, save_adapter
+from jindo_core.adapters import load_adapter, read_adapter, save_adapter
 from jindo_core.convert import open_source, run_export, run_merge
 from jindo_core.convert_config import ExportConfig, MergeConfig
+from jindo_core.data.examples import Example
+from jindo_core.drift import TRAINED, measure_drift
 from jindo_core.errors import InputError
 from jindo_core.loader import load_model
 from jindo_core.lora import adapted_layers, attach_lora
@@ -91,8 +93,6 @@ def test_as_peft_merges(stories260k, tmp_path):
 
 def test_a_real_adapter_is_merged(assets, smollm2_gguf):
     """Tensor by tensor, with no model in memory: the sums are peft's file's own."""
-    from jindo_core.adapters import read_adapter
-
     folder = assets / "adapters" / "smollm-135m-medical-r16-qv"
     source = open_source(str(smollm2_gguf))
     adapter = read_adapter(folder, source.linears)
@@ -125,6 +125,68 @@ def test_nf4_files_have_no_original(base, tmp_path):
     ours = load_file(merge(adapter, tmp_path / "m", "nf4", base_model=str(quantized)) / "model.safetensors")
     expected = load_file(merge(adapter, tmp_path / "direct", "nf4") / "model.safetensors")
     assert all(torch.equal(ours[name], value) for name, value in expected.items())
+
+
+def train_with_peft(base, folder):
+    """All linears in rslora, with a head and an embedding of the adapter's own, as peft saves it."""
+    torch.manual_seed(4)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=6, use_rslora=True, target_modules="all-linear",
+        modules_to_save=["lm_head", "embed_tokens"],
+    )  # fmt: skip
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config).eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                value.add_(torch.randn_like(value) * 0.02)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("onto", ["original", "nf4"])
+def test_a_head_and_an_embedding_that_the_adapter_brings(base, tmp_path, onto):
+    theirs = train_with_peft(base, tmp_path / "a")
+    merged = load_file(merge(tmp_path / "a", tmp_path / "m", onto, base_model=str(base)) / "model.safetensors")
+    whole = theirs.merge_and_unload().state_dict()
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(merged[name], whole[name].bfloat16())
+        assert not torch.equal(merged[name], load_file(base / "model.safetensors")[name])
+    if onto == "original":
+        for name, value in merged.items():
+            torch.testing.assert_close(value.float(), whole[name], atol=1e-6, rtol=2.0**-8)
+
+
+def test_a_head_of_its_own_has_no_place_where_it_is_the_embedding(stories260k, tmp_path):
+    train_with_peft(stories260k, tmp_path / "a")
+    for onto in ("original", "nf4"):
+        with pytest.raises(InputError, match=r"brings its own lm_head and .*, but the base model's head"):
+            merge(tmp_path / "a", tmp_path / "m", onto, base_model=str(stories260k))
+    assert not (tmp_path / "m").exists()
+
+
+def test_drift_goes_through_the_adapters_own_head(base, tmp_path):
+    """Against models that are loaded whole, in fp32."""
+    train_with_peft(base, tmp_path / "a")
+    source = open_source(str(base))
+    shape = source.checkpoint.shapes["lm_head.weight"]
+    adapter = read_adapter(tmp_path / "a", source.linears, {"lm_head": shape, "model.embed_tokens": shape})
+    both = {name: MergedCheckpoint(source.checkpoint, adapter, name, source.linears) for name in ("original", "nf4")}
+    trained = MergedCheckpoint(source.checkpoint, None, "nf4", source.linears)
+    rows = [Example(row.tolist(), row.tolist()) for row in IDS]
+    found = {row.model: row for row in measure_drift(both, trained, adapter, rows, 0, torch.device("cpu"))}
+    models = {TRAINED: load_adapter(load_model(base, dtype="fp32", device="cpu"), tmp_path / "a")}
+    for onto in both:
+        target = merge(tmp_path / "a", tmp_path / onto, onto, base_model=str(base))
+        models[onto] = load_model(target, quantize=None, dtype="fp32", device="cpu")
+    with torch.no_grad():
+        reference = models[TRAINED](IDS).logits[:, :-1]
+        for name, model in models.items():
+            logits = model(IDS).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten()).item()
+            assert found[name].loss == pytest.approx(loss, rel=1e-5)
+            largest = (logits - reference).abs().max().item()
+            assert found[name].largest == pytest.approx(largest, rel=1e-2, abs=1e-5)
+    assert found["nf4"].largest > 1e-4, "the head is rounded to the base's bf16"
 
 
 # --- drift ----------------------------------------------------------------------------------------------------
@@ -191,8 +253,6 @@ def test_the_rows_that_training_held_out(stories, stories260k, tmp_path, capsys)
     # double_quant as in training: the merged weights are those of a single quantization
     found = load_file(tmp_path / "m" / "model.safetensors")
     norm = "model.layers.0.self_attn.q_proj.weight"
-    from jindo_core.adapters import read_adapter
-
     source = open_source(str(stories260k))
     weight = quantize_nf4(source.checkpoint.read(norm), double_quant=False).dequantize(torch.float32)
     delta = read_adapter(adapter, source.linears).delta(norm.removesuffix(".weight"))
