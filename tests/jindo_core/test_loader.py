@@ -232,7 +232,7 @@ def test_weights_that_do_not_fit_the_dtype_are_named(copy, dtype, value, short):
     folder, tensors = copy
     linear, norm = "model.layers.4.self_attn.k_proj.weight", "model.norm.weight"
     for name in ("model.embed_tokens.weight", norm, linear):
-        damaged = tensors[name].to(dtype)
+        damaged = tensors[name].to(dtype, copy=True)
         damaged.view(-1)[-1] = value
         save_file(tensors | {name: damaged}, folder / "model.safetensors")
         for options in ({"quantize": None}, {}, {"double_quant": False}):

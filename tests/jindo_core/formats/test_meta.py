@@ -178,5 +178,5 @@ def test_what_does_not_fit_is_refused(stories260k, tmp_path, refused):
         ({"use_scaled_rope": "yes"}, "use_scaled_rope = 'yes', expected true or false"),
         ({"use_scaled_rope": True, "rope_scaling_factor": 0}, "rope_scaling_factor = 0, expected a positive number"),
     ):
-        write(tmp_path, tensors, STORIES260K | changes, 2)
+        (tmp_path / "params.json").write_text(json.dumps(STORIES260K | changes))
         refused(tmp_path, r"params\.json has " + message)
