@@ -22,6 +22,11 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     return LlamaConfig.from_dict(raw)  # which refuses what it does not know
 
 
+def model_class(config: ModelConfig) -> type[CausalLM]:
+    """The class of the model that `config` describes."""
+    return FalconForCausalLM if isinstance(config, FalconConfig) else LlamaForCausalLM
+
+
 def build(config: ModelConfig) -> CausalLM:
     """The model of `config`, with fresh weights on the default device."""
     if isinstance(config, FalconConfig):

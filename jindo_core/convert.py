@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,23 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from jindo_core.adapters import Adapter, base_of, read_adapter
-from jindo_core.architectures import build
-from jindo_core.causal_lm import ModelConfig
 from jindo_core.convert_config import ExportConfig, MergeConfig, QuantizeConfig
 from jindo_core.drift import TRAINED, held_out_examples, measure_drift
 from jindo_core.errors import InputError
-from jindo_core.files import staged, sync_folder
+from jindo_core.files import read_bytes, staged, sync_folder
 from jindo_core.formats import Checkpoint, open_checkpoint
 from jindo_core.formats.gguf_tokenizer import tokenizer_fields
-from jindo_core.formats.gguf_writer import is_finite, model_fields, stored_tensors, verify_gguf, write_gguf
+from jindo_core.formats.gguf_writer import model_fields, stored_tensors, verify_gguf, write_gguf
 from jindo_core.formats.hf_config import hf_config, nf4_config, require_bitsandbytes
-from jindo_core.formats.meta_writer import PARAMS, WEIGHTS, meta_params, verify_pth, write_pth
-from jindo_core.formats.names import rename, rows_to_pairs
+from jindo_core.formats.meta import PARAMS
+from jindo_core.formats.meta_writer import WEIGHTS, meta_params, verify_pth, write_pth
+from jindo_core.formats.names import qk_to_pairs, rename
 from jindo_core.formats.safetensors_writer import SafetensorsWriter, verify_safetensors
 from jindo_core.hub import resolve_model
-from jindo_core.loader import check_tensors, pick_device
+from jindo_core.loader import build_empty, pick_device
 from jindo_core.merge import MergedCheckpoint, Onto
-from jindo_core.nf4 import STATE_KEY
+from jindo_core.nf4 import STATE_KEY, is_finite
 from jindo_core.progress import ConversionView
 from jindo_core.run_record import RunRecord, read_run
 from jindo_core.settings import size_in_bytes
@@ -71,9 +69,7 @@ def open_source(base_model: str | None) -> Source:
     """Open a model and see that it is whole, without reading its weights. Raises InputError."""
     path = resolve_model(base_model)
     checkpoint = open_checkpoint(path)
-    with torch.device("meta"):
-        model = build(checkpoint.config)
-    check_tensors(model, checkpoint, path)
+    model = build_empty(checkpoint, path)
     linears = {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
@@ -100,6 +96,8 @@ def run_quantize(config: QuantizeConfig) -> Path:
     target = _target(config.output_dir, source.path)
     if source.checkpoint.quantized:
         view.say(f"note: {source.path.name} holds NF4 already: its bytes are taken as they are")
+    if any(source.checkpoint.dtype_of(name) == torch.float64 for name in source.names):
+        view.say(f"note: {source.path.name} holds float64: it is written in float32")
     quantized = MergedCheckpoint(
         source.checkpoint, None, "nf4", source.linears, double_quant=config.double_quant, device=device
     )
@@ -131,7 +129,7 @@ def run_quantize(config: QuantizeConfig) -> Path:
 def _quantized_sizes(source: Source, quantized: MergedCheckpoint, name: str, double_quant: bool) -> dict[str, int]:
     """{tensor: bytes, or a bound} of what becomes of a weight."""
     if name not in quantized.nf4_names:
-        return {name: quantized.nbytes_of(name)}
+        return {name: math.prod(quantized.shapes[name]) * _narrowed(quantized.dtype_of(name)).itemsize}
     if name in source.checkpoint.quantized:
         return {part: value.nbytes for part, value in source.checkpoint.read_nf4(name).state_dict(name).items()}
     count = math.prod(quantized.shapes[name])
@@ -144,7 +142,7 @@ def _quantized_sizes(source: Source, quantized: MergedCheckpoint, name: str, dou
 
 def _quantized_config(source: Source, quantized: MergedCheckpoint, sizes: Mapping[str, int]) -> dict[str, Any]:
     """config.json for tensors of these names."""
-    model, dtype = source.checkpoint.config, source.checkpoint.dtype_of(source.embedding)
+    model, dtype = source.checkpoint.config, _narrowed(source.checkpoint.dtype_of(source.embedding))
     double = any(name.endswith(".nested_absmax") for name in sizes)
     whole = [path for path in source.linears if f"{path}.weight" not in quantized.nf4_names]
     described = nf4_config(model, dtype, double_quant=double, whole=whole)
@@ -153,13 +151,20 @@ def _quantized_config(source: Source, quantized: MergedCheckpoint, sizes: Mappin
 
 def _quantized_parts(source: Source, quantized: MergedCheckpoint, name: str) -> dict[str, Tensor]:
     if name in quantized.nf4_names:
-        parts = quantized.quantize(name).to(torch.device("cpu")).state_dict(name)
+        weight = quantized.quantize(name).to(torch.device("cpu"))
+        parts = dataclasses.replace(weight, dtype=_narrowed(weight.dtype)).state_dict(name)
         scales = parts.get(f"{name}.nested_absmax", parts[f"{name}.absmax"])
         _check_finite(name, scales)
         return parts
     value = source.checkpoint.read(name)
+    value = value.to(_narrowed(value.dtype))
     _check_finite(name, value)
     return {name: value}
+
+
+def _narrowed(dtype: torch.dtype) -> torch.dtype:
+    """A source's dtype as a quantized checkpoint has it: NF4's own numbers are fp32, its states have no fp64."""
+    return torch.float32 if dtype == torch.float64 else dtype
 
 
 def _check_finite(name: str, value: Tensor) -> None:
@@ -294,8 +299,9 @@ def _write_meta(
         with view.bar("writing", total) as advance:
 
             def tensors() -> Iterator[Tensor]:
+                heads, groups = model.config.num_attention_heads, model.config.num_key_value_heads
                 for name, ours in read_as.items():
-                    value = _rotated_as_meta(_as(model, ours, name_of[kept]), name, model.config)
+                    value = qk_to_pairs(name, _as(model, ours, name_of[kept]), heads, groups)
                     yield value
                     advance(value.nbytes)
 
@@ -305,12 +311,6 @@ def _write_meta(
         sync_folder(folder)
         verify_pth(folder / WEIGHTS, digests)
         open_checkpoint(folder)
-
-
-def _rotated_as_meta(value: Tensor, name: str, config: ModelConfig) -> Tensor:
-    if ".q_proj." in name:
-        return rows_to_pairs(value, config.num_attention_heads)
-    return rows_to_pairs(value, config.num_key_value_heads) if ".k_proj." in name else value
 
 
 def _write_gguf(
@@ -362,12 +362,15 @@ def _double_quant(given: bool | None, run: RunRecord | None) -> bool:
 
 
 def _target(name: str | None, *sources: Path) -> Path:
-    """The target's path; refused where it is, or holds, what is read."""
+    """The target's path; refused where it is, or holds, what is read, or lies in a folder that is."""
     assert name is not None
+    if "\0" in name:
+        raise InputError(f"{name!r} can't be a path, expected one without a null byte: give another name")
     target = Path(name).expanduser().resolve()
-    for source in sources:
-        if target in (source.resolve(), *source.resolve().parents):
-            raise InputError(f"{target} is, or holds, {source}, which is read: give another name")
+    for source in (source.resolve() for source in sources):
+        if target in (source, *source.parents) or source in target.parents:
+            how = "lies in" if source in target.parents else "is, or holds,"
+            raise InputError(f"{target} {how} {source}, which is read: give another name")
     return target
 
 
@@ -403,9 +406,9 @@ def _copy_side_files(path: Path, folder: Path) -> None:
     """Tokenizer and generation settings; out of a GGUF file the tokenizer that it brings."""
     if path.is_dir():
         for file in _side_files(path):
-            copy = folder / file.name
-            shutil.copyfile(file, copy)
-            if file.read_bytes() != copy.read_bytes():
+            content, copy = read_bytes(file), folder / file.name
+            copy.write_bytes(content)
+            if copy.read_bytes() != content:
                 raise InputError(f"{copy} read back differs from {file}: the disk is faulty")
         return
     from transformers import AutoTokenizer

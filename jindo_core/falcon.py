@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jindo_core.causal_lm import CausalLM, DecoderStack, KVCache
+from jindo_core.config_json import MOST_LAYERS, ConfigReader
 from jindo_core.errors import InputError
 from jindo_core.kernels.attention import causal_attention
 from jindo_core.kernels.rope import rope
 from jindo_core.long_memory import LongMemory
+from jindo_core.rotary import check_angles
 
 MODEL_TYPES = ("falcon", "RefinedWeb", "RefinedWebModel")
 """As config.json says it; the last two are the first releases' own code (40B, 7B): the same weights and names."""
@@ -86,7 +88,7 @@ class FalconConfig:
             InputError: a missing or impossible number, or a variant (ALiBi, attention before the MLP, RoPE scaling,
                 dropout in the base) that is not here.
         """
-        read = _Reader(raw)
+        read = ConfigReader(raw, aliases=_OLD_NAMES)
         _refuse_variants(read)
         heads, groups = read.whole("num_attention_heads"), _groups(read)
         hidden = read.whole("hidden_size")
@@ -99,61 +101,33 @@ class FalconConfig:
             raise InputError(
                 f"config.json has num_ln_in_parallel_attn = {norms}, expected 1, or 2 with new_decoder_architecture"
             )
-        return cls(
+        config = cls(
             vocab_size=read.whole("vocab_size"), hidden_size=hidden,
             ffn_hidden_size=read.whole("ffn_hidden_size", 4 * hidden),
-            num_hidden_layers=read.whole("num_hidden_layers"), num_attention_heads=heads, num_key_value_heads=groups,
-            norms=norms, max_position_embeddings=read.whole("max_position_embeddings", 2048),
+            num_hidden_layers=read.whole("num_hidden_layers", most=MOST_LAYERS), num_attention_heads=heads,
+            num_key_value_heads=groups, norms=norms,
+            max_position_embeddings=read.whole("max_position_embeddings", 2048),
             layer_norm_epsilon=read.positive("layer_norm_epsilon", 1e-5), rope_theta=_rope_theta(read),
             bias=read.switch("bias", False), tie_word_embeddings=read.switch("tie_word_embeddings", True),
-            eos_token_ids=_eos(raw),
+            eos_token_ids=read.token_ids("eos_token_id"),
         )  # fmt: skip
+        check_angles(config, "config.json")
+        return config
 
 
-class _Reader:
-    """Values of a config.json, each of the type that it must have; null counts as left out."""
-
-    def __init__(self, raw: Mapping[str, Any]) -> None:
-        self._raw = raw
-
-    def __call__(self, name: str, default: Any = None) -> Any:
-        for known in (name, _OLD_NAMES.get(name)):
-            if known is not None and self._raw.get(known) is not None:
-                return self._raw[known]
-        return default
-
-    def whole(self, name: str, default: int | None = None) -> int:
-        value = self(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"config.json has {name} = {value!r}, expected a positive whole number")
-        return value
-
-    def positive(self, name: str, default: float) -> float:
-        value = self(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise InputError(f"config.json has {name} = {value!r}, expected a positive number")
-        return value
-
-    def switch(self, name: str, default: bool) -> bool:
-        value = self(name, default)
-        if not isinstance(value, bool):
-            raise InputError(f"config.json has {name} = {value!r}, expected true or false")
-        return value
-
-
-def _new_layout(read: _Reader) -> bool:
+def _new_layout(read: ConfigReader) -> bool:
     """Whether it is the 40B's: keys and values in groups. The first release's own code has no switch for it."""
     return read.switch("new_decoder_architecture", read("model_type") == "RefinedWeb")
 
 
-def _groups(read: _Reader) -> int:
+def _groups(read: ConfigReader) -> int:
     if _new_layout(read):
         return read.whole("num_kv_heads", read.whole("num_attention_heads"))
     # transformers writes num_kv_heads in the old layout, too, and does not use it.
     return 1 if read.switch("multi_query", True) else read.whole("num_attention_heads")
 
 
-def _refuse_variants(read: _Reader) -> None:
+def _refuse_variants(read: ConfigReader) -> None:
     if read.switch("alibi", False):
         raise InputError("config.json has alibi = true (Falcon-RW): expected rotary positions, ALiBi is not supported")
     if not read.switch("parallel_attn", True):
@@ -165,24 +139,12 @@ def _refuse_variants(read: _Reader) -> None:
             raise InputError(f"config.json has {name} = {read(name)!r}, expected 0: the base model has no dropout here")
 
 
-def _rope_theta(read: _Reader) -> float:
-    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
-    rope_parameters = read("rope_parameters") or read("rope_scaling") or {}
-    if not isinstance(rope_parameters, Mapping):
-        raise InputError(f"config.json has RoPE parameters {rope_parameters!r}, expected an object")
-    kind = rope_parameters.get("rope_type", rope_parameters.get("type", "default"))
+def _rope_theta(read: ConfigReader) -> float:
+    rope = read.rope()
+    kind = rope("rope_type", rope("type", "default"))
     if kind != "default":
         raise InputError(f"config.json has rope_type {kind!r}, expected 'default': Falcon's RoPE is not scaled here")
-    theta = rope_parameters.get("rope_theta")
-    return read.positive("rope_theta", 10000.0) if theta is None else _Reader(rope_parameters).positive("rope_theta", 1)
-
-
-def _eos(raw: Mapping[str, Any]) -> tuple[int, ...]:
-    eos = raw.get("eos_token_id")
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise InputError(f"config.json has eos_token_id = {eos!r}, expected a token id or a list of them")
-    return tuple(ids)
+    return rope.positive("rope_theta", read.positive("rope_theta", 10000.0))
 
 
 # --- layers ---------------------------------------------------------------------------------------------

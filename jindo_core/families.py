@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from jindo_core.config_json import MOST_LAYERS, ConfigReader
 from jindo_core.errors import InputError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -41,9 +42,10 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
 """Keys that would change what is computed, and the values that do not."""
 
 
-def as_llama(raw: Mapping[str, Any]) -> dict[str, Any]:
+def as_llama(raw: Mapping[str, Any], source: str = "config.json") -> dict[str, Any]:
     """The contents of a config.json in LLaMA's terms: defaults filled in, `attention_bias` (of q, k and v),
-    `sliding_window` (None where no layer has one) and `layer_types` (empty where none has).
+    `sliding_window` (None where no layer has one) and `layer_types` (empty where none has). `source`: its name in
+    messages.
 
     Raises:
         InputError: another architecture, or a setting that is not computed here.
@@ -52,66 +54,66 @@ def as_llama(raw: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in FAMILIES:
         said = f", {ELSEWHERE[kind]}" if isinstance(kind, str) and kind in ELSEWHERE else ""
         raise InputError(
-            f"config.json has model_type {kind!r}{said}, expected one of {', '.join(FAMILIES)} or falcon: "
+            f"{source} has model_type {kind!r}{said}, expected one of {', '.join(FAMILIES)} or falcon: "
             "quantize other models through transformers with jindo_core.integrations"
         )
     for name, allowed in MUST_BE.items():
         if raw.get(name) is not None and raw[name] not in allowed:
-            raise InputError(f"config.json has {name} {raw[name]!r}, expected {allowed[0]!r}")
-    _check_rope(raw.get("rope_parameters") or raw.get("rope_scaling"))
+            raise InputError(f"{source} has {name} {raw[name]!r}, expected {allowed[0]!r}")
+    _check_rope(raw.get("rope_parameters") or raw.get("rope_scaling"), source)
     if raw.get("attention_dropout"):
         # Attention keeps no probabilities that could be dropped; adapters have a dropout of their own.
         warnings.warn(
-            f"config.json has attention_dropout {raw['attention_dropout']}: attention is trained without dropout",
+            f"{source} has attention_dropout {raw['attention_dropout']}: attention is trained without dropout",
             stacklevel=3,
         )
     config: dict[str, Any] = {**FAMILIES[kind], **raw}
     if kind != "llama":  # whose classes alone read these two
         config["attention_bias"], config["mlp_bias"] = kind == "qwen2", False
-    config["sliding_window"], config["layer_types"] = _windows(config)
+    config["sliding_window"], config["layer_types"] = _windows(ConfigReader(config, source))
     return config
 
 
-def _check_rope(rope: Any) -> None:
+def _check_rope(rope: Any, source: str) -> None:
     if not isinstance(rope, Mapping):
         return
     if FULL in rope or SLIDING in rope:
-        raise InputError("config.json has RoPE parameters for each kind of layer, expected one set of them for all")
+        raise InputError(f"{source} has RoPE parameters for each kind of layer, expected one set of them for all")
     if rope.get("partial_rotary_factor", 1) != 1 or rope.get("mrope_section"):
-        raise InputError("config.json has a RoPE that turns parts of a head otherwise, expected all of it alike")
+        raise InputError(f"{source} has a RoPE that turns parts of a head otherwise, expected all of it alike")
 
 
-def _windows(config: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...]]:
+def _windows(read: ConfigReader) -> tuple[int | None, tuple[str, ...]]:
     """The window's size and which layers have it, as transformers' classes of each family decide."""
-    kind, layers = config["model_type"], config.get("num_hidden_layers")
-    window, types = config.get("sliding_window"), config.get("layer_types")
-    if kind == "qwen2" and not config.get("use_sliding_window", False):
-        window = None
+    kind, layers, source = read("model_type"), read("num_hidden_layers"), read.source
+    types = read("layer_types")
+    has_window = read("sliding_window") is not None
+    if kind == "qwen2" and not read.switch("use_sliding_window", False):
+        has_window = False
     if kind in ("llama", "longllama"):
-        window, types = None, None  # LLaMA has neither: transformers does not read them
+        has_window, types = False, None  # LLaMA has neither: transformers does not read them
     if types is not None:
-        _check_types(types, layers, window)
-    if window is None or not isinstance(layers, int):
-        return None, ()  # a number of layers that is none is refused with the other sizes
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise InputError(f"config.json has sliding_window = {window!r}, expected a positive whole number or null")
+        _check_types(types, layers, has_window, source)
+    if not has_window or type(layers) is not int or layers > MOST_LAYERS:
+        return None, ()  # a number of layers that can't be is refused with the other sizes
+    window = read.whole("sliding_window")
     if types is None:
-        first = config.get("max_window_layers", 28) if kind == "qwen2" else 0
-        if not isinstance(first, int):
-            raise InputError(f"config.json has max_window_layers = {first!r}, expected a whole number")
+        first = read("max_window_layers", 28) if kind == "qwen2" else 0
+        if type(first) is not int:
+            raise read.fault("max_window_layers", first, "a whole number")
         types = [SLIDING if layer >= first else FULL for layer in range(layers)]
     if kind == "mistral" and FULL in types:
         raise InputError(
-            "config.json has a mistral with full_attention among its layer_types, expected sliding_attention in all "
+            f"{source} has a mistral with full_attention among its layer_types, expected sliding_attention in all "
             "of them or sliding_window null"
         )
     return (window, tuple(types)) if SLIDING in types else (None, ())
 
 
-def _check_types(types: Any, layers: Any, window: Any) -> None:
+def _check_types(types: Any, layers: Any, has_window: bool, source: str) -> None:
     if not isinstance(types, list | tuple) or any(name not in (FULL, SLIDING) for name in types):
-        raise InputError(f"config.json has layer_types {types!r}, expected a list of {FULL!r} and {SLIDING!r}")
+        raise InputError(f"{source} has layer_types {types!r}, expected a list of {FULL!r} and {SLIDING!r}")
     if len(types) != layers:
-        raise InputError(f"config.json has {len(types)} layer_types, expected one for each of {layers} layers")
-    if window is None and SLIDING in types:
-        raise InputError(f"config.json has {SLIDING!r} among its layer_types but no sliding_window: expected its size")
+        raise InputError(f"{source} has {len(types)} layer_types, expected one for each of {layers} layers")
+    if not has_window and SLIDING in types:
+        raise InputError(f"{source} has {SLIDING!r} among its layer_types but no sliding_window: expected its size")

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,19 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is missing: copy it there from where the folder came from") from None
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror}): expected a JSON file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, thousands of digits, or nested too deep
         raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
+
+
+def read_bytes(path: Path) -> bytes:
+    """A small file's contents. Raises InputError where it can't be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}): expected a readable file") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -66,7 +75,9 @@ def sync_folder(folder: Path) -> None:
 def staged(target: Path, *, overwrite: bool, needs: int, marks: Sequence[str] = ()) -> Iterator[Path]:
     """A folder beside `target` to write into; when the block ends well it, or the one file in it, becomes `target`.
 
-    Until then `target` stays as it was, whatever ends the program. What a killed run left is cleared by the next.
+    Until then `target` stays as it was, whatever ends the program. What a killed run left is cleared by the next. On
+    file systems that can't exchange two names (NFS, some overlays) a kill between two renames leaves a folder's old
+    contents under another name beside it, from where the next run takes them back.
 
     Args:
         target: a folder, or with a suffix in `marks` (".gguf") a file: then the block writes `staged / target.name`.
@@ -80,9 +91,11 @@ def staged(target: Path, *, overwrite: bool, needs: int, marks: Sequence[str] = 
     target = target.expanduser().resolve()
     is_file = target.suffix != "" and target.suffix in marks
     _check_replaceable(target, overwrite, marks, is_file)
-    stage = target.with_name(f".{target.name}.partial")
+    stage, made = target.with_name(f".{target.name}.partial"), None
     with _locked(stage, target):
         try:
+            if not is_file and _recover(target, marks):
+                _check_replaceable(target, overwrite, marks, is_file)
             _empty(stage)
             free = shutil.disk_usage(stage).free
             if free < needs:
@@ -92,16 +105,60 @@ def staged(target: Path, *, overwrite: bool, needs: int, marks: Sequence[str] = 
                 )
             yield stage
             sync_folder(stage)
+            made = os.stat(stage / target.name if is_file else stage)
             if is_file:
                 os.replace(stage / target.name, target)
             else:
                 _exchange(stage, target)
             _sync(target.parent)
         except OSError as error:
-            fault = error.strerror or str(error)
-            raise InputError(f"{target} could not be written ({fault}): what was there is unchanged") from error
+            raise InputError(_failure(error, stage, target, made)) from error
         finally:
-            shutil.rmtree(stage, ignore_errors=True)  # half-written, or what the target held before
+            _remove(stage)  # half-written, or what the target held before
+
+
+def _failure(error: OSError, stage: Path, target: Path, made: os.stat_result | None) -> str:
+    """What to say of a failed write; `made` is what should have become the target, None until it was complete."""
+    fault, path = error.strerror or str(error), error.filename
+    standing = "what was there is unchanged"
+    if made is not None and target.exists() and os.path.samestat(os.stat(target), made):
+        return f"{target} is written and in its place, but was not brought safely to the disk ({fault}): write it again"
+    if not target.exists() and (old := _aside(target)).exists():
+        standing = f"what was there is at {old}, from where the next run takes it back"
+    elsewhere = isinstance(path, str) and error.filename2 is None and not Path(path).is_relative_to(stage)
+    if made is None and elsewhere:
+        return f"{path} can't be read ({fault}), which {target} is made from: {standing}"
+    return f"{target} could not be written ({fault}): {standing}"
+
+
+def _aside(target: Path) -> Path:
+    """Where `_exchange` puts the old target for a moment, on file systems that can't exchange two names."""
+    return target.with_name(f".{target.name}.old")
+
+
+def _recover(target: Path, marks: Sequence[str]) -> bool:
+    """Undo what a kill within `_exchange` left: a target that is missing comes back, an old one that was replaced goes.
+
+    Returns:
+        Whether the target came back.
+    """
+    old = _aside(target)
+    if not _is_model(old, marks):
+        return False
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        shutil.rmtree(old)
+        return False
+    os.rename(old, target)  # an empty folder gives way
+    return True
+
+
+def _remove(stage: Path) -> None:
+    """Remove a folder; where that fails, say so, for the target itself is well or was told of."""
+    try:
+        if stage.exists():
+            shutil.rmtree(stage)
+    except OSError as error:
+        warnings.warn(f"{stage} could not be removed ({error.strerror}): remove it yourself", stacklevel=4)
 
 
 @contextlib.contextmanager
@@ -136,13 +193,18 @@ def _check_replaceable(target: Path, overwrite: bool, marks: Sequence[str], is_f
         raise InputError(f"{target} is {kind}, expected {other}: give another name")
     if not overwrite:
         raise InputError(f"{target} is there already: give another name, or --overwrite to replace it")
-    if not is_file and (
-        any(path.is_dir() for path in target.iterdir()) or not any((target / mark).exists() for mark in marks)
-    ):
+    if not is_file and not _is_model(target, marks):
         raise InputError(
             f"{target} does not look like a model (expected {' or '.join(marks)} in it, and no folders): "
             "it is not replaced, remove it yourself"
         )
+
+
+def _is_model(folder: Path, marks: Sequence[str]) -> bool:
+    """Whether a folder holds one of `marks`, and no folders."""
+    if not folder.is_dir() or any(path.is_dir() for path in folder.iterdir()):
+        return False
+    return any((folder / mark).exists() for mark in marks)
 
 
 def _empty(folder: Path) -> None:
@@ -163,7 +225,7 @@ def _exchange(stage: Path, target: Path) -> None:
     if renameat2 is not None and renameat2(at_cwd, os.fsencode(stage), at_cwd, os.fsencode(target), exchange) == 0:
         return
     # File systems without an exchange (NFS, some overlays): for a moment the old one bears another name.
-    old = target.with_name(f".{target.name}.old")
+    old = _aside(target)
     os.rename(target, old)
     try:
         os.rename(stage, target)

@@ -3,26 +3,27 @@ and one tensor."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jindo_core.architectures import build
+from jindo_core.architectures import build, model_class
 from jindo_core.causal_lm import CausalLM
 from jindo_core.errors import InputError
 from jindo_core.formats import Checkpoint, missing_and_extra, open_checkpoint
 from jindo_core.head import StreamedHead
 from jindo_core.hub import resolve_model
 from jindo_core.memory import give_back_freed
-from jindo_core.nf4 import NF4Linear, NF4Weight, quantize_nf4
+from jindo_core.nf4 import NF4Linear, NF4Weight, is_finite, quantize_nf4
 from jindo_core.plan import spread
 from jindo_core.streaming import LayerStream
 
+DEVICE_TYPES = ("cpu", "cuda")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -62,23 +63,17 @@ def load_model(
     Raises:
         InputError: what is wrong with the path, a file or a tensor; nothing was loaded then.
     """
-    if quantize not in ("nf4", "none", None):
-        raise InputError(f"quantize is {quantize!r}, expected 'nf4' or None")
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
+    _check_options(quantize, double_quant, offload_layers, offload_embedding, offload_head, offload_folder)
     resolved = resolve_model(None if path is None else str(path))
     checkpoint = open_checkpoint(resolved)
-    with torch.device("meta"):
-        model = build(checkpoint.config)
-    check_tensors(model, checkpoint, resolved)
+    model = build_empty(checkpoint, resolved)
     if offload_layers:
         _check_offload(offload_layers, model.config.num_hidden_layers, quantize)
         model.stack.stream = LayerStream(device, offload_folder)
     streamed = spread(offload_layers, model.config.num_hidden_layers)
-    tied = model.config.tie_word_embeddings
-    on_host = {"lm_head.weight"} if offload_head else set()
-    if offload_head if tied else offload_embedding:
-        on_host.add(f"{model.EMBEDDING}.weight")
+    on_host = _kept_on_host(model, offload_embedding, offload_head)
     fill = _Fill(model, checkpoint, quantize == "nf4", double_quant, dtype, device, streamed, on_host)
     fill.run(on_progress)
     if offload_head:
@@ -87,14 +82,66 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
+def build_empty(checkpoint: Checkpoint, source: Path) -> CausalLM:
+    """A checkpoint's model on the meta device, its tensors seen to be there in their shapes; nothing is read.
+
+    Raises:
+        InputError: the checkpoint does not fit its configuration; `source` names it.
+    """
+    _check_layers(checkpoint, source)
+    with torch.device("meta"):
+        model = build(checkpoint.config)
+    check_tensors(model, checkpoint, source)
+    return model
+
+
+def _check_layers(checkpoint: Checkpoint, source: Path) -> None:
+    """See that there is something of every layer before any is built: a number in a file may be any."""
+    prefix = f"{model_class(checkpoint.config).LAYERS}."
+    held = {name.removeprefix(prefix).partition(".")[0] for name in checkpoint.shapes if name.startswith(prefix)}
+    count = checkpoint.config.num_hidden_layers
+    missing = next((layer for layer in range(count) if str(layer) not in held), None)
+    if missing is not None:
+        raise InputError(
+            f"{source}: the tensor {prefix}{missing}.* is missing, of {count} layers: the checkpoint does not fit its "
+            "configuration"
+        )
+
+
+def _kept_on_host(model: CausalLM, offload_embedding: bool, offload_head: bool) -> set[str]:
+    """Names of the weights outside the layers that stay in the host's memory."""
+    names = {"lm_head.weight"} if offload_head else set()
+    if offload_head if model.config.tie_word_embeddings else offload_embedding:
+        names.add(f"{model.EMBEDDING}.weight")
+    return names
+
+
+def _check_options(
+    quantize: Any, double_quant: Any, layers: Any, embedding: Any, head: Any, folder: Any
+) -> None:
+    """See that `load_model`'s options are of their types. Raises InputError."""
+    if quantize not in ("nf4", "none", None):
+        raise InputError(f"quantize is {quantize!r}, expected 'nf4' or None")
+    switches = {"double_quant": double_quant, "offload_embedding": embedding, "offload_head": head}
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{name} is {value!r}, expected True or False")
+    if type(layers) is not int:
+        raise InputError(f"offload_layers is {layers!r}, expected a whole number")
+    if not isinstance(folder, str | Path):
+        raise InputError(f"offload_folder is {folder!r}, expected 'host' or a folder")
+
+
 def pick_device(device: torch.device | str) -> torch.device:
     """The device that is meant; "auto" is the GPU if there is one. InputError where it is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        chosen = torch.device(device)
+        chosen = torch.device(device) if isinstance(device, str | torch.device) else None
     except RuntimeError:
-        raise InputError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N") from None
+        chosen = None
+    if chosen is None or chosen.type not in DEVICE_TYPES:
+        raise InputError(f"device is {str(device)!r}, expected auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         seen = torch.cuda.device_count()
         raise InputError(f"device is {chosen}, but torch sees {seen} CUDA devices: use --device cpu")
@@ -102,14 +149,15 @@ def pick_device(device: torch.device | str) -> torch.device:
 
 
 def pick_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    """The dtype that is meant; "auto" is bf16 where `device` computes in it, else fp32."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
+    """The dtype that is meant; "auto" is bf16 where `device` computes in it, else fp32. InputError for any other than
+    those in `DTYPES`."""
+    if isinstance(dtype, str) and dtype == "auto":
         return torch.bfloat16 if _computes_bf16(device) else torch.float32
-    if dtype not in DTYPES:
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in DTYPES.values():
         raise InputError(f"dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    assert isinstance(chosen, torch.dtype)
+    return chosen
 
 
 def _computes_bf16(device: torch.device) -> bool:
@@ -216,7 +264,7 @@ class _Fill:
         if name in self.as_they_are:
             return self.checkpoint.read_nf4(name)
         value = self.checkpoint.read(name)
-        if not all(math.isfinite(end.item()) for end in torch.aminmax(value)):  # both are NaN where one value is
+        if not is_finite(value):
             raise InputError(f"the tensor {name} has values that are NaN or infinite: download the checkpoint again")
         return value
 
@@ -226,10 +274,15 @@ class _Fill:
         if name not in self.to_quantize:
             assert isinstance(value, Tensor)
             moved = value.to("cpu" if name in self.on_host else self.device, self.dtype)
+            if moved.dtype != value.dtype:
+                _check_range(name, moved, self.dtype)
             setattr(self.model.get_submodule(path), leaf, nn.Parameter(moved, requires_grad=False))
             return
         if isinstance(value, Tensor):
             weight = quantize_nf4(value.to(self.device), double_quant=self.double_quant)
+            if value.dtype == torch.float64:  # a block's maximum is kept in fp32
+                scales = weight.absmax if weight.nested_absmax is None else weight.nested_absmax
+                _check_range(name, scales, torch.float32)
         else:
             weight = value.to(self.device)
         new = NF4Linear(weight)
@@ -237,3 +290,10 @@ class _Fill:
         new.register_parameter("bias", self.model.get_submodule(path)._parameters["bias"])
         parent, _, attribute = path.rpartition(".")
         setattr(self.model.get_submodule(parent), attribute, new)
+
+
+def _check_range(name: str, kept: Tensor, dtype: torch.dtype) -> None:
+    """See that a tensor of finite values still has none that is not, in the dtype it is kept in. Raises InputError."""
+    if not is_finite(kept):
+        short = next(short for short, known in DTYPES.items() if known == dtype)
+        raise InputError(f"the tensor {name} has values too large for {short}: give --dtype bf16 or fp32")

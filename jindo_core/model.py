@@ -8,7 +8,7 @@ H query heads, G key/value heads, D head size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jindo_core.causal_lm import CausalLM, DecoderStack, KVCache
+from jindo_core.config_json import LARGEST, MOST_LAYERS, ConfigReader
 from jindo_core.errors import InputError
 from jindo_core.families import SLIDING, as_llama
 from jindo_core.kernels.attention import causal_attention
@@ -24,14 +25,9 @@ from jindo_core.kernels.rope import rope
 from jindo_core.kernels.swiglu import swiglu
 from jindo_core.long_memory import LongMemory, attention_in_windows, memory_attention
 from jindo_core.lora import project
+from jindo_core.rotary import check_angles, read_rope
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-
-ROPE_NEEDS = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}
+_LARGEST_HEAD = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -79,50 +75,36 @@ class LlamaConfig:
         return self.max_position_embeddings if self.memory is None else None
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> LlamaConfig:
-        """From the contents of a config.json.
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> LlamaConfig:
+        """From the contents of a config.json; `source` is what messages call them.
 
         Raises:
-            InputError: another architecture, a missing or impossible number, or an unknown RoPE scaling.
+            InputError: another architecture, a missing or impossible value, or an unknown RoPE scaling.
         """
-        raw = as_llama(raw)
-        given = {field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None}
-        given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if not isinstance(given.get(name), int) or given[name] < 1:
-                raise InputError(f"config.json has {name} = {raw.get(name)!r}, expected a positive whole number")
-        heads, groups = given["num_attention_heads"], given["num_key_value_heads"]
-        if not isinstance(groups, int) or groups < 1 or heads % groups:
-            raise InputError(f"config.json has {heads} heads and {groups} key/value heads: they don't divide")
-        given.setdefault("head_dim", given["hidden_size"] // heads)
-        for name in ("head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta"):
-            value = given.get(name, 1)
-            whole = name in ("head_dim", "max_position_embeddings")
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value <= 0:
-                raise InputError(f"config.json has {name} = {value!r}, expected a positive number")
-        # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
-        scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(scaling, Mapping):
-            raise InputError(f"config.json has RoPE parameters {scaling!r}, expected an object")
-        rope = dict(scaling)
-        rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
-        if rope["rope_type"] not in ROPE_TYPES:
-            raise InputError(f"config.json has rope_type {rope['rope_type']!r}, expected one of {ROPE_TYPES}")
-        for name in ROPE_NEEDS.get(rope["rope_type"], ()):
-            if not isinstance(rope.get(name), int | float):
-                raise InputError(f"config.json has RoPE {name} = {rope.get(name)!r}, expected a number")
-        if (theta := rope.pop("rope_theta", None)) is not None:
-            given["rope_theta"] = theta
-        if raw.get("original_max_position_embeddings") is not None:
-            rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
-        given["rope"] = None if rope["rope_type"] == "default" else rope
-        eos = raw.get("eos_token_id")
-        if any(not isinstance(i, int) for i in (eos if isinstance(eos, list) else [eos or 0])):
-            raise InputError(f"config.json has eos_token_id = {eos!r}, expected a token id or a list of them")
-        given["eos_token_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        context = given.get("max_position_embeddings", cls.max_position_embeddings)
-        given["memory"] = LongMemory.from_dict(raw, given["num_hidden_layers"], context)
-        return cls(**given)
+        read = ConfigReader(as_llama(raw, source), source)
+        layers = read.whole("num_hidden_layers", most=MOST_LAYERS)
+        hidden, heads = read.whole("hidden_size"), read.whole("num_attention_heads")
+        groups = read.whole("num_key_value_heads", heads)
+        if heads % groups:
+            raise InputError(f"{source} has {heads} heads and {groups} key/value heads: they don't divide")
+        head_dim = read.whole("head_dim", hidden // heads, most=_LARGEST_HEAD)
+        if head_dim % 2 or heads * head_dim > LARGEST:
+            raise InputError(f"{source} has {heads} heads of {head_dim}: expected an even size, {LARGEST} in all")
+        context = read.whole("max_position_embeddings", cls.max_position_embeddings)
+        theta, rope = read_rope(read, cls.rope_theta)
+        config = cls(
+            vocab_size=read.whole("vocab_size"), hidden_size=hidden,
+            intermediate_size=read.whole("intermediate_size"), num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=groups, head_dim=head_dim, max_position_embeddings=context,
+            rms_norm_eps=read.positive("rms_norm_eps", cls.rms_norm_eps), rope_theta=theta, rope=rope,
+            tie_word_embeddings=read.switch("tie_word_embeddings", False),
+            attention_bias=read.switch("attention_bias", False), mlp_bias=read.switch("mlp_bias", False),
+            eos_token_ids=read.token_ids("eos_token_id"), model_type=read("model_type"),
+            sliding_window=read("sliding_window"), layer_types=read("layer_types"),
+            memory=LongMemory.from_dict(raw, layers, context),
+        )  # fmt: skip
+        check_angles(config, source)
+        return config
 
 
 # --- layers ---------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""The angles of rotary position embedding, as every architecture here takes them: frequencies and their scalings."""
+"""The angles of rotary position embedding, as every architecture here takes them: frequencies and their scalings, and
+what a config.json says of them."""
 
 from __future__ import annotations
 
@@ -8,6 +9,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from jindo_core.config_json import ConfigReader
+from jindo_core.errors import InputError
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+_MAY_HAVE = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 class RotaryConfig(Protocol):
@@ -21,6 +33,47 @@ class RotaryConfig(Protocol):
     def rope_theta(self) -> float: ...
     @property
     def rope(self) -> Mapping[str, Any] | None: ...
+
+
+def read_rope(read: ConfigReader, default_theta: float) -> tuple[float, dict[str, Any] | None]:
+    """RoPE's base, and its scaling's parameters with `rope_type`, None without scaling; each seen to be possible.
+
+    Raises:
+        InputError: a scaling that is not known, a parameter that is missing or impossible.
+    """
+    given = read.rope()
+    theta = given.positive("rope_theta", read.positive("rope_theta", default_theta))
+    kind = given("rope_type", given("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise InputError(f"{read.source} has rope_type {kind!r}, expected one of {ROPE_TYPES}")
+    if kind == "default":
+        return theta, None
+    for name in _NEEDS.get(kind, ()):
+        given.positive(name)
+    for name in _MAY_HAVE:
+        if isinstance(given(name), bool) or given(name, 0) != 0:  # 0 counts as left out
+            given.positive(name)
+    given.switch("truncate", True)
+    rope = {name: value for name, value in given.raw.items() if name not in ("type", "rope_theta")}
+    rope["rope_type"] = kind
+    context = "original_max_position_embeddings"
+    for reader in (given, read):
+        if reader(context) is not None:
+            rope[context] = reader.whole(context)
+    return theta, rope
+
+
+def check_angles(config: RotaryConfig, source: str) -> None:
+    """See that numbers that are possible each by itself give angles together. Raises InputError; `source` has them."""
+    try:
+        with torch.device("cpu"):  # whatever device a model is being made on
+            inverse, attention = rope_frequencies(config, config.max_position_embeddings)
+        sound = bool(inverse.isfinite().all()) and math.isfinite(attention)
+    except ArithmeticError:  # a base of 1 has no logarithm to divide by
+        sound = False
+    if not sound:
+        scaling = "" if config.rope is None else f" and the scaling {dict(config.rope)}"
+        raise InputError(f"{source} has rope_theta {config.rope_theta}{scaling}: expected what gives finite angles")
 
 
 def rope_frequencies(config: RotaryConfig, length: int) -> tuple[Tensor, float]:

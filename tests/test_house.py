@@ -15,7 +15,7 @@ import pytest
 PARTS = {"kernels": {"kernels"}, "jindo_core": {"jindo_core", "kernels"}, "cli": {"cli", "jindo_core"}}
 ENGINE_ROWS = [
     {"errors"},
-    {"settings", "plan", "plan_falcon", "files"},
+    {"settings", "plan", "plan_falcon", "files", "config_json"},
     {"config", "families", "long_memory", "rotary"},
     {"convert_config"},
     {"nf4"},

@@ -38,21 +38,21 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return checksum_metadata({name: checksum(tensor) for name, tensor in tensors.items()})
 
 
-def read_checksums(metadata: Mapping[str, str], file: Path) -> dict[str, str]:
-    """{tensor's name: checksum} from a file's metadata; {} where the file is not ours.
+def read_checksums(metadata: Mapping[str, str], file: Path) -> dict[str, str] | None:
+    """{tensor's name: checksum} from a file's metadata; None where the file is not ours.
 
     Raises:
         InputError: a version that is not known, or no checksums in it.
     """
     if FORMAT_KEY not in metadata:
-        return {}
+        return None
     if metadata[FORMAT_KEY] != VERSION:
         raise InputError(
             f"{file} is of jindo-core's format {metadata[FORMAT_KEY]!r}, expected {VERSION!r}: update jindo-core"
         )
     try:
         held = json.loads(metadata.get(CHECKSUMS_KEY, ""))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         held = None
     if not isinstance(held, dict) or not all(isinstance(value, str) for value in held.values()):
         raise InputError(f"{file} has no readable checksums in its metadata: it is damaged, copy it again")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from jindo_core.errors import InputError
-from jindo_core.formats.names import rename, rows_to_halves
+from jindo_core.formats.names import qk_to_halves, rename
+from jindo_core.formats.places import open_size
 from jindo_core.model import LlamaConfig
 from jindo_core.nf4 import NF4Weight
 
@@ -29,9 +30,11 @@ class GGUFCheckpoint:
     def __init__(self, file: Path) -> None:
         from gguf import GGUFReader
 
+        if file.is_dir():
+            raise InputError(f"{file} is a folder, expected a .gguf file: name the file in it, or rename the folder")
         self._file = file
         self.files, self.quantized = [file], frozenset[str]()
-        self.nbytes = file.stat().st_size
+        self.nbytes = open_size(file)
         try:
             self._reader = GGUFReader(file)
             self._tensors = {
@@ -43,6 +46,8 @@ class GGUFCheckpoint:
             self.config = self._read_config()
         except InputError:
             raise
+        except OSError as error:
+            raise InputError(f"{file} can't be read ({error.strerror}): expected a readable file") from None
         except GGUF_FAULTS as error:
             raise InputError(f"{file} is truncated or no GGUF file ({error}): download it again") from None
         self.shapes.pop("rope_freqs.weight", None)  # read into the configuration
@@ -60,17 +65,13 @@ class GGUFCheckpoint:
             for start in range(0, like.shape[0], step):
                 part = dequantize(stored[start : start + step], tensor.tensor_type)
                 rows[start : start + step] = torch.from_numpy(part).view(part.shape[0], -1)
-        except (NotImplementedError, *GGUF_FAULTS) as error:
+        except (NotImplementedError, OSError, *GGUF_FAULTS) as error:
             raise InputError(f"the tensor {name} in {self._file} can't be read: {error}") from None
         # llama.cpp rotates a LLaMA's pairs (2i, 2i + 1), Hugging Face (i, i + D/2): its converter interleaves the rows.
         # Of a Qwen2 it rotates Hugging Face's pairs.
         if self.config.model_type == "qwen2":
             return value
-        if ".q_proj." in name:
-            return rows_to_halves(value, self.config.num_attention_heads)
-        if ".k_proj." in name:
-            return rows_to_halves(value, self.config.num_key_value_heads)
-        return value
+        return qk_to_halves(name, value, self.config.num_attention_heads, self.config.num_key_value_heads)
 
     def read_nf4(self, name: str) -> NF4Weight:
         raise KeyError(f"{name}: GGUF holds no NF4")
@@ -114,11 +115,14 @@ class GGUFCheckpoint:
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.shapes,
             "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self.shapes,
         }
-        config = LlamaConfig.from_dict(raw | {"rope_scaling": self._read_rope(kind)})
-        if "rope_freqs.weight" in self._tensors:
-            factors = self._tensors["rope_freqs.weight"].data.tolist()
-            return LlamaConfig(**{**vars(config), "rope": {"rope_type": "factors", "factors": factors}})
-        return config
+        config = LlamaConfig.from_dict(raw | {"rope_scaling": self._read_rope(kind)}, str(self._file))
+        if "rope_freqs.weight" not in self._tensors:
+            return config
+        factors = self._tensors["rope_freqs.weight"].data.tolist()
+        expected = config.head_dim // 2
+        if len(factors) != expected or not all(isinstance(value, float) and 0 < value < math.inf for value in factors):
+            raise InputError(f"{self._file} has RoPE divisors that can't be, expected {expected} positive numbers")
+        return LlamaConfig(**{**vars(config), "rope": {"rope_type": "factors", "factors": factors}})
 
     def _read_rope(self, kind: str) -> dict[str, Any] | None:
         scaling = self._field(f"{kind}.rope.scaling.type", "none")

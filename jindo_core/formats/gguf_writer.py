@@ -17,7 +17,8 @@ from jindo_core.errors import InputError
 from jindo_core.formats.checksums import checksum, verify
 from jindo_core.formats.gguf import GGUF_FAULTS
 from jindo_core.formats.hf_config import require_llama
-from jindo_core.formats.names import rename, rows_to_pairs
+from jindo_core.formats.names import qk_to_pairs, rename
+from jindo_core.nf4 import is_finite
 from jindo_core.rotary import RotaryConfig, rope_frequencies
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -53,11 +54,6 @@ def stored_tensors(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> list[_S
             raise InputError(f"the tensor {source} has no name in GGUF's LLaMA: give --format safetensors")
         stored.append(_Stored(name, source, kind, shape, size))
     return stored
-
-
-def is_finite(value: Tensor) -> bool:
-    """Whether no value is NaN or infinite; without a temporary of the tensor's size, which isfinite has several of."""
-    return value.numel() == 0 or all(math.isfinite(end.item()) for end in torch.aminmax(value))
 
 
 def _encoded(value: Tensor, stored: _Stored) -> np.ndarray[Any, Any]:
@@ -184,8 +180,10 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for one in stored:
-            value = factors if factors is not None and one.name == ROPE_FACTORS else _permuted(read, one.source, config)
-            data = _encoded(value, one)
+            if factors is not None and one.name == ROPE_FACTORS:
+                data = _encoded(factors, one)
+            else:
+                data = _encoded(_in_their_order(read(one.source), one.source, config), one)
             digests[one.name] = checksum(torch.from_numpy(data))
             writer.write_tensor_data(data)
     finally:
@@ -193,14 +191,11 @@ def write_gguf(
     return digests
 
 
-def _permuted(read: Callable[[str], Tensor], name: str, config: ModelConfig) -> Tensor:
+def _in_their_order(value: Tensor, name: str, config: ModelConfig) -> Tensor:
     """A tensor with its rows as llama.cpp has them: a LLaMA's q and k in pairs, a Qwen2's as they are."""
-    value = read(name)
     if architecture(config) == "qwen2":
         return value
-    if ".q_proj." in name:
-        return rows_to_pairs(value, config.num_attention_heads)
-    return rows_to_pairs(value, config.num_key_value_heads) if ".k_proj." in name else value
+    return qk_to_pairs(name, value, config.num_attention_heads, config.num_key_value_heads)
 
 
 def _types(value: Any) -> Iterator[Any]:

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from jindo_core.config_json import MOST_LAYERS, ConfigReader
 from jindo_core.errors import InputError
 from jindo_core.files import read_json
-from jindo_core.formats.names import rename, rows_to_halves
-from jindo_core.formats.places import FLOATS, Place
+from jindo_core.formats.names import qk_to_halves, rename
+from jindo_core.formats.places import FLOATS, Place, open_size
 from jindo_core.formats.torch_file import read_records
 from jindo_core.model import LlamaConfig
 from jindo_core.nf4 import NF4Weight
@@ -50,14 +51,13 @@ class MetaCheckpoint:
     """A LLaMA as Meta publishes it, its ranks joined as they are read. See `Checkpoint` for the attributes."""
 
     def __init__(self, folder: Path) -> None:
-        params = read_json(folder / PARAMS)
+        read = ConfigReader(read_json(folder / PARAMS), str(folder / PARAMS))
         self.files = _rank_files(folder)
-        self.nbytes = sum(file.stat().st_size for file in self.files)
+        self.nbytes = sum(open_size(file) for file in self.files)
         self.quantized = frozenset[str]()
-        width = _whole(params, "dim", folder)
-        self._splits = _join(self.files, width)
+        self._splits = _join(self.files, read.whole("dim"))
         self.shapes = {name: split.shape for name, split in self._splits.items()}
-        self.config = LlamaConfig.from_dict(_config(params, self.shapes, folder))
+        self.config = LlamaConfig.from_dict(_config(read, self.shapes, folder), read.source)
         self._check_ranks(folder)
 
     def read(self, name: str) -> Tensor:
@@ -72,11 +72,7 @@ class MetaCheckpoint:
         value = torch.empty(split.shape, dtype=split.parts[0].dtype)
         for part, into in zip(split.parts, value.chunk(len(split.parts), split.dim), strict=True):
             into.copy_(part.read())
-        if ".q_proj." in name:
-            return rows_to_halves(value, self.config.num_attention_heads)
-        if ".k_proj." in name:
-            return rows_to_halves(value, self.config.num_key_value_heads)
-        return value
+        return qk_to_halves(name, value, self.config.num_attention_heads, self.config.num_key_value_heads)
 
     def read_nf4(self, name: str) -> NF4Weight:
         raise KeyError(f"{name}: Meta's layout holds no NF4")
@@ -149,47 +145,41 @@ def _join_dim(name: str, parts: list[Place], width: int) -> int | None:
     return 0
 
 
-def _whole(params: dict[str, Any], name: str, folder: Path) -> int:
-    value = params.get(name)
-    if type(value) is not int or value < 1:
-        raise InputError(f"{folder / PARAMS} has {name} = {value!r}, expected a positive whole number")
-    return value
-
-
-def _config(params: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, Any]:
+def _config(read: ConfigReader, shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, Any]:
     """params.json in config.json's terms; sizes that it leaves out are the weights'."""
     embedding, gate = "model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight"
     for name in (embedding, gate, "model.layers.0.self_attn.q_proj.weight"):
         if len(shapes.get(name, ())) != 2:
             theirs = rename(name, "huggingface", "meta")
             raise InputError(f"{folder}: the tensor {theirs} is missing: expected a LLaMA's weights")
-    heads = _whole(params, "n_heads", folder)
-    theta = params.get("rope_theta", 10000.0)
+    heads = read.whole("n_heads")
     return {
         "model_type": "llama",
         "vocab_size": shapes[embedding][0],  # params.json may say -1: as the tokenizer has
-        "hidden_size": params["dim"],
+        "hidden_size": read.whole("dim"),
         "intermediate_size": shapes[gate][0],
-        "num_hidden_layers": _whole(params, "n_layers", folder),
+        "num_hidden_layers": read.whole("n_layers", most=MOST_LAYERS),
         "num_attention_heads": heads,
-        "num_key_value_heads": params.get("n_kv_heads") or heads,
-        "rms_norm_eps": params.get("norm_eps", 1e-5),
-        "rope_theta": theta,
-        "rope_scaling": _rope_scaling(params),
-        "max_position_embeddings": _context(params, shapes[embedding][0]),
+        "num_key_value_heads": read.whole("n_kv_heads", heads),
+        "rms_norm_eps": read.positive("norm_eps", 1e-5),
+        "rope_theta": read.positive("rope_theta", 10000.0),
+        "rope_scaling": _rope_scaling(read),
+        "max_position_embeddings": _context(read, shapes[embedding][0]),
         "tie_word_embeddings": "lm_head.weight" not in shapes,
     }
 
 
-def _rope_scaling(params: dict[str, Any]) -> dict[str, Any] | None:
+def _rope_scaling(read: ConfigReader) -> dict[str, Any] | None:
     """LLaMA 3.1's scaling."""
-    if not params.get("use_scaled_rope"):
+    if not read.switch("use_scaled_rope", False):
         return None
-    factor = params.get("rope_scaling_factor") or implied_factor(params["dim"])
     return {
-        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
-        "high_freq_factor": params.get("rope_high_freq_factor") or 4.0, "original_max_position_embeddings": 8192,
-    }  # fmt: skip
+        "rope_type": "llama3",
+        "factor": read.positive("rope_scaling_factor", implied_factor(read.whole("dim"))),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": read.positive("rope_high_freq_factor", 4.0),
+        "original_max_position_embeddings": 8192,
+    }
 
 
 def implied_factor(dim: int) -> float:
@@ -198,14 +188,14 @@ def implied_factor(dim: int) -> float:
     return 32.0 if dim in (2048, 3072) else 8.0
 
 
-def _context(params: dict[str, Any], vocabulary: int) -> int:
+def _context(read: ConfigReader, vocabulary: int) -> int:
     """Tokens that the model was trained on at once. params.json does not say it; what tells the published models apart
     is RoPE (3.1 and later; Code Llama), the vocabulary (3), and norm_eps with grouped heads at 8192 (2, not 1)."""
-    if params.get("use_scaled_rope"):
+    if read.switch("use_scaled_rope", False):
         return 131072
-    if params.get("rope_theta") == 1e6:
+    if read("rope_theta") == 1e6:
         return 16384
     if vocabulary >= 128000:
         return 8192
-    second = params.get("norm_eps") == 1e-5 and (params["dim"] != 8192 or "n_kv_heads" in params)
+    second = read("norm_eps") == 1e-5 and (read("dim") != 8192 or "n_kv_heads" in read.raw)
     return 4096 if second else 2048

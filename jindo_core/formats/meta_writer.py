@@ -27,7 +27,7 @@ from jindo_core.formats.hf_config import require_llama
 from jindo_core.formats.meta import implied_factor
 from jindo_core.formats.torch_file import read_records
 
-WEIGHTS, PARAMS = "consolidated.00.pth", "params.json"
+WEIGHTS = "consolidated.00.pth"
 _ALIGNMENT = 64
 _ZIP64_EXTRA, _LOCAL_HEADER = 20, 30
 _STORAGE = {torch.float32: "FloatStorage", torch.float16: "HalfStorage", torch.bfloat16: "BFloat16Storage"}

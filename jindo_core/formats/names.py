@@ -70,3 +70,24 @@ def rows_to_pairs(value: Tensor, heads: int) -> Tensor:
     """The inverse of `rows_to_halves`."""
     halves = value.view(heads, 2, -1, *value.shape[1:])
     return halves.transpose(1, 2).reshape(value.shape)
+
+
+def qk_to_halves(name: str, value: Tensor, heads: int, groups: int) -> Tensor:
+    """A tensor under its name in Hugging Face's layout: q's and k's rows by `rows_to_halves`, all others as they are.
+
+    Args:
+        heads: query heads. groups: key/value heads.
+    """
+    count = _heads_of(name, heads, groups)
+    return value if count is None else rows_to_halves(value, count)
+
+
+def qk_to_pairs(name: str, value: Tensor, heads: int, groups: int) -> Tensor:
+    """The inverse of `qk_to_halves`."""
+    count = _heads_of(name, heads, groups)
+    return value if count is None else rows_to_pairs(value, count)
+
+
+def _heads_of(name: str, heads: int, groups: int) -> int | None:
+    """So many heads lie in the rows of q or k; None: it is another tensor."""
+    return heads if ".q_proj." in name else groups if ".k_proj." in name else None

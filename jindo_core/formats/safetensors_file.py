@@ -49,7 +49,9 @@ def read_header(file: Path) -> Header:
         text = opened.read(length)
     try:
         raw = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, file))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except InputError:
+        raise
+    except (ValueError, RecursionError):  # no UTF-8, no JSON, a number of thousands of digits, or nested too deep
         raise _corrupt(file, "its header is no JSON") from None
     if not isinstance(raw, dict):
         raise _corrupt(file, "its header is no JSON object")
@@ -80,7 +82,7 @@ def _place(name: str, entry: Any, file: Path, base: int) -> Place:
         raise InputError(f"{file} holds a tensor called {name!r}, expected a name without slashes")
     entry = entry if isinstance(entry, dict) else {}
     kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if kind not in DTYPES:
+    if not isinstance(kind, str) or kind not in DTYPES:
         raise InputError(f"the tensor {name} in {file} is of type {kind}, expected one of {', '.join(DTYPES)}")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise _corrupt(file, f"the tensor {name} has shape {shape} and offsets {offsets}")

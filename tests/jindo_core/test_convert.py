@@ -247,6 +247,63 @@ def test_the_source_is_never_the_target(bf16, tmp_path):
     assert torch.equal(logits(base), logits(bf16))
 
 
+def test_a_target_in_the_source_and_a_name_that_can_not_be(bf16, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(bf16, base)
+    before = sorted(path.name for path in base.iterdir())
+    for target in (base / "sub", base / "sub" / "deeper"):
+        with pytest.raises(InputError, match=r"lies in .*base, which is read: give another name"):
+            quantize(base, target)
+        with pytest.raises(InputError, match=r"lies in .*base, which is read: give another name"):
+            export(base, "gguf", target.with_suffix(".gguf"))
+    assert sorted(path.name for path in base.iterdir()) == before
+    with pytest.raises(InputError, match="expected one without a null byte"):
+        quantize(base, tmp_path / "a\0b")
+    with pytest.raises(InputError, match="expected one without a null byte"):
+        export(base, "gguf", str(tmp_path / "a\0b.gguf"))
+
+
+@pytest.mark.parametrize("format", ["bitsandbytes", "jindo"])
+def test_a_model_in_fp64_is_quantized_in_fp32(bf16, tmp_path, capsys, format):
+    base = tmp_path / "base"
+    shutil.copytree(bf16, base)
+    tensors = {name: value.double() + 1e-12 for name, value in load_file(base / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    folder = quantize(base, tmp_path / "q", format=format)
+    assert "base holds float64: it is written in float32" in capsys.readouterr().out
+    held = load_file(folder / "model.safetensors")
+    assert torch.float64 not in {value.dtype for value in held.values()}
+    assert torch.equal(held["model.norm.weight"], tensors["model.norm.weight"].float())
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float32"
+    assert torch.equal(logits(folder, quantize="nf4"), logits(base, quantize="nf4"))
+    AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+    save_file({k: v.float() for k, v in tensors.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    narrow = load_file(quantize(base, tmp_path / "narrow", format=format) / "model.safetensors")
+    assert held.keys() == narrow.keys()
+    assert all(torch.equal(value, narrow[name]) for name, value in held.items())
+    tensors["model.norm.weight"][0] = 1e300
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"the tensor model\.norm\.weight has values that are not finite"):
+        quantize(base, tmp_path / "again")
+
+
+def test_a_side_file_that_can_not_be_read_is_named(bf16, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(bf16, base)
+    (base / "merges.txt").write_text("x")
+    real = convert.Path.read_bytes
+
+    def fails(path):
+        if path.name == "merges.txt" and path.parent == base:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(convert.Path, "read_bytes", fails)
+    with pytest.raises(InputError, match=r"merges\.txt can't be read .Permission denied.: expected a readable file"):
+        quantize(base, tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+
+
 def test_bytes_that_did_not_arrive_are_found_before_the_old_model_goes(bf16, tmp_path, monkeypatch):
     """A disk that loses a bit between the write and the read."""
     target = quantize(bf16, tmp_path / "q")

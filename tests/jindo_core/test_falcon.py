@@ -386,6 +386,10 @@ def test_each_configuration_gets_its_own_model():
     ({"rope_parameters": [1]}, r"RoPE parameters \[1\], expected an object"),
     ({"rope_parameters": {"rope_theta": -1}}, "rope_theta = -1, expected a positive number"),
     ({"eos_token_id": "x"}, "eos_token_id = 'x', expected a token id"),
+    ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon = nan, expected a positive number"),
+    ({"rope_theta": float("inf")}, "rope_theta = inf, expected a positive number"),
+    ({"rope_theta": 1e-300}, "rope_theta 1e-300: expected what gives finite angles"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000, expected at most 65536"),
 ])  # fmt: skip
 def test_a_config_that_can_not_be_is_refused(changes, message):
     with pytest.raises(InputError, match=message):

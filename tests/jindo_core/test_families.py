@@ -369,6 +369,7 @@ BASE = {"model_type": "qwen2", "num_hidden_layers": 3}
     (BASE | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "for each kind of layer, expected one set"),
     (BASE | {"use_sliding_window": True, "sliding_window": 0}, "sliding_window = 0, expected a positive whole number"),
     (BASE | {"use_sliding_window": True, "sliding_window": 2.5}, "sliding_window = 2.5, expected a positive"),
+    (BASE | {"use_sliding_window": "no"}, "use_sliding_window = 'no', expected true or false"),
     (BASE | {"use_sliding_window": True, "max_window_layers": "2"}, "max_window_layers = '2', expected a whole number"),
     (BASE | {"layer_types": ["full_attention"] * 2}, "2 layer_types, expected one for each of 3 layers"),
     (BASE | {"layer_types": ["chunked_attention"] * 3}, "expected a list of 'full_attention' and 'sliding_attention'"),
@@ -379,6 +380,13 @@ def test_what_would_be_computed_otherwise_is_refused(raw, message):
     with pytest.raises(InputError, match=message) as caught:
         as_llama(raw)
     assert "\n" not in str(caught.value)
+
+
+def test_a_fault_is_said_to_be_in_the_file_that_has_it():
+    with pytest.raises(InputError, match=r"^params\.json has hidden_act 'gelu'"):
+        as_llama(BASE | {"hidden_act": "gelu"}, "params.json")
+    with pytest.raises(InputError, match=r"^params\.json has vocab_size = None"):
+        ours_module.LlamaConfig.from_dict(SMALL | {"model_type": "llama", "vocab_size": None}, "params.json")
 
 
 def test_attention_dropout_is_left_out_aloud():

@@ -226,6 +226,41 @@ def test_weights_that_are_not_finite_are_named(copy, value, quantize):
             load_model(folder, quantize=quantize, dtype="fp32", device="cpu")
 
 
+@pytest.mark.parametrize(("dtype", "value", "short"), [(torch.float64, 1e300, "fp32"), (torch.float32, 1e6, "fp16")])
+def test_weights_that_do_not_fit_the_dtype_are_named(copy, dtype, value, short):
+    """They are finite as they are read, and infinite in what the model is to have."""
+    folder, tensors = copy
+    linear, norm = "model.layers.4.self_attn.k_proj.weight", "model.norm.weight"
+    for name in ("model.embed_tokens.weight", norm, linear):
+        damaged = tensors[name].to(dtype, copy=True)
+        damaged.view(-1)[-1] = value
+        save_file(tensors | {name: damaged}, folder / "model.safetensors")
+        for options in ({"quantize": None}, {}, {"double_quant": False}):
+            if short == "fp16" and name == linear and options.get("quantize", "nf4"):
+                continue  # NF4's scales are fp32 whatever the activations are
+            with pytest.raises(InputError, match=f"the tensor {name} has values too large for {short}: give --dtype"):
+                load_model(folder, dtype=short, device="cpu", **options)
+    sound = tensors | {norm: tensors[norm].to(dtype)}
+    save_file(sound, folder / "model.safetensors")
+    assert torch.equal(load_model(folder, dtype="fp32", device="cpu").model.norm.weight, tensors[norm])
+
+
+def test_a_number_of_layers_is_believed_only_where_they_are(copy, monkeypatch):
+    """Before one module of them is made."""
+    folder, tensors = copy
+    monkeypatch.setattr(loader, "build", lambda _: pytest.fail("built"))
+    config = json.loads((folder / "config.json").read_text())
+    for count, message in (
+        (10**9, "num_hidden_layers = 1000000000, expected at most 65536"),
+        (60_000, r"the tensor model\.layers\.5\.\* is missing, of 60000 layers"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count}))
+        refused(folder, message)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({k: v for k, v in tensors.items() if ".layers.3." not in k}, folder / "model.safetensors")
+    refused(folder, r"the tensor model\.layers\.3\.\* is missing, of 5 layers")
+
+
 def test_one_tensor_is_read_ahead_where_there_is_room(copy, monkeypatch):
     """While a tensor is worked on the next one is read, unless both would take more than the largest."""
     folder, tensors = copy
@@ -294,6 +329,23 @@ def test_settings_that_can_not_be(stories260k):
         ({"device": "tpu9x"}, "device is 'tpu9x', expected auto, cpu, cuda"),
         ({"device": "cuda:7"}, "torch sees 0 CUDA devices"),
         ({"dtype": "int8"}, "dtype is 'int8', expected auto"),
+        ({"dtype": torch.int8}, r"dtype is torch\.int8, expected auto"),
+        ({"dtype": torch.float64}, r"dtype is torch\.float64, expected auto, bf16, fp32, fp16"),
+        ({"dtype": None}, "dtype is None, expected auto"),
+        ({"dtype": ["bf16"]}, r"dtype is \['bf16'\], expected auto"),
+        ({"device": "meta"}, "device is 'meta', expected auto, cpu, cuda or cuda:N"),
+        ({"device": "mps"}, "device is 'mps', expected auto, cpu, cuda or cuda:N"),
+        ({"device": torch.device("xpu")}, "device is 'xpu', expected auto, cpu, cuda or cuda:N"),
+        ({"device": 0}, "device is '0', expected auto, cpu, cuda or cuda:N"),
+        ({"device": None}, "device is 'None', expected auto, cpu, cuda or cuda:N"),
+        ({"offload_layers": "2"}, "offload_layers is '2', expected a whole number"),
+        ({"offload_layers": True}, "offload_layers is True, expected a whole number"),
+        ({"offload_layers": 6}, "offload_layers is 6, expected 0 to 5"),
+        ({"offload_layers": 1, "quantize": None}, "offload_layers needs quantize 'nf4'"),
+        ({"offload_head": "no"}, "offload_head is 'no', expected True or False"),
+        ({"offload_embedding": 1}, "offload_embedding is 1, expected True or False"),
+        ({"double_quant": "yes"}, "double_quant is 'yes', expected True or False"),
+        ({"offload_folder": 3}, "offload_folder is 3, expected 'host' or a folder"),
     ):
         with pytest.raises(InputError, match=message):
             load_model(stories260k, **options)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from jindo_core.nf4 import NF4Linear, NF4Weight, quantize_nf4
+from jindo_core.nf4 import NF4Linear, NF4Weight, is_finite, quantize_nf4
 
 
 @pytest.fixture
@@ -131,3 +131,16 @@ def test_distributed_checkpoints_know_the_keys(linear):
     trained = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     assert {"1.weight", "1.bias"} <= trained.keys()
     assert "0.weight" not in trained
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_is_finite(dtype):
+    value = torch.linspace(-5, 5, 1000).view(10, 100).to(dtype)
+    assert is_finite(value)
+    assert is_finite(value[:0])
+    assert is_finite(value[0, 0])
+    for odd in (float("nan"), float("inf"), -float("inf")):
+        for place in (0, 499, 999):
+            damaged = value.clone()
+            damaged.view(-1)[place] = odd
+            assert not is_finite(damaged)

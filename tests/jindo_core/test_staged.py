@@ -40,14 +40,20 @@ def only(folder, *names):
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)
 
 
+class Nothing:
+    """A C library as on a file system that can't exchange two names."""
+
+    renameat2 = None
+
+
+def without_exchange(monkeypatch):
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: Nothing())
+
+
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_a_target_is_replaced_whole(old, tmp_path, monkeypatch, exchanges):
-    if not exchanges:  # as on a file system that can't exchange two names
-
-        class Nothing:
-            renameat2 = None
-
-        monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: Nothing())
+    if not exchanges:
+        without_exchange(monkeypatch)
     (old / "weights").write_text("old")
     write(old, overwrite=True)
     assert held(old) == {"config.json": "new"}
@@ -157,6 +163,117 @@ def test_kill_9_leaves_the_old_target_and_the_next_run_clears_up(old, tmp_path):
     (tmp_path / ".model.partial" / "leftover").write_text("half")
     write(old, overwrite=True)
     assert held(old) == {"config.json": "new"}
+    only(tmp_path, "model")
+
+
+def kill_at_rename(target, number):
+    """A run that replaces `target` and is killed just before its rename of that number, of two names that can't be
+    exchanged: the old one aside, the new one in, the old one to the stage."""
+    code = (
+        "import os, pathlib, signal, sys; from jindo_core import files\n"
+        "files.ctypes.CDLL = lambda *_, **__: type('Nothing', (), {'renameat2': None})\n"
+        "real, done = os.rename, []\n"
+        "def rename(a, b):\n"
+        "    done.append(a)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL) if len(done) == int(sys.argv[2]) else real(a, b)\n"
+        "os.rename = rename\n"
+        "with files.staged(pathlib.Path(sys.argv[1]), overwrite=True, needs=0, marks=('config.json',)) as folder:\n"
+        "    (folder / 'config.json').write_text('new')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(target), str(number)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+
+
+def test_kill_9_between_the_renames_where_names_can_not_be_exchanged(old, tmp_path, monkeypatch):
+    without_exchange(monkeypatch)
+    kill_at_rename(old, 2)
+    only(tmp_path, ".model.old", ".model.partial")
+    assert held(tmp_path / ".model.old") == {"config.json": "old"}
+    with pytest.raises(InputError, match="is there already"):  # the next run has it back
+        write(old)
+    assert held(old) == {"config.json": "old"}
+    only(tmp_path, "model")
+    kill_at_rename(old, 2)
+    write(old, "next", overwrite=True)
+    assert held(old) == {"config.json": "next"}
+    only(tmp_path, "model")
+    kill_at_rename(old, 3)
+    assert held(old) == {"config.json": "new"}
+    only(tmp_path, "model", ".model.old")
+    write(old, "next", overwrite=True)
+    assert held(old) == {"config.json": "next"}
+    only(tmp_path, "model")
+
+
+def test_a_folder_that_only_bears_such_a_name_stays(old, tmp_path):
+    (tmp_path / ".model.old").mkdir()
+    (tmp_path / ".model.old" / "thesis.txt").write_text("dear")
+    write(old, overwrite=True)
+    assert held(tmp_path / ".model.old") == {"thesis.txt": "dear"}
+
+
+def test_a_failed_rename_says_where_the_old_one_is(old, tmp_path, monkeypatch):
+    without_exchange(monkeypatch)
+    real, failing = os.rename, [False, True, True]
+
+    def rename(source, target):
+        if failing.pop(0):
+            raise OSError(5, "Input/output error", str(source), None, str(target))
+        real(source, target)
+
+    monkeypatch.setattr(files.os, "rename", rename)
+    with pytest.raises(InputError, match=r"written .Input/output error.: what was there is at .*\.model\.old"):
+        write(old, overwrite=True)
+    monkeypatch.setattr(files.os, "rename", real)
+    only(tmp_path, ".model.old")
+    with pytest.raises(InputError, match="is there already"):
+        write(old)
+    assert held(old) == {"config.json": "old"}
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_a_failure_after_the_exchange_does_not_say_unchanged(old, tmp_path, monkeypatch, single):
+    target = tmp_path / "model.gguf" if single else old
+
+    def fails(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(files, "_sync", fails)
+    message = r"is written and in its place, but was not brought safely to the disk .Input/output error."
+    with (
+        pytest.raises(InputError, match=message) as caught,
+        staged(target, overwrite=True, needs=0, marks=(".gguf",) if single else MARKS) as folder,
+    ):
+        (folder / (target.name if single else "config.json")).write_text("new")
+    assert "unchanged" not in str(caught.value)
+    assert (target if single else target / "config.json").read_text() == "new"
+
+
+def test_a_source_that_can_not_be_read_is_named(old, tmp_path):
+    with (
+        pytest.raises(InputError, match=r"source\.txt can't be read .No such file.*unchanged"),
+        staged(old, overwrite=True, needs=0, marks=MARKS),
+    ):
+        (tmp_path / "source.txt").read_text()
+    with (
+        pytest.raises(InputError, match=r"model could not be written .No such file.*unchanged"),
+        staged(old, overwrite=True, needs=0, marks=MARKS) as folder,
+    ):
+        (folder / "sub" / "x").write_text("x")
+
+
+def test_what_can_not_be_removed_is_said(old, tmp_path, monkeypatch):
+    real = files.shutil.rmtree
+
+    def fails(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(files.shutil, "rmtree", fails)
+    with pytest.warns(UserWarning, match=r"\.model\.partial could not be removed .Permission denied."):
+        write(old, overwrite=True)
+    assert held(old) == {"config.json": "new"}
+    monkeypatch.setattr(files.shutil, "rmtree", real)
+    write(old, "next", overwrite=True)
     only(tmp_path, "model")
 
 

@@ -32,7 +32,11 @@ def test_metadata_goes_there_and_back(tmp_path):
     assert all(isinstance(value, str) for value in metadata.values())
     assert json.loads(metadata["checksums"]) == {name: checksum(value) for name, value in tensors.items()}
     assert read_checksums(metadata, tmp_path) == json.loads(metadata["checksums"])
-    assert read_checksums({"format": "pt"}, tmp_path) == {}
+    assert read_checksums({"format": "pt"}, tmp_path) is None
+    assert read_checksums(checksums({}), tmp_path) == {}
+    for damaged in ('{"a": ' + "9" * 5000 + "}", "[" * 200_000):
+        with pytest.raises(InputError, match="no readable checksums"):
+            read_checksums(metadata | {"checksums": damaged}, tmp_path)
 
 
 def test_every_flipped_bit_changes_it(tmp_path):

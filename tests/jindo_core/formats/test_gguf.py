@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import gguf
 import numpy as np
 import pytest
@@ -21,10 +23,14 @@ MADE = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_
 READ_ONLY = (Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_NL, Kind.IQ4_XS)
 
 
-def weights():
+def weights_of(layers):
     torch.manual_seed(0)
-    model = LlamaForCausalLM(CONFIG)
+    model = LlamaForCausalLM(dataclasses.replace(CONFIG, num_hidden_layers=layers))
     return {name: value.detach() * (0.3 if value.dim() > 1 else 1.0) for name, value in model.named_parameters()}
+
+
+def weights():
+    return weights_of(CONFIG.num_hidden_layers)
 
 
 def write(file, tensors, kinds):
@@ -46,7 +52,7 @@ def write(file, tensors, kinds):
         for part, heads in ((".q_proj.", CONFIG.num_attention_heads), (".k_proj.", CONFIG.num_key_value_heads)):
             value = rows_to_pairs(value, heads) if part in name else value
         data = gguf.quantize(value.numpy(), kind) if kind in MADE else random_blocks(value.shape, kind)
-        writer.add_tensor(rename(name, "huggingface", "gguf"), data, raw_dtype=kind)
+        writer.add_tensor(rename(name, "huggingface", "gguf") or name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -88,6 +94,27 @@ def test_chunks_equal_the_whole(tmp_path, monkeypatch, chunk):
         for part, heads in ((".q_proj.", 4), (".k_proj.", 2)):
             expected = rows_to_halves(expected, heads) if part in name else expected
         assert torch.equal(opened.read(name), expected), name
+
+
+def test_a_folder_of_that_name_is_told(tmp_path, refused):
+    (tmp_path / "d.gguf").mkdir()
+    refused(tmp_path / "d.gguf", r"d\.gguf is a folder, expected a \.gguf file")
+
+
+def test_numbers_that_can_not_be_are_said_to_be_in_the_file(tmp_path, refused, monkeypatch):
+    file = tmp_path / "odd.gguf"
+    for change, message in (
+        ({"rms_norm_eps": float("nan")}, r"odd\.gguf has rms_norm_eps = nan, expected a positive number"),
+        ({"num_hidden_layers": 10**9}, r"odd\.gguf has num_hidden_layers = 1000000000, expected at most 65536"),
+        ({"num_hidden_layers": 60_000}, r"the tensor model\.layers\.2\.\* is missing, of 60000 layers"),
+    ):
+        monkeypatch.setitem(globals(), "CONFIG", dataclasses.replace(CONFIG, **change))
+        write(file, weights_of(2), [Kind.F32])
+        refused(file, message)
+        monkeypatch.undo()
+    for factors in ([1.0] * 31, [1.0] * 31 + [0.0], [1.0] * 31 + [float("nan")]):
+        write(file, weights() | {"rope_freqs.weight": torch.tensor(factors)}, [Kind.F32])
+        refused(file, r"odd\.gguf has RoPE divisors that can't be, expected 32 positive numbers")
 
 
 def test_its_bytes_are_the_file(tmp_path):

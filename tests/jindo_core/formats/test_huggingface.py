@@ -212,6 +212,7 @@ def test_checksums_that_are_not_whole_are_refused(copy, refused):
         (good | {"jindo_core": "2"}, "is of jindo-core's format '2', expected '1'"),
         (good | {"checksums": "{"}, "no readable checksums"),
         (good | {"checksums": "[]"}, "no readable checksums"),
+        (good | {"checksums": "{}"}, "has a tensor or a checksum of "),
         ({"jindo_core": "1"}, "no readable checksums"),
         (checksums({name: value for name, value in tensors.items() if name != UP}), f"a checksum of {UP}"),
         (checksums(tensors | {"odd": torch.ones(1)}), "a checksum of odd"),

@@ -170,3 +170,13 @@ def test_what_does_not_fit_is_refused(stories260k, tmp_path, refused):
     refused(tmp_path, "has dim = '64', expected a positive whole number")
     write(tmp_path, tensors, STORIES260K | {"n_layers": 6}, 2)
     refused(tmp_path, r"the tensor model\.layers\.5\..* is missing")
+    for changes, message in (
+        ({"n_layers": 10**9}, "n_layers = 1000000000, expected at most 65536"),
+        ({"norm_eps": float("nan")}, "norm_eps = nan, expected a positive number"),
+        ({"rope_theta": "x"}, "rope_theta = 'x', expected a positive number"),
+        ({"n_kv_heads": 3}, "8 heads and 3 key/value heads"),
+        ({"use_scaled_rope": "yes"}, "use_scaled_rope = 'yes', expected true or false"),
+        ({"use_scaled_rope": True, "rope_scaling_factor": 0}, "rope_scaling_factor = 0, expected a positive number"),
+    ):
+        (tmp_path / "params.json").write_text(json.dumps(STORIES260K | changes))
+        refused(tmp_path, r"params\.json has " + message)

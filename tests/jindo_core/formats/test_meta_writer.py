@@ -8,6 +8,7 @@ import zipfile
 import pytest
 import torch
 
+from jindo_core.config_json import ConfigReader
 from jindo_core.errors import InputError
 from jindo_core.formats.meta import _rope_scaling
 from jindo_core.formats.meta_writer import meta_params, verify_pth, write_pth
@@ -115,7 +116,7 @@ def test_the_scaling_factor_comes_back(dim, factor):
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
     params = meta_params(config(dim, 4 * dim, rope=rope))
-    assert _rope_scaling(params) == rope
+    assert _rope_scaling(ConfigReader(params)) == rope
     published = (dim in (2048, 3072) and factor == 32) or (dim in (4096, 8192) and factor == 8)
     assert not (published and "rope_scaling_factor" in params)
 

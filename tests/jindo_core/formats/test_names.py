@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jindo_core.formats.names import LAYER_MODULES, OTHER_MODULES, rename, rows_to_halves, rows_to_pairs
+from jindo_core.formats.names import (
+    LAYER_MODULES,
+    OTHER_MODULES,
+    qk_to_halves,
+    qk_to_pairs,
+    rename,
+    rows_to_halves,
+    rows_to_pairs,
+)
 from jindo_core.model import LlamaConfig, LlamaForCausalLM
 
 
@@ -45,3 +53,17 @@ def test_row_orders_are_inverse(shape):
     first = halves[:, 0] if len(shape) > 1 else halves
     assert first[:12].tolist() == [0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11]
     assert torch.equal(rows_to_pairs(halves, 2), value)
+
+
+def test_only_q_and_k_are_put_in_order_each_by_its_own_heads():
+    value = torch.arange(24 * 5).view(24, 5)
+    for part, heads in (("q", 6), ("k", 2)):
+        for leaf in ("weight", "bias"):
+            name = f"model.layers.3.self_attn.{part}_proj.{leaf}"
+            given = value if leaf == "weight" else value[:, 0]
+            there = qk_to_pairs(name, given, 6, 2)
+            assert torch.equal(there, rows_to_pairs(given, heads))
+            assert torch.equal(qk_to_halves(name, there, 6, 2), given)
+    for name in ("model.layers.3.self_attn.v_proj.weight", "model.layers.3.mlp.up_proj.weight", "lm_head.weight"):
+        assert qk_to_pairs(name, value, 6, 2) is value
+        assert qk_to_halves(name, value, 6, 2) is value

@@ -54,6 +54,8 @@ def test_reads_what_safetensors_wrote(tmp_path):
         ('{"a":{"dtype":"F32","shape":[5],"data_offsets":[0,16]}}', "has 16 bytes"),
         ('{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,16]}}', "has shape"),
         ('{"a":{"dtype":"F4","shape":[4],"data_offsets":[0,16]}}', "is of type F4, expected"),
+        ('{"a":{"dtype":["F32"],"shape":[4],"data_offsets":[0,16]}}', r"is of type \['F32'\], expected"),
+        ('{"a":{"dtype":"F32","shape":[' + "9" * 5000 + '],"data_offsets":[0,16]}}', "no JSON"),
         ('{"a":7}', "is of type None"),
         ('{"__metadata__":{"k":1}}', "metadata is no object of strings"),
         ("[]", "no JSON object"),
