@@ -7,7 +7,7 @@ import pytest
 from bench import integrations
 
 
-@pytest.mark.parametrize("what", ["peft loop", "Trainer"])
+@pytest.mark.parametrize("what", integrations.TRAINERS)
 def test_trainer_step(measure, setup, model, what):
     make = lambda: integrations.case(what, model, setup.dtype, setup.device, 512)  # noqa: E731
     measure(make, "integrations")

@@ -117,7 +117,7 @@ def test_the_table_and_the_plots(bench, case, ceilings, tmp_path, capsys):
     assert "expected a .json of `make bench`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["peft loop", "Trainer"])
+@pytest.mark.parametrize("what", ["peft loop", "patched loop", "Trainer", "TRL SFT", "Lightning"])
 def test_trainers_beside_bitsandbytes(bench, what):
     """Both sides train the same thing: the pair is refused otherwise."""
     case = bench("integrations").case(what, bench("shapes").SHAPES["tiny"], torch.float32, CPU, 32)
