@@ -123,3 +123,16 @@ def test_trainers_beside_bitsandbytes(bench, what):
     case = bench("integrations").case(what, bench("shapes").SHAPES["tiny"], torch.float32, CPU, 32)
     assert list(case.calls) == ["jindo", "bitsandbytes"]
     assert bench("timing").Pair(case, CPU, 0.0).failed == {}
+
+
+def test_each_trainer_is_held_to_bitsandbytes(bench):
+    """The names above, which pytest needs before bench/ can be imported."""
+    listed = next(m.args[1] for m in test_trainers_beside_bitsandbytes.pytestmark if m.name == "parametrize")
+    assert listed == list(bench("integrations").TRAINERS)
+
+
+@pytest.mark.slow
+def test_fsdp2_beside_bitsandbytes(bench):
+    case = bench("fsdp").case(bench("shapes").SHAPES["tiny"], torch.float32, 32)
+    assert list(case.calls) == ["jindo", "bitsandbytes"]
+    assert bench("timing").Pair(case, CPU, 0.0).failed == {}
