@@ -119,6 +119,24 @@ def peer(
     return adapted.train(train)
 
 
+def full(shape: Shape, weights: Weights) -> nn.Module:
+    """The peers' model with its layers' weights in full, not adapted."""
+
+    def linear(weight: NF4Weight) -> nn.Module:
+        with torch.device("meta"):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        layer.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+        return layer
+
+    model = _their_model(shape)
+    device = next(weight.device for weight in weights.values() if isinstance(weight, Tensor))
+    with device:
+        model.base_model.rotary_emb = type(model.base_model.rotary_emb)(model.config)
+    _fill(model, {name: w if isinstance(w, NF4Weight) else w.clone() for name, w in weights.items()}, linear)
+    model.tie_weights()
+    return model
+
+
 def _their_model(shape: Shape | FalconShape) -> Any:
     """transformers' model, on the meta device."""
     transformers = peers.load("transformers")

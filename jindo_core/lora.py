@@ -169,7 +169,7 @@ def match_targets(model: nn.Module, target_modules: Sequence[str] | str) -> list
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if names == ["all-linear"]:
         return linears
-    found = {name: [path for path in linears if f".{path}".endswith(f".{name}")] for name in names}
+    found = {name: [path for path in linears if path_ends_in(path, name)] for name in names}
     unmatched = [name for name, paths in found.items() if not paths]
     if len(unmatched) == len(names):
         raise InputError(
@@ -183,6 +183,11 @@ def match_targets(model: nn.Module, target_modules: Sequence[str] | str) -> list
         )
     chosen = {path for paths in found.values() for path in paths}
     return [path for path in linears if path in chosen]
+
+
+def path_ends_in(path: str, name: str) -> bool:
+    """Whether `name` is the end of a module's path, at a dot: `up_proj` and `mlp.up_proj` of `layers.0.mlp.up_proj`."""
+    return f".{path}".endswith(f".{name}")
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:

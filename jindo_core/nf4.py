@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from jindo_core.kernels.lora_matmul import Projection, lora_matmul_group
 from jindo_core.kernels.nf4 import (
+    FLOAT_DTYPES,
     NESTED_BLOCK,
     check_layout,
     code_table,
@@ -23,8 +24,19 @@ from jindo_core.kernels.nf4 import (
 )
 
 STATE_KEY = "quant_state.bitsandbytes__nf4"
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE_KEY)
+"""What stands beside a quantized weight X in a state dict, as X.absmax and so on; the nested ones not always."""
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""bitsandbytes' own, and all that `NF4Weight.from_state_dict` takes."""
 CONSTANTS = ("absmax", "nested_absmax", "offset")
 """The buffers of an `NF4Linear`: what its codes are multiplied by."""
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+"""Name -> dtype, of the dtypes a weight may have."""
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether no value is NaN or infinite; without a temporary of the tensor's size, which isfinite has several of."""
+    return value.numel() == 0 or all(math.isfinite(end.item()) for end in torch.aminmax(value))
 
 
 @dataclass(frozen=True)
@@ -110,30 +122,46 @@ class NF4Weight:
         """The inverse of `state_dict`; also reads what bitsandbytes wrote.
 
         Raises:
-            KeyError: a part is missing. ValueError: the parts do not fit, or use other code maps.
+            KeyError: a part is missing; with its name. ValueError: the parts do not fit, use other code maps, hold
+                values that are not finite, or have a quant_state that can't be read.
         """
         described = described_state(state[f"{prefix}.{STATE_KEY}"])
-        packed = state[prefix]
-        if not torch.equal(state[f"{prefix}.quant_map"], code_table(packed.device)):
+        check_described(described)
+        packed, absmax = state[prefix], state[f"{prefix}.absmax"]
+        if not _is_table(state[f"{prefix}.quant_map"], code_table):
             raise ValueError(f"{prefix} was quantized with other codes than NF4's")
         nested_absmax, offset = None, None
         if f"{prefix}.nested_absmax" in state:
             nested_absmax = state[f"{prefix}.nested_absmax"]
-            offset = torch.tensor(described["nested_offset"], dtype=torch.float32, device=packed.device)
-            nested_map = state[f"{prefix}.nested_quant_map"]
-            if described["nested_blocksize"] != NESTED_BLOCK or not torch.equal(
-                nested_map, dynamic_map(packed.device)
-            ):
-                raise ValueError(f"{prefix} was double-quantized with another map or block size than 256")
-        return cls(
-            packed,
-            state[f"{prefix}.absmax"],
-            nested_absmax,
-            offset,
-            tuple(described["shape"]),
-            getattr(torch, described["dtype"]),
-            described["blocksize"],
-        )
+            if not _is_table(state[f"{prefix}.nested_quant_map"], dynamic_map):
+                raise ValueError(f"{prefix} was double-quantized with another map")
+            offset = torch.tensor(_nested_offset(described), dtype=torch.float32, device=packed.device)
+        try:
+            whole = cls(
+                packed, absmax, nested_absmax, offset, tuple(described["shape"]), DTYPES[described["dtype"]],
+                described["blocksize"],
+            )  # fmt: skip
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        for name in CONSTANTS:
+            scale = getattr(whole, name)
+            if scale is not None and scale.dtype != torch.uint8 and not is_finite(scale):
+                raise ValueError(f"{prefix} has a {name} that is not finite")
+        return whole
+
+
+def _is_table(found: Tensor, table: Callable[[torch.device], Tensor]) -> bool:
+    return found.dtype == torch.float32 and torch.equal(found, table(found.device))
+
+
+def _nested_offset(described: Mapping[str, Any]) -> float:
+    value = described.get("nested_offset")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"nested_offset {value!r}, expected a number")
+    if described.get("nested_blocksize") != NESTED_BLOCK:
+        raise ValueError(f"nested_blocksize {described.get('nested_blocksize')!r}, expected {NESTED_BLOCK}")
+    # Python's integers have no bound; what fp32 can't hold becomes infinite, which is refused.
+    return float(value) if abs(value) <= torch.finfo(torch.float32).max else math.inf
 
 
 def described_state(text: Tensor) -> dict[str, Any]:
@@ -149,10 +177,25 @@ def described_state(text: Tensor) -> dict[str, Any]:
     return described
 
 
-def is_finite(value: Tensor) -> bool:
-    """Whether no value is NaN or infinite. By aminmax: isfinite() takes 65 times as long."""
-    # Both ends are NaN where one value is; nothing has no ends.
-    return value.numel() == 0 or all(math.isfinite(end.item()) for end in torch.aminmax(value))
+def check_described(described: Mapping[str, Any]) -> None:
+    """See that a quant_state describes what `NF4Weight` can hold. ValueError: it does not."""
+    for key, fits, expected in _EXPECTED:
+        if not fits(described.get(key)):
+            raise ValueError(f"{key} {described.get(key)!r}, expected {expected}")
+    if described.get("nested_blocksize", NESTED_BLOCK) != NESTED_BLOCK:
+        raise ValueError(f"nested_blocksize {described['nested_blocksize']!r}, expected {NESTED_BLOCK}")
+
+
+_EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("quant_type", lambda value: value == "nf4", "'nf4'"),
+    ("blocksize", lambda value: type(value) is int and value in BLOCK_SIZES, f"one of {BLOCK_SIZES}"),
+    ("dtype", lambda value: isinstance(value, str) and value in DTYPES, "a floating dtype"),
+    (
+        "shape",
+        lambda value: isinstance(value, list) and bool(value) and all(type(n) is int and n > 0 for n in value),
+        "sizes",
+    ),
+)
 
 
 def quantize_nf4(weight: Tensor, *, block_size: int = 64, double_quant: bool = True) -> NF4Weight:
@@ -316,7 +359,10 @@ class NF4Linear(nn.Linear):
         own = {key.removeprefix(prefix): state_dict[key] for key in (extra | {prefix + "weight"})}
         try:
             weight = NF4Weight.from_state_dict(own)
-        except (KeyError, ValueError) as error:
+        except KeyError as error:
+            error_msgs.append(f"{prefix}{error.args[0]} is missing")
+            return
+        except ValueError as error:
             error_msgs.append(f"{prefix}weight: {error}")
             return
         if weight.shape != (self.out_features, self.in_features):
@@ -324,10 +370,14 @@ class NF4Linear(nn.Linear):
                 f"{prefix}weight has shape {weight.shape}, expected {(self.out_features, self.in_features)}"
             )
             return
+        bias = state_dict.get(prefix + "bias")
+        if self.bias is not None and bias is not None and bias.shape != self.bias.shape:
+            error_msgs.append(f"{prefix}bias has shape {tuple(bias.shape)}, expected {tuple(self.bias.shape)}")
+            return
         self.hold(weight.to(weight.packed.device if self.weight.is_meta else self.weight.device))
-        if self.bias is not None and prefix + "bias" in state_dict:
+        if self.bias is not None and bias is not None:
             with torch.no_grad():
-                self.bias.copy_(state_dict[prefix + "bias"])
+                self.bias.copy_(bias)
         elif self.bias is not None:
             missing_keys.append(prefix + "bias")
 

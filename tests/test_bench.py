@@ -117,9 +117,22 @@ def test_the_table_and_the_plots(bench, case, ceilings, tmp_path, capsys):
     assert "expected a .json of `make bench`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["peft loop", "Trainer"])
+@pytest.mark.parametrize("what", ["peft loop", "patched loop", "Trainer", "TRL SFT", "Lightning"])
 def test_trainers_beside_bitsandbytes(bench, what):
     """Both sides train the same thing: the pair is refused otherwise."""
     case = bench("integrations").case(what, bench("shapes").SHAPES["tiny"], torch.float32, CPU, 32)
+    assert list(case.calls) == ["jindo", "bitsandbytes"]
+    assert bench("timing").Pair(case, CPU, 0.0).failed == {}
+
+
+def test_each_trainer_is_held_to_bitsandbytes(bench):
+    """The names above, which pytest needs before bench/ can be imported."""
+    listed = next(m.args[1] for m in test_trainers_beside_bitsandbytes.pytestmark if m.name == "parametrize")
+    assert listed == list(bench("integrations").TRAINERS)
+
+
+@pytest.mark.slow
+def test_fsdp2_beside_bitsandbytes(bench):
+    case = bench("fsdp").case(bench("shapes").SHAPES["tiny"], torch.float32, 32)
     assert list(case.calls) == ["jindo", "bitsandbytes"]
     assert bench("timing").Pair(case, CPU, 0.0).failed == {}

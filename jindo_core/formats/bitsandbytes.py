@@ -5,23 +5,18 @@ Our own NF4 files use the same keys, so that transformers and bitsandbytes load 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from jindo_core.errors import InputError
-from jindo_core.kernels.nf4 import NESTED_BLOCK
-from jindo_core.nf4 import STATE_KEY, NF4Weight, described_state
+from jindo_core.nf4 import PARTS, NF4Weight, check_described, described_state
 
 STATE_PREFIX = "quant_state.bitsandbytes__"
-PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE_KEY)
 OUR_METHOD = "jindo_nf4"
 """config.json's quant_method of what `jindo_core.integrations` saves: the same tensors."""
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""bitsandbytes' own."""
 
 
 def check_quantization(raw: Mapping[str, Any], file: Path) -> None:
@@ -80,27 +75,13 @@ def logical_shape(weight: str, state: Tensor, file: Path) -> tuple[int, ...]:
         described = described_state(state)
     except ValueError as error:
         raise InputError(f"the quant_state of {weight} in {file} can't be read ({error}): copy it again") from None
-    fault = next(
-        (
-            f"{key} {described.get(key)!r}, expected {expected}"
-            for key, fits, expected in _EXPECTED
-            if not fits(described.get(key))
-        ),
-        None,
-    )
-    if fault is None and described.get("nested_blocksize", NESTED_BLOCK) != NESTED_BLOCK:
-        fault = f"nested_blocksize {described['nested_blocksize']!r}, expected {NESTED_BLOCK}"
-    if fault is not None:
-        raise InputError(f"the tensor {weight} in {file} was quantized with {fault}: quantize the original again")
+    try:
+        check_described(described)
+    except ValueError as error:
+        raise InputError(
+            f"the tensor {weight} in {file} was quantized with {error}: quantize the original again"
+        ) from None
     return tuple(described["shape"])
-
-
-_EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("quant_type", lambda value: value == "nf4", "'nf4'"),
-    ("blocksize", lambda value: type(value) is int and value in BLOCK_SIZES, f"one of {BLOCK_SIZES}"),
-    ("dtype", lambda value: value in ("bfloat16", "float16", "float32"), "a floating dtype"),
-    ("shape", lambda value: isinstance(value, list) and all(type(n) is int and n > 0 for n in value), "sizes"),
-)
 
 
 def assemble(weight: str, parts: Mapping[str, Tensor], file: Path) -> NF4Weight:
@@ -110,12 +91,8 @@ def assemble(weight: str, parts: Mapping[str, Tensor], file: Path) -> NF4Weight:
         InputError: a part is missing, does not fit, or holds values that are not finite.
     """
     try:
-        whole = NF4Weight.from_state_dict(parts, weight)
+        return NF4Weight.from_state_dict(parts, weight)
     except KeyError as error:
         raise InputError(f"the tensor {error.args[0]} is missing in {file}: download the checkpoint again") from None
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise InputError(f"the NF4 weight {weight} in {file} is damaged ({error}): copy it again") from None
-    for name, scale in (("absmax", whole.absmax), ("nested_absmax", whole.nested_absmax), ("offset", whole.offset)):
-        if scale is not None and scale.dtype != torch.uint8 and not bool(scale.isfinite().all()):
-            raise InputError(f"the NF4 weight {weight} in {file} has a {name} that is not finite: copy it again")
-    return whole

@@ -6,7 +6,7 @@ import collections
 import functools
 import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,19 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from jindo_core.errors import InputError, nearest
-from jindo_core.nf4 import NF4Linear
+from jindo_core.kernels.nf4 import FLOAT_DTYPES
+from jindo_core.lora import path_ends_in
+from jindo_core.nf4 import BLOCK_SIZES, NF4Linear, is_finite
+
+SKIPPED = ("lm_head",)
+"""What `patch_model` leaves as it is by default; a model need not have it."""
 
 
 def patch_model(
     model: nn.Module,
     *,
     target_modules: Sequence[str] | str = "all-linear",
-    skip: Sequence[str] = ("lm_head",),
+    skip: Sequence[str] | str = SKIPPED,
     double_quant: bool = True,
     block_size: int = 64,
     dtype: torch.dtype | None = None,
@@ -31,27 +36,36 @@ def patch_model(
     """Swap the linear layers of any model for `NF4Linear`, in place and one by one: the peak is the model and a layer.
 
     Layers whose weight another module shares (a head tied to the embedding) stay as they are, and so do subclasses of
-    nn.Linear that compute something else (a router); these are named in a warning.
+    nn.Linear that compute something else (a router); these are named in a warning. A layer that stands in several
+    places is one layer in all of them.
 
     Args:
         target_modules: names that end a layer's path (`q_proj`, `mlp.up_proj`, a full path), or "all-linear".
-        skip: names of the same kind that stay as they are.
+        skip: names of the same kind, or one, that stay as they are.
         double_quant: also quantize the block maxima: 4.127 instead of 4.5 bits a weight.
-        block_size: elements that share one maximum.
+        block_size: elements that share one maximum: 32, 64, … 4096.
         dtype: of the parameters that stay; unchanged by default. Buffers are never cast.
     Returns:
         The same model. NF4 weights take no gradients; the other parameters do as before.
     Raises:
-        InputError: a name or the whole choice matches nothing, a weight is not finite or not loaded, a layer has
-            hooks. Nothing was changed then.
+        InputError: a setting is of the wrong kind, a name or the whole choice matches nothing, a weight is not finite,
+            not loaded or of a dtype that can't be quantized, a layer has hooks. Nothing was changed then.
     """
-    chosen = _choose(model, target_modules, skip)
+    check_settings(double_quant, block_size)
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise InputError(f"dtype is {dtype!r}, expected {', '.join(map(str, FLOAT_DTYPES))}, or None")
+    if not isinstance(model, nn.Module) or isinstance(model, nn.Linear):
+        kind = type(model).__name__
+        raise InputError(f"patch_model got a {kind}, expected a module that holds linear layers: put it into one")
+    everywhere = all_paths(model)
+    chosen = _choose(model, everywhere, _names("target_modules", target_modules), _names("skip", skip))
     for path, layer in chosen.items():
         _check(path, layer)
     for path in chosen:
         layer = chosen[path]
         new = NF4Linear.from_linear(layer, double_quant=double_quant, block_size=block_size).train(layer.training)
-        model.set_submodule(path, new)
+        for place in everywhere[id(layer)]:
+            model.set_submodule(place, new)
         chosen[path] = new  # the full weight goes
         del layer
     if dtype is not None:
@@ -63,34 +77,67 @@ def patch_model(
     return model
 
 
-def _choose(model: nn.Module, target_modules: Sequence[str] | str, skip: Sequence[str]) -> dict[str, nn.Linear]:
-    owners = collections.Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    linears = {path: layer for path, layer in quantizable(model) if owners[id(layer.weight)] == 1}
-    names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    if names != ["all-linear"]:
-        leaves = sorted({path.rpartition(".")[2] for path in linears})
+def check_settings(double_quant: bool, block_size: int) -> None:
+    """InputError unless a weight can be quantized so and read back."""
+    if not isinstance(double_quant, bool):
+        raise InputError(f"double_quant is {double_quant!r}, expected True or False")
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
+        raise InputError(f"block_size is {block_size!r}, expected one of {', '.join(map(str, BLOCK_SIZES))}")
+
+
+def _names(setting: str, given: Sequence[str] | str) -> list[str]:
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{setting} is {given!r}, expected a name or a list of names")
+    return list(names)
+
+
+def _choose(
+    model: nn.Module, everywhere: Mapping[int, list[str]], targets: list[str], skip: list[str]
+) -> dict[str, nn.Linear]:
+    def named(layer: nn.Module, names: list[str]) -> bool:
+        return any(path_ends_in(path, name) for path in everywhere[id(layer)] for name in names)
+
+    def see(setting: str, names: list[str], layers: Collection[nn.Module]) -> None:
+        leaves = sorted({path.rpartition(".")[2] for layer in layers for path in everywhere[id(layer)]})
         for name in names:
-            if not any(_ends(path, name) for path in linears):
+            if not any(named(layer, [name]) for layer in layers):
                 raise InputError(
-                    f"target_modules {name!r} matches no linear layer, expected some of {', '.join(leaves)}."
+                    f"{setting} {name!r} matches no linear layer, expected some of {', '.join(leaves)}."
                     + nearest(name, leaves)
                 )
-        linears = {path: layer for path, layer in linears.items() if any(_ends(path, name) for name in names)}
-    linears = {path: layer for path, layer in linears.items() if not any(_ends(path, name) for name in skip)}
+
+    owners = collections.Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    linears = {path: layer for path, layer in quantizable(model) if owners[id(layer.weight)] == 1}
+    if targets != ["all-linear"]:
+        see("target_modules", targets, linears.values())
+        linears = {path: layer for path, layer in linears.items() if named(layer, targets)}
+    every = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    see("skip", [name for name in skip if name not in SKIPPED], every)
+    linears = {path: layer for path, layer in linears.items() if not named(layer, skip)}
     if not linears:
         kind = type(model).__name__
         raise InputError(f"{kind} has no linear layer left to quantize: look at target_modules and skip")
     return linears
 
 
-def _ends(path: str, name: str) -> bool:
-    return f".{path}".endswith(f".{name}")
+def all_paths(model: nn.Module) -> dict[int, list[str]]:
+    """id of each module in `model` -> the paths of its places; those inside a module that has several by its first."""
+    found = collections.defaultdict(list)
+    for path, owner in model.named_modules():
+        for name, child in owner._modules.items():
+            if child is not None:
+                found[id(child)].append(f"{path}.{name}" if path else name)
+    return found
 
 
 def _check(path: str, layer: nn.Linear) -> None:
     if layer.weight.is_meta:
         raise InputError(f"{path}.weight is on the meta device: load the model's weights before patch_model")
-    if not bool(layer.weight.isfinite().all()):
+    if layer.weight.dtype not in FLOAT_DTYPES or layer.weight.numel() == 0:
+        held = f"{layer.weight.dtype} {tuple(layer.weight.shape)}"
+        raise InputError(f"{path}.weight is {held}, expected values in {', '.join(map(str, FLOAT_DTYPES))}")
+    if not is_finite(layer.weight.detach()):
         raise InputError(f"{path}.weight has values that are not finite: the model is broken")
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer):
         raise InputError(f"{path} has hooks, which would be lost: call patch_model before they are put on")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jindo_core.errors import InputError
 from jindo_core.lora import draw_seed
-from jindo_core.nf4 import NF4Linear, NF4Weight, quantize_nf4
+from jindo_core.nf4 import NF4Linear, NF4Weight, is_finite, quantize_nf4
 
 INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 """Values of `init_lora_weights` that do not read the base's weight."""
@@ -85,7 +85,7 @@ class NF4LoraLinear(Linear):
         summed = before.dequantize(torch.float32)
         for name in [*self.merged_adapters, *chosen]:
             summed += self.get_delta_weight(name).float()
-        if not bool(summed.isfinite().all()):
+        if not is_finite(summed):
             raise ValueError(f"the adapter {', '.join(chosen)} makes weights that are not finite: nothing was merged")
         made = quantize_nf4(summed, block_size=before.block_size, double_quant=before.nested_absmax is not None)
         base.hold(dataclasses.replace(made, dtype=before.dtype))

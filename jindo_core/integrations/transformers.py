@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,10 @@ from transformers.utils.quantization_config import BitsAndBytesConfig, Quantizat
 
 from jindo_core.errors import InputError, nearest
 from jindo_core.formats.bitsandbytes import OUR_METHOD as METHOD
-from jindo_core.integrations.patch import mark_as_4bit, quantizable
-from jindo_core.nf4 import STATE_KEY, NF4Linear, NF4Weight, quantize_nf4
+from jindo_core.integrations.patch import all_paths, check_settings, mark_as_4bit, quantizable
+from jindo_core.nf4 import DTYPES, PARTS, NF4Linear, NF4Weight, is_finite, quantize_nf4
 
-PARTS = ("weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map", "weight.absmax", f"weight.{STATE_KEY}")
-"""What stands beside `weight` in a checkpoint."""
+_COMPUTE_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
 
 
 @register_quantization_config(METHOD)
@@ -36,7 +35,7 @@ class JindoNF4Config(QuantizationConfigMixin):
 
     Args:
         double_quant: also quantize the block maxima: 4.127 instead of 4.5 bits a weight.
-        block_size: elements that share one maximum.
+        block_size: elements that share one maximum: 32, 64, … 4096.
         compute_dtype: of the products, a torch dtype or its name; by default the inputs', where bitsandbytes has fp32.
         modules_to_not_convert: names of layers that stay as they are. By default the head, what is tied, and the last
             layer; a list of your own takes their place (tied weights stay in any case). `llm_int8_skip_modules`,
@@ -62,16 +61,15 @@ class JindoNF4Config(QuantizationConfigMixin):
         if theirs is not None and modules_to_not_convert is not None:
             raise InputError("modules_to_not_convert and llm_int8_skip_modules are the same: give one of them")
         skip = modules_to_not_convert if theirs is None else theirs
-        if isinstance(skip, str):
+        listed = isinstance(skip, Collection | None) and not isinstance(skip, str)
+        if not listed or not all(isinstance(name, str) for name in skip or ()):
             raise InputError(f"modules_to_not_convert is {skip!r}, expected a list of names")
-        if isinstance(compute_dtype, str):
-            compute_dtype = getattr(torch, compute_dtype, compute_dtype)
-        if compute_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        dtype = DTYPES.get(compute_dtype, compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
+        if dtype not in _COMPUTE_DTYPES:
             raise InputError(f"compute_dtype is {compute_dtype!r}, expected float32, float16 or bfloat16")
-        if not isinstance(block_size, int) or block_size < 2 or block_size % 2:
-            raise InputError(f"block_size is {block_size!r}, expected an even number of at least 2")
+        check_settings(double_quant, block_size)
         self.quant_method = METHOD
-        self.double_quant, self.block_size, self.compute_dtype = bool(double_quant), block_size, compute_dtype
+        self.double_quant, self.block_size, self.compute_dtype = double_quant, block_size, dtype
         self.modules_to_not_convert = None if skip is None else list(skip)
 
     @classmethod
@@ -98,7 +96,7 @@ class JindoNF4Quantizer(HfQuantizer):
 
     requires_calibration = False
     is_trainable = True
-    serialized_names = {"weight": ["weight", *PARTS]}  # noqa: RUF012 - as the base class has it
+    serialized_names = {"weight": ["weight", *(f"weight.{part}" for part in PARTS)]}  # noqa: RUF012 - as the base has it
 
     def __init__(self, quantization_config: JindoNF4Config | BitsAndBytesConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -144,6 +142,7 @@ class JindoNF4Quantizer(HfQuantizer):
         tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
         if self.offloads and isinstance(device_map, dict):
             skip += [path for path, place in device_map.items() if place in ("cpu", "disk")]
+        everywhere = all_paths(model)
         layers: list[tuple[str, Any]] = [*quantizable(model)]
         layers += [(path, module) for path, module in model.named_modules() if isinstance(module, Conv1D)]
         layers = [
@@ -161,8 +160,9 @@ class JindoNF4Quantizer(HfQuantizer):
                 self.transposed.add(path)
             new = NF4Linear.placeholder(columns, rows, bias=layer.bias is not None, dtype=layer.weight.dtype)
             new.compute_dtype = self.settings.compute_dtype
-            model.set_submodule(path, new)
-            self.replaced[path] = layer
+            for place in everywhere[id(layer)]:
+                model.set_submodule(place, new)
+                self.replaced[place] = layer
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.replaced.clear()
@@ -184,7 +184,11 @@ class JindoNF4Quantizer(HfQuantizer):
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         return {"deserialize": _Take}
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):  # a config's, once it has been saved
+            if dtype not in DTYPES:
+                raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+            dtype = DTYPES[dtype]
         for path, layer in [(path, m) for path, m in model.named_modules() if isinstance(m, NF4Linear)]:
             weight = layer.nf4.dequantize(dtype)
             with torch.device("meta"):
@@ -202,27 +206,55 @@ class JindoNF4Quantizer(HfQuantizer):
 # --- one tensor at a time ---------------------------------------------------------------------------------
 
 
-class _Quantize(ConversionOps):
+class _PastReport(Exception):
+    """Carries an InputError through transformers, which makes a line of its report of what a conversion raises and ends
+    with a RuntimeError that names neither weight nor fault. To write that line it asks for the text: then it goes on.
+    """
+
+    def __init__(self, fault: InputError) -> None:
+        super().__init__()
+        self.fault = fault
+
+    def __str__(self) -> str:
+        raise self.fault from None
+
+
+class _Conversion(ConversionOps):
+    """One tensor's conversion, whose InputError reaches the caller of `from_pretrained`."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return self.converted(input_dict, **kwargs)
+        except InputError as fault:
+            raise _PastReport(fault) from None
+
+    def converted(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class _Quantize(_Conversion):
     """A weight in full, as it comes from the checkpoint."""
 
     def __init__(self, quantizer: JindoNF4Quantizer) -> None:
         self.quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], *_: Any, model: Any = None, **kwargs: Any) -> dict[str, Tensor]:
+    def converted(self, input_dict: dict[str, Any], *, model: Any = None, **kwargs: Any) -> dict[str, Any]:
         settings = self.quantizer.settings
         found: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             path = name.rpartition(".")[0]
-            if not bool(weight.isfinite().all()):
+            if not is_finite(weight):
                 raise InputError(f"{name} has values that are not finite: the checkpoint is broken")
             weight = weight.t() if path in self.quantizer.transposed else weight
+            layer = model.get_submodule(path)
+            _see_shape(layer, name, tuple(weight.shape))
             quantized = quantize_nf4(weight, block_size=settings.block_size, double_quant=settings.double_quant)
-            found[name] = _give(model.get_submodule(path), name, quantized)
+            found[name] = _give(layer, quantized)
         return found
 
 
-class _Take(ConversionOps):
+class _Take(_Conversion):
     """A quantized weight from the parts in a checkpoint; every tensor called `weight` comes through here."""
 
     def __init__(self, quantizer: JindoNF4Quantizer) -> None:
@@ -235,36 +267,47 @@ class _Take(ConversionOps):
         whole = self.hf_quantizer.replaced[path]
         whole.bias = layer.bias  # which may have come already
         self.hf_quantizer.transposed.discard(path)
-        model.set_submodule(path, whole)
+        for place, other in self.hf_quantizer.replaced.items():
+            if other is whole:
+                model.set_submodule(place, whole)
 
-    def convert(
-        self, input_dict: dict[str, Any], *_: Any, model: Any = None, full_layer_name: str = "", **kwargs: Any
+    def converted(
+        self, input_dict: dict[str, Any], *, model: Any = None, full_layer_name: str = "", **kwargs: Any
     ) -> dict[str, Any]:
-        layer = model.get_submodule(full_layer_name.rpartition(".")[0])
+        path = full_layer_name.rpartition(".")[0]
+        layer = model.get_submodule(path)
         parts = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        if "weight" not in parts:
+            raise InputError(f"the checkpoint holds {', '.join(parts)} of {path}, but no weight: download it again")
         if not isinstance(layer, NF4Linear):
             if len(parts) > 1:
                 raise InputError(f"{full_layer_name} is quantized in the checkpoint, but its config says it is not")
             return parts
         if parts["weight"].is_floating_point():  # bitsandbytes leaves subclasses of nn.Linear (Falcon's) as they are
-            self._put_back(model, full_layer_name.rpartition(".")[0], layer)
+            self._put_back(model, path, layer)
             return parts
         try:
             weight = NF4Weight.from_state_dict(parts)
         except KeyError as error:
             raise InputError(f"{full_layer_name}: the checkpoint holds no {error.args[0]!r} of it") from None
-        return {"weight": _give(layer, full_layer_name, weight)}
+        except ValueError as error:
+            raise InputError(f"{full_layer_name} is damaged in the checkpoint ({error}): copy it again") from None
+        _see_shape(layer, full_layer_name, weight.shape)
+        return {"weight": _give(layer, weight)}
 
 
-def _give(layer: NF4Linear, name: str, weight: NF4Weight) -> Tensor:
+def _give(layer: NF4Linear, weight: NF4Weight) -> Tensor:
     """Puts `weight` into the layer; returns the parameter, which transformers sets once more."""
-    if weight.shape != (layer.out_features, layer.in_features):
-        expected = (layer.out_features, layer.in_features)
-        raise InputError(f"{name} has shape {weight.shape}, expected {expected}: the checkpoint is for another model")
     layer.hold(weight)
     for buffer in layer.buffers(recurse=False):
         buffer.__dict__["_is_hf_initialized"] = True  # else remote code's initialization may overwrite it
     return layer.weight
+
+
+def _see_shape(layer: NF4Linear, name: str, shape: tuple[int, ...]) -> None:
+    expected = (layer.out_features, layer.in_features)
+    if shape != expected:
+        raise InputError(f"{name} has shape {shape}, expected {expected}: the checkpoint is for another model")
 
 
 # --- bitsandbytes' configuration ----------------------------------------------------------------------------
@@ -278,25 +321,34 @@ def use_for_bitsandbytes() -> Callable[[], None]:
     bitsandbytes, which is said once.
 
     Returns:
-        A function that gives everything back to bitsandbytes; models loaded meanwhile stay as they are.
+        A function that gives everything back to bitsandbytes; models loaded meanwhile stay as they are. After several
+        calls it is given back when the function of each has been called, in any order.
     """
-    kinds = ("bitsandbytes_4bit", "bitsandbytes_8bit")
-    before = {kind: AUTO_QUANTIZER_MAPPING[kind] for kind in kinds}
-    for kind, theirs in before.items():
-        if not isinstance(theirs, _Chooser):
-            AUTO_QUANTIZER_MAPPING[kind] = _Chooser(theirs)
+    choosers: list[tuple[str, _Chooser]] = []
+    for kind in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
+        found = AUTO_QUANTIZER_MAPPING[kind]
+        chooser = found if isinstance(found, _Chooser) else _Chooser(found)
+        AUTO_QUANTIZER_MAPPING[kind] = chooser
+        choosers.append((kind, chooser))
+    user = object()
+    for _, chooser in choosers:
+        chooser.users.add(user)
 
     def restore() -> None:
-        AUTO_QUANTIZER_MAPPING.update(before)
+        for kind, chooser in choosers:
+            chooser.users.discard(user)
+            if not chooser.users and AUTO_QUANTIZER_MAPPING[kind] is chooser:
+                AUTO_QUANTIZER_MAPPING[kind] = chooser.theirs
 
     return restore
 
 
 class _Chooser:
-    """Stands for a quantizer class where transformers makes one."""
+    """Stands for a quantizer class where transformers makes one; `users`: who have not given it back."""
 
     def __init__(self, theirs: type[HfQuantizer]) -> None:
         self.theirs = theirs
+        self.users: set[object] = set()
 
     def __call__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> HfQuantizer:
         if quantization_config.load_in_8bit:

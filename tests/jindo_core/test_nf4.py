@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
 
-from jindo_core.nf4 import NF4Linear, NF4Weight, is_finite, quantize_nf4
+from jindo_core.nf4 import STATE_KEY, NF4Linear, NF4Weight, is_finite, quantize_nf4
 
 
 @pytest.fixture
@@ -85,6 +87,105 @@ def test_a_state_that_does_not_fit_is_refused(linear):
         NF4Linear.from_linear(linear).load_state_dict(linear.state_dict())
 
 
+DAMAGED = {
+    "described as": [
+        ({"blocksize": 0}, "blocksize 0, expected one of"),
+        ({"blocksize": "64"}, "blocksize '64'"),
+        ({"blocksize": True}, "blocksize True"),
+        ({"blocksize": 10**9}, "blocksize 1000000000"),
+        ({"dtype": "load"}, "dtype 'load', expected a floating dtype"),
+        ({"dtype": ["float32"]}, "dtype .* expected a floating dtype"),
+        ({"quant_type": "fp4"}, "quant_type 'fp4'"),
+        ({"shape": [320, True]}, r"shape \[320, True\], expected sizes"),
+        ({"shape": []}, "shape"),
+        ({"shape": [10**30, 192]}, "packed is"),
+        ({"nested_offset": "a"}, "nested_offset 'a', expected a number"),
+        ({"nested_offset": True}, "nested_offset True"),
+        ({"nested_offset": None}, "nested_offset None"),
+        ({"nested_offset": float("nan")}, "offset that is not finite"),
+        ({"nested_offset": float("-inf")}, "offset that is not finite"),
+        ({"nested_offset": 10**400}, "offset that is not finite"),
+        ({"nested_blocksize": 128}, "nested_blocksize 128, expected 256"),
+    ],
+    "tensors": [
+        ("nested_absmax", lambda t: t.index_fill(0, torch.tensor([0]), torch.nan), "nested_absmax that is not finite"),
+        ("nested_absmax", lambda t: t.double(), "nested_absmax is torch.float64"),
+        ("absmax", lambda t: t[:-1], "absmax has 959 values"),
+        ("absmax", lambda t: t.double(), "absmax is torch.float64"),
+        ("quant_map", lambda t: t.double(), "other codes"),
+        ("quant_map", lambda t: t[:3], "other codes"),
+        ("nested_quant_map", lambda t: t.half(), "another map"),
+        (STATE_KEY, lambda t: t[:-1], "delimiter"),
+        (STATE_KEY, lambda t: t.float(), "expected uint8"),
+    ],
+}
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_damaged_parts_are_refused_by_every_reader(linear, double_quant):
+    """ValueError by `from_state_dict`, and torch's own error by `load_state_dict`; nothing is taken."""
+    layer = NF4Linear.from_linear(linear, double_quant=double_quant)
+    whole = layer.state_dict()
+    before = layer.nf4.dequantize()
+    described = json.loads(bytes(whole[f"weight.{STATE_KEY}"].tolist()))
+    cases = [
+        (
+            STATE_KEY,
+            lambda _, c=changes: torch.tensor(list(json.dumps(described | c).encode()), dtype=torch.uint8),
+            said,
+        )
+        for changes, said in DAMAGED["described as"]
+        if double_quant or not any(key.startswith("nested") for key in changes)
+    ]
+    cases += [case for case in DAMAGED["tensors"] if f"weight.{case[0]}" in whole]
+    for part, change, said in cases:
+        state = whole | {f"weight.{part}": change(whole[f"weight.{part}"])}
+        with pytest.raises(ValueError, match=said):
+            NF4Weight.from_state_dict(state)
+        with pytest.raises(RuntimeError, match=said):
+            layer.load_state_dict(state)
+    if not double_quant:
+        state = whole | {"weight.absmax": whole["weight.absmax"] * torch.inf}
+        with pytest.raises(ValueError, match="absmax that is not finite"):
+            NF4Weight.from_state_dict(state)
+    assert torch.equal(layer.nf4.dequantize(), before)
+    with pytest.raises(RuntimeError, match=r"bias has shape \(7,\), expected \(320,\)"):
+        layer.load_state_dict(whole | {"bias": torch.zeros(7)})
+
+
+def test_a_missing_part_is_named(linear):
+    layer = NF4Linear.from_linear(linear)
+    for part in ("absmax", "quant_map", "nested_quant_map"):
+        state = layer.state_dict()
+        del state[f"weight.{part}"]
+        with pytest.raises(KeyError, match=f"weight.{part}"):
+            NF4Weight.from_state_dict(state)
+        with pytest.raises(RuntimeError, match=rf"weight\.{part} is missing"):
+            layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_dtype_is_read_back(dtype):
+    weight = quantize_nf4(torch.randn(64, 64, dtype=dtype))
+    again = NF4Weight.from_state_dict(weight.state_dict())
+    assert again.dtype == dtype
+    assert torch.equal(again.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_is_finite(dtype):
+    value = torch.randn(67, 5, dtype=dtype)
+    assert is_finite(value)
+    assert is_finite(value.t())
+    assert is_finite(value[:0])
+    assert is_finite(torch.full((3,), torch.finfo(dtype).max, dtype=dtype))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        spoilt = value.clone()
+        spoilt[66, 4] = bad
+        assert not is_finite(spoilt)
+        assert not is_finite(spoilt.t())
+
+
 def test_a_placeholder_takes_its_weight_later(linear):
     layer = NF4Linear.placeholder(192, 320, bias=True, dtype=torch.bfloat16)
     assert layer.is_placeholder
@@ -131,16 +232,3 @@ def test_distributed_checkpoints_know_the_keys(linear):
     trained = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     assert {"1.weight", "1.bias"} <= trained.keys()
     assert "0.weight" not in trained
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_is_finite(dtype):
-    value = torch.linspace(-5, 5, 1000).view(10, 100).to(dtype)
-    assert is_finite(value)
-    assert is_finite(value[:0])
-    assert is_finite(value[0, 0])
-    for odd in (float("nan"), float("inf"), -float("inf")):
-        for place in (0, 499, 999):
-            damaged = value.clone()
-            damaged.view(-1)[place] = odd
-            assert not is_finite(damaged)

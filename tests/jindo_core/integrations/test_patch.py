@@ -90,6 +90,28 @@ def test_targets_and_skips(block):
     assert [path for path, m in block.named_modules() if isinstance(m, NF4Linear)] == ["up", "down", "lm_head"]
 
 
+def test_a_name_to_skip_may_be_a_string(block):
+    jc.patch_model(block, skip="lm_head")
+    assert type(block.lm_head) is nn.Linear
+    assert type(block.up) is NF4Linear
+    with pytest.raises(jc.InputError, match="Block has no linear layer left"):
+        jc.patch_model(block)
+
+
+@pytest.mark.parametrize("skipped", [None, "down", "inner.again"])
+def test_a_layer_in_two_places_is_one_layer(block, ids, skipped):
+    """Each place, also inside a module that has two itself, and chosen by the name of either."""
+    block.down2, block.inner = block.down, nn.ModuleDict({"again": block.down, "own": nn.Linear(64, 64)})
+    block.twice = block.inner
+    jc.patch_model(block, **({} if skipped is None else {"skip": skipped}))
+    assert type(block.down) is (NF4Linear if skipped is None else Rewritten)
+    assert block.down2 is block.down
+    assert block.inner["again"] is block.down
+    assert block.twice is block.inner
+    assert type(block.inner["own"]) is NF4Linear
+    assert block(ids).isfinite().all()
+
+
 def test_a_tied_head_stays_tied():
     block = jc.patch_model(Block(tied=True), skip=())
     assert type(block.lm_head) is nn.Linear
@@ -149,6 +171,22 @@ def test_asking_a_subclass_draws_no_random_number():
         (lambda b: b.down.weight.data.view(-1)[5].fill_(torch.inf), {}, r"down\.weight has values that are not finite"),
         (lambda b: b.down.to("meta"), {}, r"down\.weight is on the meta device"),
         (lambda b: b.down.register_forward_hook(print), {}, "down has hooks"),
+        (
+            lambda b: setattr(b.down, "weight", nn.Parameter(b.down.weight.data.to(torch.float8_e4m3fn))),
+            {},
+            r"down\.weight is torch\.float8_e4m3fn \(64, 192\), expected",
+        ),
+        (lambda b: setattr(b, "none", nn.Linear(64, 0)), {}, r"none\.weight is torch\.float32 \(0, 64\)"),
+        (lambda b: None, {"skip": ["lm_haed"]}, r"skip 'lm_haed' matches no linear.*Did you mean 'lm_head'\?"),
+        (lambda b: None, {"skip": ["norm"]}, "skip 'norm' matches no linear layer"),
+        (lambda b: None, {"skip": 5}, "skip is 5, expected a name or a list of names"),
+        (lambda b: None, {"skip": ["up", None]}, "skip is .* expected a name or a list"),
+        (lambda b: None, {"target_modules": None}, "target_modules is None, expected a name or a list of names"),
+        (lambda b: None, {"block_size": 63}, "block_size is 63, expected one of 32, 64"),
+        (lambda b: None, {"block_size": 48}, "block_size is 48, expected one of 32, 64"),
+        (lambda b: None, {"double_quant": "no"}, "double_quant is 'no', expected True or False"),
+        (lambda b: None, {"dtype": "bf16"}, r"dtype is 'bf16', expected torch\.bfloat16"),
+        (lambda b: None, {"dtype": torch.int8}, r"dtype is torch\.int8, expected torch\.bfloat16"),
     ],
 )
 def test_what_is_refused_changes_nothing(block, spoil, given, said):
@@ -156,6 +194,14 @@ def test_what_is_refused_changes_nothing(block, spoil, given, said):
     with pytest.raises(jc.InputError, match=said):
         jc.patch_model(block, **given)
     assert not [m for m in block.modules() if isinstance(m, NF4Linear)]
+
+
+@pytest.mark.parametrize("model", [nn.Linear(64, 64), None])
+def test_what_holds_no_layers_is_refused(model):
+    with pytest.raises(
+        jc.InputError, match=f"got a {type(model).__name__}, expected a module that holds linear layers"
+    ):
+        jc.patch_model(model)
 
 
 def test_a_transformers_model(saved, load, ids):

@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from jindo_core import InputError
 from jindo_core.integrations import JindoNF4Config, JindoNF4Quantizer, use_for_bitsandbytes
 from jindo_core.integrations import transformers as ours
-from jindo_core.nf4 import NF4Linear, quantize_nf4
+from jindo_core.nf4 import STATE_KEY, NF4Linear, quantize_nf4
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 BLOOM = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
@@ -128,13 +128,20 @@ def test_what_is_not_nf4_stays_with_bitsandbytes(saved, load, recwarn, takeover)
     assert said[1].startswith("8-bit")
 
 
-def test_the_takeover_is_reversible():
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_takeover_is_reversible(first):
+    """Of two, it is on until both have given it back, in whichever order; twice is as once."""
     before = dict(AUTO_QUANTIZER_MAPPING)
-    restore, again = use_for_bitsandbytes(), use_for_bitsandbytes()
+    restores = [use_for_bitsandbytes(), use_for_bitsandbytes()]
+    for _ in range(2):
+        restores[first]()
+        assert isinstance(AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"](theirs()), JindoNF4Quantizer)
+    restores[1 - first]()
+    assert before == AUTO_QUANTIZER_MAPPING
+    again = use_for_bitsandbytes()
+    restores[first]()
     assert isinstance(AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"](theirs()), JindoNF4Quantizer)
     again()
-    assert isinstance(AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"](theirs()), JindoNF4Quantizer)
-    restore()
     assert before == AUTO_QUANTIZER_MAPPING
 
 
@@ -161,18 +168,59 @@ def test_a_missing_weight_is_refused(saved, load, tmp_path):
         load(folder, JindoNF4Config())
 
 
-def test_a_weight_that_is_not_finite_is_named(saved, load, tmp_path, capfd):
-    folder = spoil(saved("llama"), tmp_path / "a", lambda tensors: tensors[UP].view(-1)[7].fill_(torch.nan))
-    with pytest.raises(RuntimeError, match="conversion"):  # transformers': ours is in its report
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda t: t.view(-1).index_fill(0, torch.tensor([7]), torch.nan).view(t.shape),
+            "has values that are not finite",
+        ),
+        (lambda t: t[:-1], r"has shape \(191, 64\), expected \(192, 64\)"),
+    ],
+)
+def test_a_weight_that_can_t_be_quantized_is_named(saved, load, tmp_path, change, said):
+    """Past transformers' own report, which would end in a RuntimeError without name or reason."""
+    folder = spoil(saved("llama"), tmp_path / "a", lambda tensors: tensors.update({UP: change(tensors[UP])}))
+    with pytest.raises(InputError, match=f"{UP} {said}"):
         load(folder, JindoNF4Config())
 
 
-@pytest.mark.parametrize("part", ["absmax", "quant_state.bitsandbytes__nf4"])
-def test_a_quantized_weight_in_part_is_refused(saved, load, tmp_path, part):
-    load(saved("llama"), JindoNF4Config()).save_pretrained(tmp_path / "whole")
-    folder = spoil(tmp_path / "whole", tmp_path / "a", lambda tensors: tensors.pop(f"{UP}.{part}"))
-    with pytest.raises(RuntimeError, match="conversion"):
-        load(folder)
+def changed(state, **changes):
+    described = json.loads(bytes(state.tolist())) | changes
+    return torch.tensor(list(json.dumps(described).encode()), dtype=torch.uint8)
+
+
+STATE = f"{UP}.{STATE_KEY}"
+
+
+@pytest.mark.parametrize("bitsandbytes", [False, True])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop(UP), "but no weight"),
+        (lambda t: t.pop(f"{UP}.absmax"), "holds no 'weight.absmax' of it"),
+        (lambda t: t.pop(STATE), f"holds no 'weight.{STATE_KEY}' of it"),
+        (lambda t: t[f"{UP}.nested_absmax"].fill_(torch.nan), "nested_absmax that is not finite"),
+        (lambda t: t.update({f"{UP}.absmax": t[f"{UP}.absmax"][:-1].clone()}), "absmax has 191 values"),
+        (lambda t: t.update({STATE: changed(t[STATE], nested_offset=float("inf"))}), "offset that is not finite"),
+        (lambda t: t.update({STATE: changed(t[STATE], nested_offset="a")}), "nested_offset 'a', expected a number"),
+        (lambda t: t.update({STATE: changed(t[STATE], dtype="load")}), "dtype 'load', expected a floating dtype"),
+        (lambda t: t.update({STATE: changed(t[STATE], blocksize=0)}), "blocksize 0, expected one of"),
+        (lambda t: t.update({STATE: changed(t[STATE], blocksize="64")}), "blocksize '64'"),
+        (lambda t: t.update({STATE: changed(t[STATE], shape=[64, 192])}), r"shape \(64, 192\), expected \(192, 64\)"),
+    ],
+)
+def test_a_damaged_quantized_weight_is_refused(saved, load, tmp_path, bitsandbytes, change, said):
+    config = theirs() if bitsandbytes else JindoNF4Config()
+    restore = use_for_bitsandbytes()
+    load(saved("llama"), config).save_pretrained(tmp_path / "whole")
+    folder = spoil(tmp_path / "whole", tmp_path / "a", change)
+    try:
+        with pytest.raises(InputError, match=rf"{UP.removesuffix('.weight')}.*{said}") as caught:
+            load(folder)
+    finally:
+        restore()
+    assert "\n" not in str(caught.value)
 
 
 def test_a_quantized_weight_that_the_config_leaves_out_is_refused(saved, load, tmp_path):
@@ -180,7 +228,9 @@ def test_a_quantized_weight_that_the_config_leaves_out_is_refused(saved, load, t
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["modules_to_not_convert"] = ["up_proj", "lm_head"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RuntimeError, match="conversion"):
+    with pytest.raises(
+        InputError, match=r"up_proj\.weight is quantized in the checkpoint, but its config says it is not"
+    ):
         load(tmp_path)
 
 
@@ -200,8 +250,17 @@ def test_a_model_without_linears_is_refused(saved, load):
     ("given", "said"),
     [
         ({"double_quantization": True}, "no 'double_quantization'.*Did you mean 'double_quant'"),
-        ({"block_size": 63}, "block_size is 63, expected an even number"),
-        ({"compute_dtype": "int8"}, "compute_dtype is torch.int8, expected float32, float16 or bfloat16"),
+        ({"block_size": 63}, "block_size is 63, expected one of 32, 64"),
+        ({"block_size": 48}, "block_size is 48, expected one of 32, 64"),
+        ({"block_size": 10**9}, "block_size is 1000000000, expected one of"),
+        ({"block_size": 64.0}, r"block_size is 64\.0, expected one of"),
+        ({"double_quant": "no"}, "double_quant is 'no', expected True or False"),
+        ({"compute_dtype": "int8"}, "compute_dtype is 'int8', expected float32, float16 or bfloat16"),
+        ({"compute_dtype": "load"}, "compute_dtype is 'load', expected float32"),
+        ({"compute_dtype": torch.int8}, r"compute_dtype is torch\.int8"),
+        ({"compute_dtype": "float64"}, "compute_dtype is 'float64'"),
+        ({"modules_to_not_convert": 5}, "modules_to_not_convert is 5, expected a list of names"),
+        ({"modules_to_not_convert": ["lm_head", 5]}, "expected a list of names"),
         ({"compute_dtype": "half precision"}, "compute_dtype is 'half precision'"),
         ({"modules_to_not_convert": "lm_head"}, "expected a list of names"),
         ({"modules_to_not_convert": ["a"], "llm_int8_skip_modules": ["b"]}, "are the same: give one"),
@@ -251,6 +310,19 @@ def test_dequantize_gives_the_model_back(saved, load, ids, name):
     assert [m for m in plain.modules() if isinstance(m, Conv1D)] or name != "gpt2"
     assert not hasattr(plain.config, "quantization_config")
     torch.testing.assert_close(plain(ids).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_dequantize_after_saving(saved, load, ids, tmp_path):
+    """transformers' config then holds its dtype as a string."""
+    model = load(saved("llama"), JindoNF4Config())
+    wanted = model(ids).logits
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(model.dequantize()(ids).logits, wanted, rtol=1e-5, atol=1e-5)
+    again = load(tmp_path)
+    with pytest.raises(InputError, match="dtype is 'int8', expected one of bfloat16"):
+        again.dequantize("int8")
+    assert quantized(again)
+    assert {p.dtype for p in again.dequantize("bfloat16").model.layers[0].mlp.parameters()} == {torch.bfloat16}
 
 
 def test_neither_bitsandbytes_nor_accelerate_is_needed(saved):

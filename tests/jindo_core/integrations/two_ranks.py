@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 from torch import distributed, nn
@@ -71,8 +72,11 @@ def main():
     distributed.init_process_group("gloo", init_method=f"file://{os.environ['STORE']}", rank=RANK, world_size=RANKS)
     check(MixedPrecisionPolicy(), 1e-5)
     check(MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32), 0.05)
+    distributed.barrier()  # no rank leaves while another still talks to it
     distributed.destroy_process_group()
     print("as one process")
+    sys.stdout.flush()
+    os._exit(0)  # as in examples/fsdp2.py: gloo's threads are still running
 
 
 if __name__ == "__main__":
