@@ -1,5 +1,7 @@
 """transformers' Trainer with an NF4 model and the paged optimizer; stopped and resumed.
 
+Needs `pip install peft accelerate`.
+
     python examples/hf_trainer.py my-run
 """
 

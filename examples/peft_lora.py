@@ -1,5 +1,7 @@
 """peft on NF4 layers with the fused LoRA operator: train in a plain loop, save, merge.
 
+Needs `pip install peft`.
+
     python examples/peft_lora.py my-adapter
 """
 

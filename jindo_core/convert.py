@@ -35,7 +35,7 @@ from jindo_core.hub import resolve_model
 from jindo_core.loader import build_empty, pick_device
 from jindo_core.merge import MergedCheckpoint, Onto
 from jindo_core.nf4 import STATE_KEY, is_finite
-from jindo_core.progress import ConversionView
+from jindo_core.progress import ConversionView, typed
 from jindo_core.run_record import RunRecord, read_run
 from jindo_core.settings import size_in_bytes
 from jindo_core.tokenizer import load_tokenizer
@@ -199,8 +199,13 @@ def run_merge(config: MergeConfig) -> Path:
         text = held_out_examples(config.eval_text, run, tokenizer, config.eval_rows, config.cutoff_len)
     _write_safetensors(chosen, source, target, None, config.max_shard_size, config.overwrite, view)
     _done(view, target, begun)
+    # The files do not say how the model was tuned to be asked; and in NF4 made anew it would not be the one written.
+    template = "alpaca" if run is None else run.prompt_template_name
+    asked = ["--quantize", "none", "--prompt_template_name", template, "--instruction", "…"]
+    view.say("Next: " + typed(["jindo-core", "generate", "--base_model", str(target), *asked]))
     if text is not None:
         examples, said = text
+        view.say(f"measuring what it costs, on {said} …")
         others = {_called(onto): merged(onto, adapter) for onto in _possible(source.checkpoint)}
         # What is measured of the chosen one is what was written.
         written = MergedCheckpoint(open_checkpoint(target), None, "original", source.linears, device=device)
@@ -249,6 +254,8 @@ def run_export(config: ExportConfig) -> Path:
     else:
         _write_gguf(model, source, target, config.dtype or "f16", config.overwrite, view)
     _done(view, target, begun)
+    if run is not None:
+        view.say(f"its prompts have the template {run.prompt_template_name}: generate takes --prompt_template_name")
     return target
 
 

@@ -232,7 +232,8 @@ def held_out_examples(
         told = "rows held out" if settings.get("val_set_size") else "rows (perhaps trained on: its run held none out)"
         said = f"{told} of {'the bundled Korean instructions' if data is None else Path(data).name}"
     template = load_template("alpaca" if run is None else run.prompt_template_name)
-    examples, _ = encode_all(records[:rows], tokenizer, template, cutoff_len=cutoff, train_on_inputs=False)
+    whole = bool(settings.get("train_on_inputs", False))  # as the run's own loss counted
+    examples, _ = encode_all(records[:rows], tokenizer, template, cutoff_len=cutoff, train_on_inputs=whole)
     if not examples:
         raise InputError(f"{said}: no row has an answer within {cutoff} tokens: give another --eval_text")
     return examples, f"{len(examples)} {said}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,8 @@ class PageStore:
         self._pages: list[Tensor] = []
         self._folder = None if place == "host" else Path(place).expanduser()
         self._file = -1 if self._folder is None else self._open(self._folder)
+        # Not __del__, which may run when the modules it needs are gone already.
+        self._closing = weakref.finalize(self, os.close, self._file) if self._file >= 0 else lambda: None
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -61,12 +64,8 @@ class PageStore:
         """Give everything back; pages that are still held elsewhere stay good."""
         self._pages.clear()
         if self._file >= 0:
-            os.close(self._file)
+            self._closing()
             self._file = -1
-
-    def __del__(self) -> None:
-        if getattr(self, "_file", -1) >= 0:
-            os.close(self._file)
 
     def _in_ram(self, count: int) -> list[Tensor]:
         free, wanted = available_ram(), count * self.page_bytes

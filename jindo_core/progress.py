@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,13 @@ def loading_bar(console: Console) -> Iterator[Callable[[int, int], None] | None]
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("loading", total=None)
         yield lambda done, whole: bar.update(task, completed=done, total=whole)
+
+
+def typed(command: Sequence[str]) -> str:
+    """A command line as a person would type it, in one line; a word with a ' in it between double quotes."""
+    special = set('"$`\\!')
+    words = (" ".join(word.split()) for word in command)
+    return " ".join(f'"{w}"' if "'" in w and not set(w) & special else shlex.quote(w) for w in words)
 
 
 class TrainingView:
@@ -204,7 +212,9 @@ class ConversionView:
 
     @contextmanager
     def bar(self, what: str, total: int, *, in_bytes: bool = True) -> Iterator[Callable[[int], None]]:
-        """A bar of `total` bytes, or steps; what is yielded moves it on by so many."""
+        """A bar of `total` bytes, or steps; what is yielded moves it on by so many. Without a terminal, a line."""
+        if not self.console.is_terminal and in_bytes:
+            self.say(f"{what}: {total / 1e6:,.0f} MB …")
         amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
         columns = (TextColumn(what), BarColumn(), amount, TextColumn("left"), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:

@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import os
-import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,7 @@ from jindo_core.memory import current_bytes, is_out_of_memory, keep_budget, peak
 from jindo_core.optim import learning_rate_factor
 from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.prepare import ANSWER_TOKENS, TrainingJob, prepare
-from jindo_core.progress import TrainingView, draw_loss
+from jindo_core.progress import TrainingView, draw_loss, typed
 from jindo_core.run_record import RunRecord, choose_output_dir, write_run
 
 METRICS = "metrics.jsonl"
@@ -160,7 +159,8 @@ def _loop(job: TrainingJob, view: TrainingView, history: _History) -> tuple[floa
                 "seconds": seconds,
             }
             history.add(row)
-            view.step(row, total, seconds / step * (total - step), step % config.logging_steps == 0)
+            logged = step % config.logging_steps == 0 or step in (1, total)
+            view.step(row, total, seconds / step * (total - step), logged)
             if step % config.eval_steps == 0 and step < total:
                 pause = time.perf_counter()
                 held_out = _measure(job, view, history, step)
@@ -344,4 +344,4 @@ def _farewell(view: TrainingView, config: TrainConfig, result: TrainResult, prob
     asked = [("--instruction", probe.instruction), ("--input", probe.input)] if probe else [("--instruction", "…")]
     given = [part for flag, text in asked if text for part in (flag, text if len(text) < 80 else "…")]
     command = ["jindo-core", "generate", *base, "--lora_weights", str(result.output_dir), *given]
-    view.say("Next: " + shlex.join(" ".join(part.split()) for part in command))
+    view.say("Next: " + typed(command))

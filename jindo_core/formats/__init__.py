@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from jindo_core.causal_lm import ModelConfig
+from jindo_core.errors import InputError
 from jindo_core.formats.gguf import GGUFCheckpoint
 from jindo_core.formats.huggingface import HuggingFaceCheckpoint
-from jindo_core.formats.meta import MetaCheckpoint, is_meta
+from jindo_core.formats.meta import PARAMS, MetaCheckpoint, is_meta
 from jindo_core.nf4 import NF4Weight
 
 
@@ -64,7 +65,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if path.suffix == ".gguf":
         return GGUFCheckpoint(path)
-    return MetaCheckpoint(path) if is_meta(path) else HuggingFaceCheckpoint(path)
+    if is_meta(path):
+        return MetaCheckpoint(path)
+    if not (path / "config.json").exists() and (path / "consolidated.00.pth").exists():
+        raise InputError(f"{path} holds consolidated.00.pth but no {PARAMS}: copy it there from the model's source")
+    return HuggingFaceCheckpoint(path)
 
 
 def missing_and_extra(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import random
+import subprocess
+import sys
 import tempfile
 from collections import deque
 
@@ -345,3 +347,17 @@ def test_a_store_without_room_leaves_the_resident_where_they_are(monkeypatch):
         pager.evict()
     assert (pager.resident, len(pager.store)) == (7, 0)
     assert (pager.get(3) == 9).all()
+
+
+def test_a_store_that_outlives_its_program_ends_in_silence(tmp_path):
+    """Its file is closed without the modules that the interpreter may have taken down by then."""
+    code = f"""
+import sys, torch
+from jindo_core.pages import PageStore
+store = PageStore({str(tmp_path)!r})
+store.reserve(2)
+sys.modules["kept"] = store  # as a global of the main program: torn down last
+sys.store = store
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

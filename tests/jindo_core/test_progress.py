@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import shlex
 
 from rich.console import Console
 
 from jindo_core.loader import load_model
-from jindo_core.progress import loading_bar
+from jindo_core.progress import loading_bar, typed
 
 
 def test_a_bar_on_a_terminal(stories260k):
@@ -25,3 +26,10 @@ def test_nothing_elsewhere():
     with loading_bar(Console(file=screen, force_terminal=False)) as on_progress:
         assert on_progress is None
     assert screen.getvalue() == ""
+
+
+def test_a_command_is_shown_as_it_would_be_typed():
+    words = ["jindo-core", "generate", "--instruction", "'우물 안 개구리'는?", "--input", "a\nb", "--x", "it's $5"]
+    shown = typed(words)
+    assert '''"'우물 안 개구리'는?" --input 'a b' ''' in shown
+    assert shlex.split(shown) == [" ".join(word.split()) for word in words]

@@ -180,3 +180,9 @@ def test_what_does_not_fit_is_refused(stories260k, tmp_path, refused):
     ):
         (tmp_path / "params.json").write_text(json.dumps(STORIES260K | changes))
         refused(tmp_path, r"params\.json has " + message)
+
+
+def test_a_folder_without_its_params_is_told_apart(tmp_path):
+    (tmp_path / "consolidated.00.pth").write_bytes(b"")
+    with pytest.raises(InputError, match=r"consolidated\.00\.pth but no params\.json: copy it there"):
+        open_checkpoint(tmp_path)
