@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -228,8 +229,9 @@ class _Conversion(ConversionOps):
         except InputError as fault:
             raise _PastReport(fault) from None
 
+    @abstractmethod
     def converted(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        raise NotImplementedError
+        """{name: what the module is to hold}."""
 
 
 class _Quantize(_Conversion):
