@@ -224,7 +224,9 @@ def table(figures: Iterable[Figure]) -> str:
 
 
 def write(figures: Iterable[Figure], path: Path) -> None:
-    """All figures, for programs; the same bytes from the same kernels and the same Triton."""
+    """All figures, for programs; the same bytes from the same kernels and the same Triton. Another Triton's stay."""
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["triton"] != triton.__version__:
+        return
     rows = [json.dumps(figure._asdict()) for figure in sorted(figures, key=_order)]
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n  ".join(rows)
