@@ -18,6 +18,15 @@ def held_out_loss(model: CausalLM, examples: Sequence[Example], *, batch_size: i
     """
     was_training = model.training
     model.eval()
+    try:
+        total, count = _summed(model, examples, batch_size, pad_id)
+    finally:  # out of memory, say: what is tried again must find the model as it was
+        model.train(was_training)
+    return total / count if count else float("nan")
+
+
+def _summed(model: CausalLM, examples: Sequence[Example], batch_size: int, pad_id: int) -> tuple[float, int]:
+    """(the summed cross entropy, the supervised tokens)"""
     total, count = 0.0, 0
     # Alike lengths together: the mean does not depend on the order, and less padding is computed.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
@@ -28,5 +37,4 @@ def held_out_loss(model: CausalLM, examples: Sequence[Example], *, batch_size: i
         assert loss is not None
         total += loss.item()
         count += int((batch["labels"][:, 1:] != -100).sum())
-    model.train(was_training)
-    return total / count if count else float("nan")
+    return total, count

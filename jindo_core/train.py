@@ -184,9 +184,14 @@ def _step(
     rate = config.learning_rate * learning_rate_factor(config.lr_scheduler_type, step - 1, total, warmup)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss = job.relief.outlive(functools.partial(_accumulate, job, batches), step, view.notice)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
+
+    def gradients() -> tuple[float, float]:
+        """Makes them, and clips them; the loss, and their norm before."""
+        loss = _accumulate(job, batches)
+        return loss, float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
+
+    loss, norm = job.relief.outlive(gradients, step, view.notice)
     if not skipped.count(step, loss, norm, view):
         # The norm says that all are finite: the paged ones need not look again, and wait for the device.
         known = {"finite": True} if isinstance(optimizer, PagedAdamW) else {}
