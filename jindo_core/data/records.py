@@ -15,14 +15,50 @@ from jindo_core.errors import InputError
 _FORM = '{"instruction": …, "input": …, "output": …}'
 
 
-@dataclass(frozen=True)
-class Record:
-    """A row. input is "" where there is none; row counts from 1 within its file."""
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A question and its answer. input: what the instruction is about, "" where there is none; output "": not answered."""
 
     instruction: str
-    input: str
-    output: str
-    row: int
+    input: str = ""
+    output: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A row of training data, whatever format it came in.
+
+    Attributes:
+        rounds: at least one, in order; several in a conversation.
+        system: the system message, "" where the row brings none (a template may have its own).
+        formatted: each round's instruction is the prompt as the model shall see it: no template is put round it.
+        row: counts from 1 within its file.
+    """
+
+    rounds: tuple[Round, ...]
+    system: str = ""
+    formatted: bool = False
+    row: int = 0
+
+    @classmethod
+    def single(cls, instruction: str, input: str = "", output: str = "", row: int = 0) -> Record:
+        """A row of one round."""
+        return cls((Round(instruction, input, output),), row=row)
+
+    @property
+    def instruction(self) -> str:
+        """The first round's."""
+        return self.rounds[0].instruction
+
+    @property
+    def input(self) -> str:
+        """The first round's."""
+        return self.rounds[0].input
+
+    @property
+    def output(self) -> str:
+        """The first round's."""
+        return self.rounds[0].output
 
 
 def bundled_path() -> Path:
@@ -145,7 +181,7 @@ def _record(path: Path, where: str, number: int, row: Any) -> Record:
         if not value.isascii():
             _check_characters(path, where, key, value)
         values.append(value)
-    return Record(values[0], values[1], values[2], number)
+    return Record.single(values[0], values[1], values[2], number)
 
 
 def _check_characters(path: Path, where: str, key: str, value: str) -> None:

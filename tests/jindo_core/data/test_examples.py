@@ -62,7 +62,7 @@ def llama_calls(stories15m):
 @pytest.fixture(scope="module")
 def rows(assets):
     real = read_records(assets / "data/ko/ko_sharegpt_deepl_translate_cleaned_v2.json")
-    odd = [Record("질문", "", "", 1), Record("", "", "", 2), Record("{input}", "{instruction}", "x", 3)]
+    odd = [Record.single("질문", "", "", 1), Record.single("", "", "", 2), Record.single("{input}", "{instruction}", "x", 3)]
     return odd + read_records(bundled_path())[:25] + real[:10]
 
 
@@ -83,20 +83,20 @@ def test_rows_are_alpaca_loras(kind, name, train_on_inputs, rows, request):
 
 def test_eos_is_supervised_where_it_fits_and_never_twice(smollm2):
     template = load_template("korean_short")
-    record = Record("수도는?", "", "서울", 1)
+    record = Record.single("수도는?", "", "서울", 1)
     whole = encode_example(smollm2, template, record, cutoff_len=256, train_on_inputs=False)
     length = len(whole.input_ids)
     assert whole.input_ids[-1] == whole.labels[-1] == smollm2.eos_id
     assert smollm2.decode([i for i in whole.labels if i != -100]) == "서울"
     cut = encode_example(smollm2, template, record, cutoff_len=length - 1, train_on_inputs=False)
     assert cut.input_ids == whole.input_ids[:-1]
-    told = Record("수도는?", "", "서울<|im_end|>", 1)
+    told = Record.single("수도는?", "", "서울<|im_end|>", 1)
     assert encode_example(smollm2, template, told, cutoff_len=256, train_on_inputs=False) == whole
 
 
 def test_a_tokenizer_without_eos(smollm2, monkeypatch):
     monkeypatch.setattr(smollm2, "eos_id", None)
-    record = Record("a", "", "b", 1)
+    record = Record.single("a", "", "b", 1)
     example = encode_example(smollm2, load_template("korean_short"), record, cutoff_len=9, train_on_inputs=True)
     assert example.input_ids == smollm2.encode("a\n→b")
 
@@ -115,9 +115,9 @@ def test_korean_short_is_two_tokens_a_prompt(smollm2):
 def test_rows_with_nothing_to_learn_are_left_out(smollm2):
     template = load_template("korean_short")
     records = [
-        Record("짧다", "", "네", 4),
-        Record("아주 긴 질문입니다 " * 9, "", "네", 5),
-        Record("a", "", "긴 답 " * 20, 6),
+        Record.single("짧다", "", "네", 4),
+        Record.single("아주 긴 질문입니다 " * 9, "", "네", 5),
+        Record.single("a", "", "긴 답 " * 20, 6),
     ]
     examples, warnings = encode_all(records, smollm2, template, cutoff_len=24, train_on_inputs=False)
     assert len(examples) == 2
@@ -131,7 +131,7 @@ def test_rows_with_nothing_to_learn_are_left_out(smollm2):
 
 
 def test_warnings_stay_short(smollm2):
-    records = [Record("질문", "", "답", row) for row in range(1, 10)]
+    records = [Record.single("질문", "", "답", row) for row in range(1, 10)]
     _, warnings = encode_all(records, smollm2, load_template("alpaca"), cutoff_len=8, train_on_inputs=False)
     assert warnings[0].startswith("9 rows (1, 2, 3, 4, 5, …) of 9 left out")
     assert encode_all([], smollm2, load_template("alpaca"), cutoff_len=8, train_on_inputs=False) == ([], [])

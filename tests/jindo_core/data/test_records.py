@@ -18,10 +18,10 @@ ROWS = [
     {"instruction": "null input", "input": None, "output": ""},
 ]
 RECORDS = [
-    Record("수도는?", "", "서울", 1),
-    Record("요약", "글\u2028둘째\u0085줄", "짧게\r\n둘", 2),
-    Record("no input", "", "fine", 3),
-    Record("null input", "", "", 4),
+    Record.single("수도는?", "", "서울", 1),
+    Record.single("요약", "글\u2028둘째\u0085줄", "짧게\r\n둘", 2),
+    Record.single("no input", "", "fine", 3),
+    Record.single("null input", "", "", 4),
 ]
 
 
@@ -123,7 +123,7 @@ def test_paths_that_are_no_file(tmp_path):
 
 
 def many(count):
-    return [Record(f"i{n}", "", f"o{n}", n) for n in range(1, count + 1)]
+    return [Record.single(f"i{n}", "", f"o{n}", n) for n in range(1, count + 1)]
 
 
 @pytest.mark.parametrize(("count", "size"), [(10, 0), (10, 1), (10, 5), (1, 0), (100, 32)])
