@@ -177,7 +177,8 @@ def _take_value(
 ) -> str:
     """Removes the value of `--name` from the front of `words`. Free text may begin with dashes."""
     if setting is not None and setting.kind == "word":  # nothing depends on it: what follows, or nothing
-        return " ".join(_take_list(words, _BARE)) or "True"
+        parts = list(_take_list(words, _BARE))
+        return " ".join(parts) if parts else "True"
     if setting is not None and setting.kind in _LISTS:
         parts = list(_take_list(words))
         if parts:

@@ -68,16 +68,12 @@ class Flag:
     kind: Literal["int", "float", "bool", "text", "word"] = "word"
     as_is: tuple[Any, ...] = ()
     at_least: float | None = None
-    below: float | None = None
 
     def setting(self, own: Mapping[str, Setting]) -> Setting:
         """How its value is read. own: our settings."""
         if self.does == "setting":
             return replace(own[self.ours], name=self.name, hidden=True)
-        return Setting(
-            self.name, self.kind, help=self.note, group="", default=None, hidden=True, at_least=self.at_least,
-            below=self.below,
-        )  # fmt: skip
+        return Setting(self.name, self.kind, self.note, group="", default=None, hidden=True, at_least=self.at_least)
 
 
 _NOTHING = ("", "none", "None", "False", "false")
@@ -131,7 +127,6 @@ _TABLE = [
     Flag("per_device_train_batch_size", "setting", "micro_batch_size"),
     Flag("gradient_accumulation_steps", "rule", "batch_size", "times micro_batch_size", kind="int", at_least=1),
     Flag("num_train_epochs", "setting", "num_epochs"),
-    Flag("warmup_ratio", "rule", "warmup_ratio", "not with constant", kind="float", at_least=0, below=1),
     Flag("adam_beta1", "refused", note=_BETAS, kind="float", as_is=(0.9,)),
     Flag("adam_beta2", "refused", note=_BETAS, kind="float", as_is=(0.999,)),
     Flag("adam_epsilon", "refused", note=_BETAS, kind="float", as_is=(1e-8,)),
@@ -299,25 +294,21 @@ def _optimizer(line: _Given) -> None:
 
 
 def _schedule(line: _Given) -> None:
-    """transformers' constant schedule never warms up; ours warms up by warmup_steps whatever follows."""
+    """transformers' constant schedule never warms up; ours does, by what warmup_steps or warmup_ratio say."""
     warms = line.own.get("lr_scheduler_type") == "constant_with_warmup"
     if warms:
         line.own["lr_scheduler_type"] = "constant"
-    ratio, constant = line.other.get("warmup_ratio"), line.now("lr_scheduler_type") == "constant" and not warms
-    if constant and (ratio or line.profile == "qlora"):
-        idle = ["warmup_ratio"] if ratio else []
-        if line.profile == "qlora" and line.own.get("warmup_steps"):
-            idle.append("warmup_steps")
-        if idle:
+    given = [name for name in ("warmup_ratio", "warmup_steps") if line.own.get(name)]
+    if line.profile == "qlora" and line.now("lr_scheduler_type") == "constant" and not warms:
+        line.own.update(warmup_steps=0, warmup_ratio=0.0)
+        if given:
             note = "no effect with a constant schedule, here as in qlora.py: --lr_scheduler_type constant_with_warmup"
-            line.notices.add(note, *idle)
-        if line.profile == "qlora":
-            line.own["warmup_steps"] = 0
-    elif line.own.get("warmup_steps"):
-        if ratio:
-            line.notices.add("no effect beside --warmup_steps", "warmup_ratio")
-    elif ratio is not None or line.profile == "qlora":
-        line.own["warmup_ratio"] = WARMUP_RATIO if ratio is None else ratio
+            line.notices.add(note, *given)
+    elif len(given) == 2:
+        line.own["warmup_ratio"] = 0.0
+        line.notices.add("no effect beside --warmup_steps", "warmup_ratio")
+    elif line.profile == "qlora" and not given:
+        line.own.setdefault("warmup_ratio", WARMUP_RATIO)
 
 
 def _epochs(line: _Given) -> None:
