@@ -185,7 +185,7 @@ def _step(
 ) -> dict[str, float]:
     """One optimizer step, or none where the gradient is not finite; its row of metrics."""
     config, optimizer = job.config, job.optimizer
-    warmup = min(config.warmup_steps, total // 10)
+    warmup = config.warmup(total)
     rate = config.learning_rate * learning_rate_factor(config.lr_scheduler_type, step - 1, total, warmup)
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -16,7 +16,7 @@ PARTS = {"kernels": {"kernels"}, "jindo_core": {"jindo_core", "kernels"}, "cli":
 ENGINE_ROWS = [
     {"errors"},
     {"settings", "plan", "plan_falcon", "files", "config_json"},
-    {"config", "families", "long_memory", "rotary"},
+    {"config", "qlora", "families", "long_memory", "rotary"},
     {"convert_config"},
     {"nf4"},
     {"lora", "pages"},
