@@ -22,6 +22,7 @@ jindo-core: fine-tune a LLaMA in 4 bits on a small GPU, or on none, and use the 
 commands:
   train       fine-tune on instructions; without flags: SmolLM2-135M on bundled Korean rows
   generate    answer an instruction with a model and its adapter
+  eval        measure a model: perplexity, MMLU, KoBEST, and what 4 bits cost
   quantize    write a model in 4 bits, for us or for transformers
   merge       add an adapter to its base model's weights, and say what that costs
   export      write a model for Hugging Face, Meta's code or llama.cpp
@@ -46,6 +47,12 @@ def _generate(argv: list[str]) -> int:
     from jindo_core.cli import generate
 
     return generate.run(argv)
+
+
+def _eval(argv: list[str]) -> int:
+    from jindo_core.cli import eval
+
+    return eval.run(argv)
 
 
 def _quantize(argv: list[str]) -> int:
@@ -85,7 +92,7 @@ def _tune(argv: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train, "generate": _generate, "quantize": _quantize, "merge": _merge, "export": _export,
+    "train": _train, "generate": _generate, "eval": _eval, "quantize": _quantize, "merge": _merge, "export": _export,
     "plan": _plan, "doctor": _doctor, "tune": _tune,
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ ENGINE_ROWS = [
     {"errors"},
     {"settings", "plan", "plan_falcon", "files", "config_json"},
     {"config", "qlora", "families", "long_memory", "rotary"},
-    {"convert_config"},
+    {"convert_config", "eval_config"},
     {"nf4"},
     {"lora", "pages"},
     {"pager"},
@@ -27,9 +27,9 @@ ENGINE_ROWS = [
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation", "progress"},
-    {"evaluate", "tune", "doctor", "merge"},
-    {"prepare", "drift"},
-    {"train", "convert"},
+    {"evaluate", "tune", "doctor", "merge", "likelihood"},
+    {"prepare", "drift", "eval_journal", "kobest", "perplexity"},
+    {"train", "convert", "evaluation"},
     {"integrations"},
 ]
 NEVER_THE_MODEL = {"data", "optim", "paged_adamw", "pager", "pages", "tokenizer", "config", "errors"}
