@@ -33,6 +33,7 @@ from jindo_core.memory import (
     usual_targets,
     within_budget,
 )
+from jindo_core.mmlu import Mmlu, load_mmlu
 from jindo_core.optim import build_optimizer
 from jindo_core.pages import PageStore, available_ram
 from jindo_core.plan import Job as Step
@@ -51,7 +52,7 @@ class TrainingJob:
 
     Attributes:
         config: as given, with what a memory budget made necessary.
-        probe: the row that is answered before and after, or None. planned_bytes: the memory plan's peak.
+        probe: the row that is answered before and after, or None. mmlu: asked at every measuring, or None.
     """
 
     config: TrainConfig
@@ -63,6 +64,7 @@ class TrainingJob:
     examples: list[Example]
     held_out: list[Example]
     probe: Record | None
+    mmlu: Mmlu | None = None
 
 
 def prepare(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> TrainingJob:
@@ -99,6 +101,7 @@ def prepare(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -
     if context is not None and config.cutoff_len > context:
         view.notice(f"cutoff_len {config.cutoff_len} is beyond the model's context: {context} is used")
     cutoff = config.cutoff_len if context is None else min(config.cutoff_len, context)
+    mmlu = _questions(config, tokenizer, context, view) if config.do_mmlu_eval else None
     examples = _encode(training, tokenizer, template, config, cutoff, view)
     if not examples:
         raise InputError(
@@ -119,7 +122,7 @@ def prepare(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -
     )  # fmt: skip
     relief = Relief(model, optimizer, config.micro_batch_size, _place(config), _advice(step))
     probe = _choose_probe(held_out or training, tokenizer, template, cutoff, context)
-    return TrainingJob(config, model, optimizer, relief, tokenizer, template, examples, held_out_examples, probe)
+    return TrainingJob(config, model, optimizer, relief, tokenizer, template, examples, held_out_examples, probe, mmlu)
 
 
 # --- memory -----------------------------------------------------------------------------------------------
@@ -221,6 +224,18 @@ def _load(path: Path, config: TrainConfig, view: TrainingView) -> CausalLM:
 
 def _place(config: TrainConfig) -> str:
     return config.offload_folder or "host"
+
+
+def _questions(config: TrainConfig, tokenizer: Tokenizer, context: int | None, view: TrainingView) -> Mmlu:
+    mmlu = load_mmlu(
+        config.mmlu_path, tokenizer, dataset=config.mmlu_dataset, split=config.mmlu_split,
+        max_samples=config.max_mmlu_samples, source_max_len=config.mmlu_source_max_len, context=context,
+    )  # fmt: skip
+    count = len(mmlu.questions)
+    view.say(f"MMLU: {count} questions, asked before training, every {config.eval_steps} steps and at the end")
+    if mmlu.cut:
+        view.notice(f"{mmlu.cut} of them are too long and lose their beginning: --mmlu_source_max_len")
+    return mmlu
 
 
 def _choose_probe(
