@@ -10,7 +10,7 @@ import pytest
 
 from jindo_core.cli.flags import parse_flags
 from jindo_core.cli.main import main
-from jindo_core.config import TrainConfig, resolve_train_config, settings
+from jindo_core.config import TrainConfig, accepted, resolve_train_config, settings
 from jindo_core.errors import InputError
 from jindo_core.qlora import FLAGS, OTHER_VALUES
 
@@ -389,3 +389,23 @@ def test_the_documentation_holds_the_table(repo_root):
     assert rows == expected
     hidden = [name for name, known in settings(TrainConfig).items() if known.hidden]
     assert [name for name in hidden if f"`--{name}`" not in text] == []
+
+
+# qlora.py's dataclasses, with what it sets of Seq2SeqTrainingArguments.
+ARGUMENTS = """
+model_name_or_path trust_remote_code use_auth_token
+eval_dataset_size max_train_samples max_eval_samples source_max_len target_max_len dataset dataset_format
+cache_dir train_on_source mmlu_split mmlu_dataset do_mmlu_eval max_mmlu_samples mmlu_source_max_len full_finetune
+adam8bit double_quant quant_type bits lora_r lora_alpha lora_dropout max_memory_MB report_to output_dir optim
+per_device_train_batch_size gradient_accumulation_steps max_steps weight_decay learning_rate remove_unused_columns
+max_grad_norm gradient_checkpointing do_train lr_scheduler_type warmup_ratio logging_steps group_by_length
+save_strategy save_steps save_total_limit
+max_new_tokens min_new_tokens do_sample num_beams num_beam_groups penalty_alpha use_cache temperature top_k top_p
+typical_p diversity_penalty repetition_penalty length_penalty no_repeat_ngram_size
+"""
+
+
+def test_every_argument_of_qlora_py_is_known():
+    names = ARGUMENTS.split()
+    assert len(names) == 60
+    assert [name for name in names if name not in accepted(TrainConfig)] == []
