@@ -25,7 +25,6 @@ from jindo_core.recompute import CheckpointOffload, recomputed
 from jindo_core.rotary import RotaryConfig, rope_frequencies
 from jindo_core.streaming import LayerStream
 
-
 Documents = Sequence[Sequence[int]]
 """The documents packed into each sequence of a batch: their lengths in order, which add up to T."""
 
@@ -136,7 +135,7 @@ class DecoderStack(nn.Module, ABC):
         """[B, T] -> [B, T, C]; arguments as in `CausalLM.forward`."""
         if documents is not None:
             if attention_mask is not None or position_ids is not None or cache is not None:
-                raise ValueError("documents say what is seen and where: expected no attention_mask, position_ids or cache")
+                raise ValueError("documents say what is seen: expected no attention_mask, position_ids or cache with them")
             return self._read_documents(input_ids, documents)
         memory, new = self.config.memory, input_ids.shape[1]
         if memory is not None and (cache is not None or new > memory.last_context_length):

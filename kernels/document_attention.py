@@ -2,8 +2,8 @@
 
     O_d = causal_attention(Q_d, K_d, V_d) for each document d, the tokens of all others unseen
 
-Packing without contamination (Krell et al. 2021, arXiv:2107.02027). A document is a slice: no T x T mask is made, and no
-score between two documents is computed. Equation, window and reference of one document: attention.py.
+Packing without contamination (Krell et al. 2021, arXiv:2107.02027). A document is a slice: no T x T mask is made, and
+no score between two documents is computed. Equation, window and reference of one document: attention.py.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], 
         ValueError: shapes, dtypes, devices or lengths that do not fit together, or a window below 1.
     """
     check_shapes("document_attention", q, k, v, window)
-    batch, tokens = q.shape[:2]
+    shape, (batch, tokens) = q.shape, q.shape[:2]
     _check_lengths(lengths, batch, tokens)
-    flat = [x.reshape(1, batch * tokens, *x.shape[2:]) for x in (q, k, v)]
+    q, k, v = (x.reshape(1, batch * tokens, *x.shape[2:]) for x in (q, k, v))
     if q.device.type == "cpu":
         width = tokens if window is None else min(window, tokens)
-        return torch.ops.jindo.document_attention(*flat, list(lengths), width)[0].view(q.shape)
-    return _one_by_one(*flat, lengths, window).view(q.shape)
+        return torch.ops.jindo.document_attention(q, k, v, list(lengths), width)[0].view(shape)
+    return _one_by_one(q, k, v, lengths, window).view(shape)
 
 
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
     """On CUDA: a call of torch's kernel for each document of [1, T, H, D]. Their outputs are held beside the whole."""
     # split, not slices: its gradient is one concatenation, a slice's is a tensor of zeros for every document.
     documents = zip(*(x.split(list(lengths), dim=1) for x in (q, k, v)), strict=True)
-    return torch.cat([causal_attention(*parts, window) for parts in documents], dim=1)
+    return torch.cat([causal_attention(one_q, one_k, one_v, window) for one_q, one_k, one_v in documents], dim=1)
 
 
 def _check_lengths(lengths: Sequence[int], batch: int, tokens: int) -> None:
