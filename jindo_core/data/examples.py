@@ -26,6 +26,41 @@ class Example:
     labels: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What became of a row. example: None where it has nothing to learn. cut: some of it did not fit."""
+
+    example: Example | None
+    cut: bool
+    row: int
+
+
+class Encoder:
+    """Thin, until branch masks is here."""
+
+    def __init__(self, tokenizer, template, *, cutoff_len, train_on_inputs, source_max_len=None, target_max_len=None):
+        self.args = (tokenizer, template)
+        self.more = (cutoff_len, train_on_inputs)
+        self.limit = f"cutoff_len {cutoff_len}"
+        self.fingerprint = repr((self.more, template))
+
+    def encode(self, records):
+        out = []
+        for r in records:
+            e, cut = _encode(*self.args, r, *self.more)
+            out.append(Encoded(e if any(x != IGNORE for x in e.labels[1:]) else None, cut, r.row))
+        return out
+
+
+def report(total: int, left_out: Sequence[int], cut: Sequence[int], limit: str) -> list[str]:
+    warnings = []
+    if left_out:
+        warnings.append(f"{_rows(left_out)} of {total} left out: the prompt alone fills {limit}; raise it")
+    if cut:
+        warnings.append(f"{_rows(cut)} of {total} cut at {limit}: their end and EOS are not learned")
+    return warnings
+
+
 def encode_example(
     tokenizer: Tokenizer, template: Template, record: Record, *, cutoff_len: int, train_on_inputs: bool
 ) -> Example:
