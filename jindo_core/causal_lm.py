@@ -135,7 +135,7 @@ class DecoderStack(nn.Module, ABC):
         """[B, T] -> [B, T, C]; arguments as in `CausalLM.forward`."""
         if documents is not None:
             if attention_mask is not None or position_ids is not None or cache is not None:
-                raise ValueError("documents say what is seen: expected no attention_mask, position_ids or cache with them")
+                raise ValueError("documents say what is seen: expected no attention_mask, position_ids or cache")
             return self._read_documents(input_ids, documents)
         memory, new = self.config.memory, input_ids.shape[1]
         if memory is not None and (cache is not None or new > memory.last_context_length):

@@ -84,7 +84,7 @@ def epoch_batches(
 
 @dataclass(frozen=True, slots=True)
 class Portion:
-    """Examples of one file. weight: how often an epoch sees each; a fraction is a part of them, drawn anew each epoch."""
+    """Examples of one file. weight: how often an epoch sees each; of a fraction a part of them, drawn anew each epoch."""
 
     start: int
     end: int
@@ -186,4 +186,5 @@ class BatchCursor(Iterator[list[list[int]]]):
 
 def steps_of(examples: int, batch_size: int, accumulation: int) -> int:
     """Optimizer steps that so many examples make."""
-    return -(-(-(-examples // batch_size)) // accumulation)
+    batches = -(-examples // batch_size)
+    return -(-batches // accumulation)

@@ -32,15 +32,15 @@ class Pack(Example):
 class Packs(Sequence[list[int]]):
     """Which rows lie in which pack.
 
-    Args:
+    Attributes:
         rows: int64, pack by pack. starts: int64, one more than packs: where each begins in `rows`.
     """
 
     def __init__(self, rows: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
-        self._rows, self._starts = rows, starts
+        self.rows, self.starts = rows, starts
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self.starts) - 1
 
     @overload
     def __getitem__(self, number: int) -> list[int]: ...
@@ -52,14 +52,14 @@ class Packs(Sequence[list[int]]):
         if not -len(self) <= number < len(self):
             raise IndexError(f"pack {number} of {len(self)}")
         number %= len(self)
-        found: list[int] = self._rows[self._starts[number] : self._starts[number + 1]].tolist()
+        found: list[int] = self.rows[self.starts[number] : self.starts[number + 1]].tolist()
         return found
 
     def sums(self, lengths: NDArray[Any]) -> NDArray[np.int64]:
         """Tokens of each pack. lengths: of each row."""
         if not len(self):
             return np.zeros(0, np.int64)
-        return np.add.reduceat(lengths[self._rows], self._starts[:-1], dtype=np.int64)
+        return np.add.reduceat(lengths[self.rows], self.starts[:-1], dtype=np.int64)
 
 
 def pack(lengths: ArrayLike, capacity: int, seed: int) -> Packs:
@@ -102,6 +102,27 @@ def pack(lengths: ArrayLike, capacity: int, seed: int) -> Packs:
     by_pack = np.argsort(number_of, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(number_of, minlength=count))]).astype(np.int64)
     return Packs(by_pack, starts)
+
+
+def pack_apart(
+    lengths: ArrayLike, bounds: Sequence[tuple[int, int]], capacity: int, seed: int
+) -> tuple[Packs, list[tuple[int, int]]]:
+    """`pack` for each stretch of rows by itself.
+
+    Args:
+        bounds: (first row, the one after the last) of each, one after another, and all rows in them.
+    Returns:
+        All packs, and the bounds of each stretch's among them.
+    """
+    tokens, rows, starts, found = np.asarray(lengths, np.int64), [], [np.zeros(1, np.int64)], []
+    count = 0
+    for first, end in bounds:
+        packs = pack(tokens[first:end], capacity, seed)
+        rows.append(packs.rows + first)
+        starts.append(packs.starts[1:] + first)
+        found.append((count, count + len(packs)))
+        count += len(packs)
+    return Packs(np.concatenate(rows), np.concatenate(starts)), found
 
 
 class PackedRows(Sequence[Example]):

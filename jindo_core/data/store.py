@@ -186,7 +186,7 @@ def _build(
     try:
         with _room(path):
             if path is None:
-                file = tempfile.TemporaryFile(prefix="jindo-rows-")  # noqa: SIM115: open as long as the rows are
+                file = tempfile.TemporaryFile(prefix="jindo-rows-")  # noqa: SIM115
             else:
                 descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:16]}.", suffix=".part")
                 file = os.fdopen(descriptor, "w+b")
@@ -348,7 +348,8 @@ def _prune(cache: Path, own: Path, say: Callable[[str], None]) -> None:
             continue  # another user's, in a cache that is shared: theirs to keep
         total, removed = total - size, [removed[0] + 1, removed[1] + size]
     if removed[0]:
-        say(f"{removed[0]} of the tokenized data sets kept for next runs removed, the oldest: {removed[1] / 1e9:,.1f} GB")
+        size = f"{removed[1] / 1e9:,.1f} GB"
+        say(f"{removed[0]} of the tokenized data sets kept for next runs removed, the oldest: {size}")
 
 
 # --- several sources ------------------------------------------------------------------------------------

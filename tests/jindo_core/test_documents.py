@@ -141,7 +141,7 @@ def test_calls_that_can_not_be():
     for documents in ([(8,)], [(8,), (4, 3)], [(8,), (9,)]):
         with pytest.raises(ValueError, match="expected, for each of 2 sequences, lengths that add up to 8"):
             model(ids, documents=documents)
-    with pytest.raises(ValueError, match="expected no attention_mask, position_ids or cache with them"):
+    with pytest.raises(ValueError, match="expected no attention_mask, position_ids or cache"):
         model(ids, torch.ones_like(ids), documents=[(8,), (8,)])
 
 
