@@ -8,17 +8,19 @@ spelling (`_canonical`), because argparse by itself cannot take `--a-b` for `--a
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from jindo_core.config import PROFILES, TrainConfig, did_you_mean, read_config_file
+from jindo_core.config import PROFILES, TrainConfig, accepted, did_you_mean, read_config_file
 from jindo_core.errors import InputError
-from jindo_core.settings import SEPARATOR, Config, Setting, settings, show
+from jindo_core.settings import SEPARATOR, Config, Setting, show
 
 HELP = ("-h", "--help")
 _DASHES = "-‐‑‒–—−"  # web pages and word processors turn "--" into these
 
+_BARE = re.compile(r"(?!-)|-[\d.]")  # a word, or a negative number
 _LISTS = {"names": " ", "numbers": " ", "paths": SEPARATOR}
 """Kinds of settings that take several words, and what joins them."""
 
@@ -67,7 +69,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> No
     """
     groups: dict[str, Any] = {}
     columns = [PROFILES["alpaca"], PROFILES["embedded"]] if config_class is TrainConfig else []
-    for setting in settings(config_class).values():
+    for setting in accepted(config_class).values():
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.group)
         group = groups[setting.group]
@@ -119,7 +121,7 @@ def parse_flags(
         # Not argparse's own way out, which swallows a closed pipe.
         print(parser.format_help(), end="", flush=True)
         raise SystemExit(0)
-    known = settings(config_class)
+    known = accepted(config_class)
     typed = vars(parser.parse_args(list(_canonical(config_class, argv, prog))))
     config_file = typed.pop("config", None)
     flags = {name: known[name].read(text) for name, text in typed.items()}
@@ -128,7 +130,7 @@ def parse_flags(
 
 def _canonical(config_class: type[Config], argv: Sequence[str], prog: str) -> Iterator[str]:
     """What was typed, as `--name=value` with single values, `--name` and `--no_name` for booleans."""
-    known = settings(config_class)
+    known = accepted(config_class)
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -174,6 +176,9 @@ def _take_value(
     setting: Setting | None, name: str, words: list[str], known: Mapping[str, Setting], prog: str
 ) -> str:
     """Removes the value of `--name` from the front of `words`. Free text may begin with dashes."""
+    if setting is not None and setting.kind == "word":  # nothing depends on it: what follows, or nothing
+        parts = list(_take_list(words, _BARE))
+        return " ".join(parts) if parts else "True"
     if setting is not None and setting.kind in _LISTS:
         parts = list(_take_list(words))
         if parts:
@@ -189,8 +194,8 @@ def _verbatim(setting: Setting | None) -> bool:
     return setting is not None and setting.verbatim
 
 
-def _take_list(words: list[str]) -> Iterator[str]:
-    while words and not words[0].startswith("-"):
+def _take_list(words: list[str], bare: re.Pattern[str] = re.compile("(?!-)")) -> Iterator[str]:
+    while words and bare.match(words[0]):
         yield words.pop(0)
 
 
@@ -206,6 +211,6 @@ def _unknown(word: str, config_class: type[Config], prog: str) -> str:
     bare = spelled.lstrip(_DASHES).replace("-", "_")
     if spelled[:1] in tuple(_DASHES):
         return f"got the unknown flag {spelled!r}.{did_you_mean(bare, config_class, '--')} See {prog} --help"
-    if bare in settings(config_class):
+    if bare in accepted(config_class):
         return f"got {word!r}, expected a flag. Did you mean '--{bare}'? See {prog} --help"
     return f"got {word!r}, which belongs to no flag: a value with spaces needs quotes. See {prog} --help"

@@ -36,6 +36,7 @@ from jindo_core.memory import (
     usual_targets,
     within_budget,
 )
+from jindo_core.mmlu import Mmlu, load_mmlu
 from jindo_core.optim import build_optimizer
 from jindo_core.pages import PageStore, available_ram
 from jindo_core.plan import Job as Step
@@ -55,7 +56,7 @@ class TrainingJob:
 
     Attributes:
         config: as given, with what a memory budget made necessary.
-        probe: the row that is answered before and after, or None. planned_bytes: the memory plan's peak.
+        probe: the row that is answered before and after, or None. mmlu: asked at every measuring, or None.
     """
 
     config: TrainConfig
@@ -68,6 +69,7 @@ class TrainingJob:
     portions: tuple[Portion, ...]
     held_out: Selection
     probe: Record | None
+    mmlu: Mmlu | None = None
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,10 @@ def prepare(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -
         InputError: a path, file, row or setting that can't be used; nothing was written.
     """
     found = _open(config, explicit, view)
-    data = read_data(found.files, found.config, found.encoder, found.capacity, view)
-    config, step = _plan(found.config, found.architecture, data, view)
+    context, config = found.architecture.context, found.config
+    mmlu = _questions(config, found.tokenizer, context, view) if config.do_mmlu_eval else None
+    data = read_data(found.files, config, found.encoder, found.capacity, view)
+    config, step = _plan(config, found.architecture, data, view)
     model = _load(found.path, config, view)
     trained = [p for p in model.parameters() if p.requires_grad]
     view.say(
@@ -109,10 +113,10 @@ def prepare(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -
     )  # fmt: skip
     relief = Relief(model, optimizer, config.micro_batch_size, _place(config), _advice(step))
     tokenizer, template = found.tokenizer, found.template
-    probe = _choose_probe(data.probes, tokenizer, template, found.capacity, found.architecture.context)
+    probe = _choose_probe(data.probes, tokenizer, template, found.capacity, context)
     return TrainingJob(
-        config, model, optimizer, relief, tokenizer, template, data.examples, data.portions, data.held_out, probe
-    )
+        config, model, optimizer, relief, tokenizer, template, data.examples, data.portions, data.held_out, probe, mmlu
+    )  # fmt: skip
 
 
 def preview(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> None:
@@ -273,6 +277,18 @@ def _load(path: Path, config: TrainConfig, view: TrainingView) -> CausalLM:
 
 def _place(config: TrainConfig) -> str:
     return config.offload_folder or "host"
+
+
+def _questions(config: TrainConfig, tokenizer: Tokenizer, context: int | None, view: TrainingView) -> Mmlu:
+    mmlu = load_mmlu(
+        config.mmlu_path, tokenizer, dataset=config.mmlu_dataset, split=config.mmlu_split,
+        max_samples=config.max_mmlu_samples, source_max_len=config.mmlu_source_max_len, context=context,
+    )  # fmt: skip
+    count = len(mmlu.questions)
+    view.say(f"MMLU: {count} questions, asked before training, every {config.eval_steps} steps and at the end")
+    if mmlu.cut:
+        view.notice(f"{mmlu.cut} of them are too long and lose their beginning: --mmlu_source_max_len")
+    return mmlu
 
 
 def _choose_probe(

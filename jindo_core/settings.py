@@ -23,15 +23,19 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of one field of a config: enough to read a value, make a flag of it and explain it."""
+    """What is known of one field of a config: enough to read a value, make a flag of it and explain it.
+
+    also: choices of other trainers, understood but not listed. kind "word": any value, for none changes anything.
+    """
 
     name: str
-    kind: Literal["int", "float", "bool", "text", "names", "paths", "numbers"]
+    kind: Literal["int", "float", "bool", "text", "names", "paths", "numbers", "word"]
     help: str
     group: str
     default: Any
     optional: bool = False
     choices: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
     metavar: str = ""
     path: bool = False
     verbatim: bool = False
@@ -83,7 +87,7 @@ class Setting:
 
     def _within(self, value: Any) -> bool:
         if self.choices:
-            return value in self.choices
+            return value in self.choices or value in self.also
         if self.kind not in ("int", "float", "numbers"):
             return True
         return all(self._in_bounds(number) for number in (value if self.kind == "numbers" else (value,)))
@@ -191,6 +195,7 @@ _READERS: dict[str, Callable[[object], Any]] = {
     "names": _names,
     "paths": _paths,
     "numbers": _numbers,
+    "word": str,
 }
 
 

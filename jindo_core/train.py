@@ -28,6 +28,7 @@ from jindo_core.errors import InputError, TrainingError
 from jindo_core.evaluate import held_out_loss
 from jindo_core.generation import generate
 from jindo_core.memory import current_bytes, is_out_of_memory, keep_budget, peak_bytes
+from jindo_core.mmlu import Mmlu, Scores
 from jindo_core.optim import learning_rate_factor
 from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.prepare import ANSWER_TOKENS, TrainingJob, prepare
@@ -93,6 +94,9 @@ def _run(job: TrainingJob, output_dir: Path, view: TrainingView) -> TrainResult:
         after = _measure(job, view, history, step=steps)
     answers = [] if job.probe is None else [(_one_line(job.probe), first_answer, _answer(job, view))]
     view.results(before, after, len(job.held_out), answers)
+    if history.mmlu:
+        first, last = history.mmlu[0], history.mmlu[-1]
+        view.mmlu(first.subjects, last.subjects, first.accuracy, last.accuracy)
     # Until here a run that was in the folder before is whole, and one that fails leaves no more than its log.
     _save(job, output_dir)
     os.replace(part, output_dir / METRICS)
@@ -131,10 +135,11 @@ def _open_log(path: Path) -> TextIO:
 
 
 class _History:
-    """The rows of metrics.jsonl, written as they come."""
+    """The rows of metrics.jsonl, written as they come; and MMLU's scores."""
 
     def __init__(self, log: TextIO) -> None:
         self.rows: list[dict[str, Any]] = []
+        self.mmlu: list[Scores] = []
         self._log = log
 
     def add(self, row: dict[str, Any]) -> None:
@@ -179,7 +184,8 @@ def _loop(job: TrainingJob, view: TrainingView, history: _History) -> tuple[floa
                 pause = time.perf_counter()
                 held_out = _measure(job, view, history, step)
                 evaluating += time.perf_counter() - pause
-                view.say(f"step {step}/{total}  held-out loss {held_out:.4f}")
+                if job.held_out:
+                    view.say(f"step {step}/{total}  held-out loss {held_out:.4f}")
         seconds = time.perf_counter() - started - evaluating
         if skipped.total == total:
             raise TrainingError(f"no step had a finite gradient: {_NOT_FINITE}")
@@ -194,7 +200,7 @@ def _step(
 ) -> dict[str, float]:
     """One optimizer step, or none where the gradient is not finite; its row of metrics."""
     config, optimizer = job.config, job.optimizer
-    warmup = min(config.warmup_steps, total // 10)
+    warmup = config.warmup(total)
     rate = config.learning_rate * learning_rate_factor(config.lr_scheduler_type, step - 1, total, warmup)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -273,7 +279,9 @@ def backward(loss: Tensor) -> None:
 
 
 def _measure(job: TrainingJob, view: TrainingView, history: _History, step: int) -> float:
-    """Held-out loss, also written to the history."""
+    """Held-out loss, also written to the history; and MMLU where it is asked for."""
+    if job.mmlu is not None:
+        _ask(job, job.mmlu, view, history, step)
     if not job.held_out:
         return math.nan
 
@@ -285,6 +293,16 @@ def _measure(job: TrainingJob, view: TrainingView, history: _History, step: int)
     loss = job.relief.outlive(run, step, view.notice)
     history.add({"step": step, "eval_loss": loss})
     return loss
+
+
+def _ask(job: TrainingJob, mmlu: Mmlu, view: TrainingView, history: _History, step: int) -> None:
+    def run() -> Scores:
+        return mmlu.ask(job.model, batch_size=job.relief.micro_batch)
+
+    scores = job.relief.outlive(run, step, view.notice)
+    history.add({"step": step, **scores.metrics()})
+    view.say(f"step {step}  MMLU accuracy {scores.accuracy:.4f}, mean of {len(scores.subjects)} subjects")
+    history.mmlu.append(scores)
 
 
 # --- after the last step --------------------------------------------------------------------------------

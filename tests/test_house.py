@@ -16,7 +16,7 @@ PARTS = {"kernels": {"kernels"}, "jindo_core": {"jindo_core", "kernels"}, "cli":
 ENGINE_ROWS = [
     {"errors"},
     {"settings", "plan", "plan_falcon", "files", "config_json"},
-    {"config", "families", "long_memory", "rotary"},
+    {"config", "qlora", "families", "long_memory", "rotary"},
     {"convert_config"},
     {"nf4"},
     {"lora", "pages"},
@@ -27,7 +27,7 @@ ENGINE_ROWS = [
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation", "progress"},
-    {"evaluate", "tune", "doctor", "merge", "training_data"},
+    {"evaluate", "mmlu", "tune", "doctor", "merge", "training_data"},
     {"prepare", "drift"},
     {"train", "convert"},
     {"integrations"},

@@ -84,7 +84,7 @@ def epoch_batches(
 
 @dataclass(frozen=True, slots=True)
 class Portion:
-    """Examples of one file. weight: how often an epoch sees each; of a fraction a part of them, drawn anew each epoch."""
+    """Examples of one file. weight: how often an epoch sees each; of a fraction a part, drawn anew in each epoch."""
 
     start: int
     end: int

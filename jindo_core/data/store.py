@@ -348,8 +348,8 @@ def _prune(cache: Path, own: Path, say: Callable[[str], None]) -> None:
             continue  # another user's, in a cache that is shared: theirs to keep
         total, removed = total - size, [removed[0] + 1, removed[1] + size]
     if removed[0]:
-        size = f"{removed[1] / 1e9:,.1f} GB"
-        say(f"{removed[0]} of the tokenized data sets kept for next runs removed, the oldest: {size}")
+        freed = f"{removed[1] / 1e9:,.1f} GB"
+        say(f"{removed[0]} of the tokenized data sets kept for next runs removed, the oldest: {freed}")
 
 
 # --- several sources ------------------------------------------------------------------------------------

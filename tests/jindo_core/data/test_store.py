@@ -23,7 +23,7 @@ from jindo_core.errors import InputError
 
 @dataclass
 class Characters:
-    """An encoder of characters: the instruction is not learnt, "x" as an answer is nothing to learn, 12 are the most."""
+    """An encoder of characters: the instruction is not learnt, "x" is nothing to learn, and 12 are the most."""
 
     fingerprint: str = "characters"
     calls: list[int] = field(default_factory=list)
@@ -177,7 +177,7 @@ def test_a_failed_run_leaves_nothing(data, cache):
         def encode(self, records):
             raise InputError("no")
 
-    with pytest.raises(InputError, match="^no$"):
+    with pytest.raises(InputError, match=r"^no$"):
         make(data, cache, Failing())
     write(data, [*ROWS, ("a", 3)])
     with pytest.raises(InputError, match="row 6"):
