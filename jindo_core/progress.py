@@ -70,6 +70,22 @@ def loading_bar(console: Console) -> Iterator[Callable[[int, int], None] | None]
         yield lambda done, whole: bar.update(task, completed=done, total=whole)
 
 
+@contextmanager
+def tokenizing_bar(console: Console, name: str) -> Iterator[Callable[[int, int, int], None] | None]:
+    """Shows how far a file is tokenized; on a terminal only, and gone afterwards.
+
+    Yields what `store.tokenize` takes as `on_progress`; None where there is no terminal.
+    """
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("tokenizing {task.description}", markup=False), BarColumn(), DownloadColumn())
+    more = (TextColumn("{task.fields[rows]:,} rows  left"), TimeRemainingColumn())
+    with Progress(*columns, *more, console=console, transient=True) as bar:
+        task = bar.add_task(name, total=None, rows=0)
+        yield lambda rows, done, whole: bar.update(task, completed=done, total=whole, rows=rows)
+
+
 def typed(command: Sequence[str]) -> str:
     """A command line as a person would type it, in one line; a word with a ' in it between double quotes."""
     special = set('"$`\\!')

@@ -27,7 +27,7 @@ ENGINE_ROWS = [
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation", "progress"},
-    {"evaluate", "mmlu", "tune", "doctor", "merge"},
+    {"evaluate", "mmlu", "tune", "doctor", "merge", "training_data"},
     {"prepare", "drift"},
     {"train", "convert"},
     {"integrations"},
