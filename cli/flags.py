@@ -154,6 +154,8 @@ def _canonical(config_class: type[Config], argv: Sequence[str], prog: str) -> It
                     f"{spelled}: got the value {value!r}, expected none: write {spelled} or --{name[3:]}"
                 )
             yield f"--{name}"
+        elif name is not None and not equals and name.startswith("no_") and _is_word(known, name[3:]):
+            yield f"--{name[3:]}=False"
         else:
             raise InputError(_unknown(word, config_class, prog))
 
@@ -165,6 +167,10 @@ def _name(spelled: str) -> str | None:
 
 def _is_bool(known: Mapping[str, Setting], name: str) -> bool:
     return name in known and known[name].kind == "bool"
+
+
+def _is_word(known: Mapping[str, Setting], name: str) -> bool:
+    return name in known and known[name].kind == "word"
 
 
 def _is_flag(word: str, known: Mapping[str, Setting]) -> bool:

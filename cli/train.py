@@ -21,6 +21,16 @@ def run(argv: list[str]) -> int:
     given = parse_flags(TrainConfig, argv, prog="jindo-core train", description=_DESCRIPTION, epilog=_EPILOG)
     config, explicit, notices = resolve_train_config(given)
 
+    if config.preview:
+        from jindo_core.prepare import preview
+        from jindo_core.progress import TrainingView
+
+        view = TrainingView()
+        for notice in notices:
+            view.notice(notice)
+        preview(config, explicit, view)
+        return 0
+
     from jindo_core.train import train
 
     train(config, explicit, notices)

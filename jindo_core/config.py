@@ -237,6 +237,14 @@ class GenerateConfig:
         empty_is_none=True,
         metavar="TEXT",
     )
+    system: str | None = setting(
+        None,
+        "the request",
+        "a system message; left out: the template's own, if it has one",
+        verbatim=True,
+        empty_is_none=True,
+        metavar="TEXT",
+    )
     prompt_template_name: str | None = setting(
         None, "the request", "a template's name or file; left out: the adapter's, else alpaca", metavar="NAME"
     )

@@ -234,7 +234,7 @@ def held_out_examples(
         told = "rows held out" if settings.get("val_set_size") else "rows (perhaps trained on: its run held none out)"
         names = "the bundled Korean instructions" if data is None else ", ".join(Path(path).name for path in data)
         said = f"{told} of {names}"
-    template = load_template("alpaca" if run is None else run.prompt_template_name)
+    template = load_template("alpaca" if run is None else run.prompt_template_name, tokenizer)
     whole = bool(settings.get("train_on_inputs", False))  # as the run's own loss counted
     examples, _ = encode_all(records[:rows], tokenizer, template, cutoff_len=cutoff, train_on_inputs=whole)
     if not examples:

@@ -1,8 +1,8 @@
 """What an evaluation has done so far, on disk: a file that only grows, from which a stopped run goes on.
 
-JSON lines. The first holds the settings that the scores depend on; each other one a batch of a task: its number and
-(log-probability, greedy) of its requests. A line is written at once and synced, so that whatever ends the program costs
-the batch in work at most: a last line without its end is cut off. The numbers are read back bit for bit.
+JSON lines. The first holds the settings that the results depend on; each other one a batch of a task: its number, and a
+list of numbers for each of its rows. A line is written at once and synced, so that whatever ends the program costs the
+batch in work at most: a last line without its end is cut off. The numbers are read back bit for bit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from jindo_core.errors import InputError
-from jindo_core.likelihood import Score
 
 KIND = "jindo-core evaluation"
 _VERSION = 1
@@ -26,7 +25,7 @@ class Journal:
     """The journal of one run; a context manager.
 
     Args:
-        path: None keeps nothing. settings: all that the scores depend on, as JSON has it.
+        path: None keeps nothing. settings: all that the results depend on, as JSON has it.
         overwrite: whether a file of other settings is begun anew.
     Attributes:
         resumed: batches found there.
@@ -37,7 +36,7 @@ class Journal:
 
     def __init__(self, path: Path | None, settings: dict[str, Any], *, overwrite: bool = False) -> None:
         self._path = path
-        self._done: dict[tuple[str, int], list[Score]] = {}
+        self._done: dict[tuple[str, int], list[list[Any]]] = {}
         self._file: FileIO | None = None
         if path is not None:
             self._file = _open(path)
@@ -70,15 +69,13 @@ class Journal:
             found, *rows = [json.loads(line) for line in lines]
             fits = found["kind"] == KIND and found["version"] == _VERSION
             earlier = found["settings"]
-            done = {
-                (row["part"], row["batch"]): [Score(float(log), bool(right)) for log, right in row["scores"]]
-                for row in rows
-            }
+            done = {(row["part"], row["batch"]): row["rows"] for row in rows}
         except (ValueError, KeyError, TypeError) as error:
             if overwrite:
                 return False
             raise InputError(
-                f"{path} is no record of an evaluation, or was damaged ({type(error).__name__}): remove it, or --overwrite"
+                f"{path} is no record of an evaluation, or was damaged ({type(error).__name__}): remove it, or give "
+                "--overwrite"
             ) from None
         settings = json.loads(json.dumps(header["settings"]))
         if not fits or earlier != settings:
@@ -92,17 +89,14 @@ class Journal:
         self._done = done
         return True
 
-    def known(self, part: str, batch: int, count: int) -> list[Score] | None:
-        """The scores of a batch of `count` requests that an earlier run had; None where it is to be done."""
-        scores = self._done.get((part, batch))
-        if scores is not None and len(scores) != count:
-            raise InputError(f"{self._path} has {len(scores)} scores in a batch of {count}: it was damaged; remove it")
-        return scores
+    def known(self, part: str, batch: int) -> list[list[Any]] | None:
+        """The rows of a batch that an earlier run had; None where it is to be done."""
+        return self._done.get((part, batch))
 
-    def add(self, part: str, batch: int, scores: Sequence[Score]) -> None:
+    def add(self, part: str, batch: int, rows: Sequence[Sequence[Any]]) -> None:
         """Write a batch down; it is on the disk afterwards."""
         if self._file is not None:
-            self._append({"part": part, "batch": batch, "scores": [[s.log_probability, s.greedy] for s in scores]})
+            self._append({"part": part, "batch": batch, "rows": rows})
 
     def _append(self, row: dict[str, Any]) -> None:
         assert self._file is not None
@@ -113,7 +107,8 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise InputError(
-                f"{self._path} can't be written ({error.strerror}): make room; what it holds is kept, and a new run goes on"
+                f"{self._path} can't be written ({error.strerror}): make room; what it holds is kept, and the same "
+                "command goes on from there"
             ) from error
 
     def finish(self) -> None:

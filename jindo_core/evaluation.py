@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gc
 import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -19,15 +21,25 @@ from jindo_core.errors import InputError, TrainingError
 from jindo_core.eval_config import KOBEST, EvalConfig, task_paths
 from jindo_core.eval_journal import Journal
 from jindo_core.files import write_atomically
+from jindo_core.formats import open_checkpoint
 from jindo_core.hub import resolve_model
 from jindo_core.likelihood import Request, Score, batches, score
 from jindo_core.loader import load_model, pick_device, pick_dtype
+from jindo_core.mmlu import load_mmlu
 from jindo_core.progress import ConversionView, EvaluationRow, loading_bar
 from jindo_core.run_record import read_run
 from jindo_core.tokenizer import Tokenizer, load_tokenizer
 
-Scored = Callable[[Iterable[list[Request]]], Iterator[list[Score]]]
-"""Batches of requests -> their scores, in order."""
+W = TypeVar("W")
+Row = list[Any]
+"""What is kept of a request or a question: numbers, as JSON has them."""
+
+
+class Runner(Protocol):
+    """Does a task's batches one after the other, those that an earlier run has done without their work."""
+
+    def __call__(self, work: Iterable[W], run: Callable[[W], list[Row]]) -> Iterator[list[Row]]: ...
+
 
 _KEPT = ("batch_size", "limit", "window", "stride", "split", "mmlu_source_max_len", "quantize", "double_quant")
 
@@ -45,8 +57,11 @@ class Task(Protocol):
 
     def total(self, model: CausalLM) -> int | None: ...
 
-    def measure(self, model: CausalLM, scored: Scored) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """The figures, and a row for each prediction."""
+    def measure(self, model: CausalLM, runner: Runner) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """The figures, and a row for each prediction.
+
+        A figure's own count, where it is not `n`, is named n_ and its name.
+        """
         ...
 
 
@@ -54,7 +69,8 @@ class KobestRun:
     """One of KoBEST's tasks."""
 
     def __init__(self, name: str, path: str, tokenizer: Tokenizer, config: EvalConfig) -> None:
-        self.name, self._task, self._batch_size = name, kobest.TASKS[name], config.batch_size
+        self.name, self._task = name, kobest.TASKS[name]
+        self._batch_size, self._pad_id = config.batch_size, tokenizer.pad_id
         rows = kobest.find_source(self._task, path, config.split)
         self.source, self.digest = ", ".join(file.name for file in rows.paths), rows.digest()
         self._questions = kobest.read_questions(self._task, rows, config.limit)
@@ -63,17 +79,18 @@ class KobestRun:
     def total(self, model: CausalLM) -> int | None:
         return len(batches(self._requests, self._batch_size, model))
 
-    def measure(self, model: CausalLM, scored: Scored) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def measure(self, model: CausalLM, runner: Runner) -> tuple[dict[str, float], list[dict[str, Any]]]:
         order = batches(self._requests, self._batch_size, model)
+        work = ([self._requests[i] for i in batch] for batch in order)
         found: dict[int, Score] = {}
-        for batch, scores in zip(order, scored([self._requests[i] for i in batch] for batch in order), strict=True):
-            found.update(zip(batch, scores, strict=True))
+        for batch, rows in zip(order, runner(work, functools.partial(_scored, model, self._pad_id)), strict=True):
+            found.update(zip(batch, (Score(*row) for row in rows), strict=True))
         in_order = (found[i] for i in range(len(found)))
-        answers, rows = [], []
+        answers, told = [], []
         for question in self._questions:
             scores = [next(in_order) for _ in question.choices]
             answers.append(kobest.answer(question, scores))
-            rows.append(
+            told.append(
                 {
                     "row": question.row,
                     "context": question.context,
@@ -88,7 +105,7 @@ class KobestRun:
         limit = model.config.context
         # The model reads all but the last token.
         cut = 0 if limit is None else sum(len(request) - 1 > limit for request in self._requests)
-        return {**figures, "cut": cut}, rows
+        return {**figures, "cut": cut}, told
 
 
 class PerplexityRun:
@@ -108,13 +125,14 @@ class PerplexityRun:
     def total(self, model: CausalLM) -> int | None:
         return None
 
-    def measure(self, model: CausalLM, scored: Scored) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def measure(self, model: CausalLM, runner: Runner) -> tuple[dict[str, float], list[dict[str, Any]]]:
         config = self._config
         window, stride = perplexity.choose_window(model.config.context, config.window, config.stride)
         text = perplexity.TextTokens(self._file, self._tokenizer)
         windows = perplexity.Windows(text, self._tokenizer, window, stride, config.limit)
         counts: list[int] = []
-        found = [one for scores in scored(self._grouped(windows, counts)) for one in scores]
+        run = functools.partial(_scored, model, self._tokenizer.pad_id)
+        found = [Score(*row) for rows in runner(self._grouped(windows, counts), run) for row in rows]
         if not found:
             raise InputError(f"{self._file} holds no text: expected at least two tokens")
         scores = list(zip(counts, found, strict=True))
@@ -137,6 +155,63 @@ class PerplexityRun:
             yield batch
 
 
+class MmluRun:
+    """MMLU's questions."""
+
+    name = "mmlu"
+
+    def __init__(self, path: str, tokenizer: Tokenizer, config: EvalConfig, context: int | None) -> None:
+        split = "test" if config.split == "test" else "eval"
+        self._mmlu = load_mmlu(
+            path, tokenizer, split=split, max_samples=config.limit, source_max_len=config.mmlu_source_max_len,
+            context=context,
+        )  # fmt: skip
+        self.source = Path(path).name
+        asked = [(one.subject, one.ids, one.answer) for one in self._mmlu.questions]
+        self.digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        self._batch_size = config.batch_size
+
+    def total(self, model: CausalLM) -> int | None:
+        return -(-len(self._mmlu.questions) // self._batch_size)
+
+    def measure(self, model: CausalLM, runner: Runner) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        questions = self._mmlu.questions
+        order = sorted(range(len(questions)), key=lambda i: -len(questions[i].ids))
+        work = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
+        picked, losses = [0] * len(order), []
+
+        def ask(batch: list[int]) -> list[Row]:
+            asked = dataclasses.replace(self._mmlu, questions=[questions[i] for i in batch])
+            scores = asked.ask(model, batch_size=self._batch_size)
+            return [[choice, scores.loss] for choice in scores.predictions]
+
+        for batch, rows in zip(work, runner(work, ask), strict=True):
+            for i, (choice, loss) in zip(batch, rows, strict=True):
+                picked[i] = choice
+                losses.append(loss)  # a batch's mean, for each of its questions
+        subjects: dict[str, list[bool]] = {}
+        for question, choice in zip(questions, picked, strict=True):
+            subjects.setdefault(question.subject, []).append(choice == question.answer)
+        of_each = {f"acc_{subject}": sum(right) / len(right) for subject, right in sorted(subjects.items())}
+        figures = {"acc": sum(of_each.values()) / len(of_each), "loss": math.fsum(losses) / len(losses), **of_each}
+        counts = {f"n_acc_{subject}": len(right) for subject, right in subjects.items()}
+        told = [
+            {
+                "row": row,
+                "subject": question.subject,
+                "choice": choice,
+                "label": question.answer,
+                "correct": choice == question.answer,
+            }
+            for row, (question, choice) in enumerate(zip(questions, picked, strict=True), 1)
+        ]
+        return {**figures, **counts, "n": len(questions), "cut": self._mmlu.cut}, told
+
+
+def _scored(model: CausalLM, pad_id: int, requests: list[Request]) -> list[Row]:
+    return [[one.log_probability, one.greedy] for one in score(model, requests, pad_id=pad_id)]
+
+
 def run_eval(config: EvalConfig) -> dict[str, Any]:
     """The `eval` command.
 
@@ -152,7 +227,8 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
     base = config.base_model or (run.base_model if run else base_of(config.lora_weights))
     path = resolve_model(base)
     tokenizer = load_tokenizer(path)
-    tasks = [_open_task(name, source, tokenizer, config) for name, source in task_paths(config).items()]
+    context = open_checkpoint(path).config.context
+    tasks = [_open_task(name, source, tokenizer, config, context) for name, source in task_paths(config).items()]
     described = _described(config, path, tasks)
     part = None if output is None else output.with_name(f"{output.name}.part")
     results: dict[str, dict[str, dict[str, float]]] = {}
@@ -165,7 +241,7 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
             tokenizer.check(model.config.vocab_size)
             results[kept] = {}
             for task in tasks:
-                figures, rows = _measure(task, model, tokenizer.pad_id, f"{kept}/{task.name}", journal, view)
+                figures, rows = _measure(task, model, f"{kept}/{task.name}", journal, view)
                 results[kept][task.name] = figures
                 lines += [{"task": task.name, "quantize": kept, **row} for row in rows]
             if "kobest" in (config.tasks or ()):
@@ -195,7 +271,9 @@ def _targets(config: EvalConfig) -> tuple[Path | None, Path | None]:
     return paths[0], paths[1]
 
 
-def _open_task(name: str, path: str, tokenizer: Tokenizer, config: EvalConfig) -> Task:
+def _open_task(name: str, path: str, tokenizer: Tokenizer, config: EvalConfig, context: int | None) -> Task:
+    if name == "mmlu":
+        return MmluRun(path, tokenizer, config, context)
     if name == "perplexity":
         return PerplexityRun(path, tokenizer, config)
     return KobestRun(name, path, tokenizer, config)
@@ -213,25 +291,25 @@ def _load(path: Path, config: EvalConfig, kept: str, view: ConversionView) -> Ca
 
 
 def _measure(
-    task: Task, model: CausalLM, pad_id: int, part: str, journal: Journal, view: ConversionView
+    task: Task, model: CausalLM, part: str, journal: Journal, view: ConversionView
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     with view.bar(part, task.total(model), in_bytes=False) as advance:
 
-        def scored(work: Iterable[list[Request]]) -> Iterator[list[Score]]:
-            for number, requests in enumerate(work):
-                scores = journal.known(part, number, len(requests))
-                if scores is None:
-                    scores = score(model, requests, pad_id=pad_id)
-                    if not all(math.isfinite(one.log_probability) for one in scores):
+        def runner(work: Iterable[W], run: Callable[[W], list[Row]]) -> Iterator[list[Row]]:
+            for number, batch in enumerate(work):
+                rows = journal.known(part, number)
+                if rows is None:
+                    rows = run(batch)
+                    if not all(math.isfinite(value) for row in rows for value in row):
                         raise TrainingError(
                             f"{part}: the model's log-probabilities are not finite: its weights or the adapter are "
                             "damaged, or --dtype is too narrow for them"
                         )
-                    journal.add(part, number, scores)
+                    journal.add(part, number, rows)
                 advance(1)
-                yield scores
+                yield rows
 
-        return task.measure(model, scored)
+        return task.measure(model, runner)
 
 
 # --- what is said and written ---------------------------------------------------------------------------
@@ -283,7 +361,7 @@ def _drift(
 def _compared(figures: dict[str, float]) -> list[str]:
     """The figures that are results, not sizes or errors."""
     sizes = ("n", "tokens", "bytes", "window", "stride", "cut")
-    return [name for name in figures if name not in sizes and not name.endswith("_stderr")]
+    return [n for n in figures if n not in sizes and not n.startswith("n_") and not n.endswith("_stderr")]
 
 
 def _show(report: dict[str, Any], view: ConversionView) -> None:
@@ -295,9 +373,10 @@ def _show(report: dict[str, Any], view: ConversionView) -> None:
         for name in _compared(figures):
             values = [found[task][name] for found in results.values()]
             changed = report.get("drift", {}).get(task, {}).get("answers_changed")
-            rows.append(EvaluationRow(task, name, values, figures.get(f"{name}_stderr"), int(figures["n"]), changed))
+            error, count = figures.get(f"{name}_stderr"), int(figures.get(f"n_{name}", figures["n"]))
+            rows.append(EvaluationRow(task, name, values, error, count, changed if name == "acc" else None))
         if figures.get("cut"):
-            view.say(f"note: {task}: {figures['cut']} inputs are longer than the model's context and lost their beginning")
+            view.say(f"note: {task}: {figures['cut']:g} inputs were too long for the model and lost their beginning")
     view.evaluation([said[kept] for kept in results], rows)
 
 

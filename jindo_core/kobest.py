@@ -180,21 +180,20 @@ def answer(question: Question, scores: Sequence[Score]) -> Answer:
 
 
 def measures(task: KobestTask, answers: Sequence[Answer]) -> dict[str, float]:
-    """acc, acc_norm where it is counted, f1, the standard errors of means (NaN of one row), and n."""
+    """acc, acc_norm where it is counted, f1, the standard errors of means (one row has none), and n."""
     right = {"acc": [float(a.choice == a.gold) for a in answers]}
     if task.normalized:
         right["acc_norm"] = [float(a.choice_norm == a.gold) for a in answers]
     found: dict[str, float] = {}
     for name, hits in right.items():
         found[name] = sum(hits) / len(hits)
-        found[f"{name}_stderr"] = _standard_error(hits)
+        if len(hits) > 1:
+            found[f"{name}_stderr"] = _standard_error(hits)
     found["f1"] = macro_f1([a.gold for a in answers], [a.choice for a in answers])
     return {**found, "n": len(answers)}
 
 
 def _standard_error(values: Sequence[float]) -> float:
-    if len(values) < 2:
-        return math.nan
     mean = sum(values) / len(values)
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) / math.sqrt(len(values))
 
@@ -214,8 +213,9 @@ def group(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         rows = [result for result in results if name in result]
         if rows:
             found[name] = sum(row[name] * row["n"] for row in rows) / sum(row["n"] for row in rows)
-        if rows and name != "f1":
+            found[f"n_{name}"] = sum(row["n"] for row in rows)
+        if rows and all(f"{name}_stderr" in row for row in rows):
             pooled = sum((row["n"] - 1) * row[f"{name}_stderr"] ** 2 * row["n"] for row in rows)
             total = sum(row["n"] for row in rows)
-            found[f"{name}_stderr"] = math.sqrt(pooled / (total - len(rows)) / total) if total > len(rows) else math.nan
+            found[f"{name}_stderr"] = math.sqrt(pooled / (total - len(rows)) / total)
     return {**found, "n": sum(result["n"] for result in results)}

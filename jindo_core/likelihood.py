@@ -137,7 +137,9 @@ def _score(model: CausalLM, requests: Sequence[Request], pad_id: int) -> list[Sc
         padded[row, : len(ids)] = torch.tensor(ids)
     # Right padding: a causal token never sees it.
     hidden = model.stack(padded.to(model.device))
-    rows, places, targets = [], [], []
+    rows: list[int] = []
+    places: list[int] = []
+    targets: list[int] = []
     for request, ids in zip(requests, inputs, strict=True):
         count = len(request.continuation)
         rows += [row_of[ids]] * count

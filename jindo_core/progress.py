@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,22 @@ def loading_bar(console: Console) -> Iterator[Callable[[int, int], None] | None]
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("loading", total=None)
         yield lambda done, whole: bar.update(task, completed=done, total=whole)
+
+
+@contextmanager
+def tokenizing_bar(console: Console, name: str) -> Iterator[Callable[[int, int, int], None] | None]:
+    """Shows how far a file is tokenized; on a terminal only, and gone afterwards.
+
+    Yields what `store.tokenize` takes as `on_progress`; None where there is no terminal.
+    """
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("tokenizing {task.description}", markup=False), BarColumn(), DownloadColumn())
+    more = (TextColumn("{task.fields[rows]:,} rows  left"), TimeRemainingColumn())
+    with Progress(*columns, *more, console=console, transient=True) as bar:
+        task = bar.add_task(name, total=None, rows=0)
+        yield lambda rows, done, whole: bar.update(task, completed=done, total=whole, rows=rows)
 
 
 def typed(command: Sequence[str]) -> str:
@@ -148,6 +164,22 @@ class TrainingView:
             table.add_column("after", ratio=1)
             table.add_row(_plain(first), _plain(second))
             self.console.print(table)
+
+
+    def mmlu(
+        self, before: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]], first: float, last: float
+    ) -> None:
+        """Right answers and questions of each subject, before and after; and the accuracies over all subjects."""
+        table = Table(title="MMLU accuracy", title_justify="left", title_style="bold")
+        table.add_column("subject")
+        for name in ("questions", "before", "after"):
+            table.add_column(name, justify="right")
+        for subject, (right, count) in sorted(after.items()):
+            table.add_row(_plain(subject), str(count), f"{before[subject][0] / count:.3f}", f"{right / count:.3f}")
+        table.add_section()
+        questions = sum(count for _, count in after.values())
+        table.add_row("mean of the subjects", str(questions), f"{first:.4f}", f"{last:.4f}", style="bold")
+        self.console.print(table)
 
 
 def _plain(text: str) -> str:

@@ -27,7 +27,7 @@ ENGINE_ROWS = [
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation", "progress"},
-    {"evaluate", "tune", "doctor", "merge", "likelihood"},
+    {"evaluate", "mmlu", "tune", "doctor", "merge", "training_data", "likelihood"},
     {"prepare", "drift", "eval_journal", "kobest", "perplexity"},
     {"train", "convert", "evaluation"},
     {"integrations"},

@@ -6,7 +6,6 @@ for LLaMA's tokenizer.model it gets the sentencepiece package, since transformer
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import lm_eval
@@ -28,7 +27,7 @@ from jindo_core import kobest
 from jindo_core.errors import InputError
 from jindo_core.eval_config import KOBEST, EvalConfig
 from jindo_core.evaluation import KobestRun
-from jindo_core.likelihood import Score, score
+from jindo_core.likelihood import Score
 from jindo_core.loader import load_model
 from jindo_core.tokenizer import load_tokenizer
 
@@ -76,8 +75,7 @@ def ours(model, tokenizer, folder, limit, batch_size):
     config = EvalConfig(tasks=("kobest",), data_path=(str(folder),), limit=limit, batch_size=batch_size)
     for name in KOBEST:
         run = KobestRun(name, str(folder), tokenizer, config)
-        scored = lambda work: (score(model, requests, pad_id=tokenizer.pad_id) for requests in work)  # noqa: E731
-        figures[name], predictions[name] = run.measure(model, scored)
+        figures[name], predictions[name] = run.measure(model, lambda work, one: map(one, work))
     figures["kobest"] = kobest.group([figures[name] for name in KOBEST])
     return figures, predictions
 
@@ -149,12 +147,14 @@ def questions(task, path, limit=None):
 
 
 def test_the_hub_columns_are_read_too(tmp_path):
-    tsv = write(tmp_path / "COPA.test.tsv", "ID\tsentence\tquestion\t1\t2\tAnswer\n1\t비가 왔다.\t결과\t젖었다.\t말랐다.\t2\n")
-    row = '{"premise": "비가 왔다.", "question": "결과", "alternative_1": "젖었다.", "alternative_2": "말랐다.", "label": 1}'
+    text = "ID\tsentence\tquestion\t1\t2\tAnswer\n1\t비가 왔다.\t결과\t젖었다.\t말랐다.\t2\n"
+    tsv = write(tmp_path / "COPA.test.tsv", text)
+    row = '{"premise": "비가 왔다.", "question": "결과", "alternative_1": "젖었다.", "alternative_2": "말랐다.", '
+    row += '"label": 1}'
     on_hub = write(tmp_path / "hub.jsonl", row + "\n")
     asked = questions("kobest_copa", tmp_path)
     assert asked == questions("kobest_copa", tsv) == questions("kobest_copa", on_hub)
-    assert asked == [kobest.Question(1, "비가 왔다. 그래서", ("젖었다.", "말랐다."), 1)]
+    assert asked == [kobest.Question(1, "비가 왔다.  그래서", ("젖었다.", "말랐다."), 1)]
 
 
 def test_equal_choices_have_the_first_as_gold_as_in_the_harness(tmp_path):
@@ -166,7 +166,7 @@ def test_equal_choices_have_the_first_as_gold_as_in_the_harness(tmp_path):
     ("task", "text", "message"),
     [
         ("kobest_copa", "sentence\tquestion\t1\t2\tAnswer\nㄱ\t왜\tㄴ\tㄷ\t1\n", "got the question '왜'"),
-        ("kobest_copa", "sentence\tquestion\t1\t2\tAnswer\nㄱ\t원인\tㄴ\tㄷ\t3\n", "got the label '3', expected 1 or 2"),
+        ("kobest_copa", "sentence\tquestion\t1\t2\tAnswer\nㄱ\t원인\tㄴ\tㄷ\t3\n", "got the label '3', expected 1 or"),
         ("kobest_boolq", "Text\tQuestion\tAnswer\nㄱ\tㄴ\tmaybe\n", "got the label 'maybe', expected false or true"),
         ("kobest_boolq", "Text\tQuestion\nㄱ\tㄴ\n", "no value in Answer or label (it has Text, Question)"),
         ("kobest_sentineg", "Text\tLabel\n\t1\n", "no value in Text or sentence"),
@@ -200,9 +200,8 @@ def test_ties_go_to_the_first_and_lengths_count_characters():
 
 def test_one_row_has_no_standard_error():
     figures = kobest.measures(kobest.TASKS["kobest_wic"], [kobest.Answer(0, 0, 0)])
-    assert figures["acc"] == 1.0
-    assert figures["f1"] == 1.0
-    assert math.isnan(figures["acc_stderr"])
+    assert figures == {"acc": 1.0, "f1": 1.0, "n": 1}
+    assert kobest.group([figures]) == {"acc": 1.0, "n_acc": 1, "f1": 1.0, "n_f1": 1, "n": 1}
 
 
 def test_macro_f1_is_over_labels_of_either_column():
