@@ -118,7 +118,7 @@ class Windows:
         self._window, self._stride, self._limit = window, stride, limit
         self._read = self._end = 0  # tokens of the pieces read, and those that windows have covered
         self._bytes = 0  # of the pieces read
-        self._latest: list[int] = []
+        self._latest: tuple[list[int], str] = ([], "")
 
     def __iter__(self) -> Iterator[Request]:
         pieces = iter(self.text)
@@ -127,7 +127,7 @@ class Windows:
         while self._limit is None or made < self._limit:
             while len(held) < self._window and (piece := next(pieces, None)) is not None:
                 held += piece[0]
-                self._latest = piece[0]
+                self._latest = piece
                 self._read += len(piece[0])
                 self._bytes += len(piece[1].encode())
             end = begin + min(len(held), self._window)
@@ -145,11 +145,11 @@ class Windows:
     @property
     def bytes_covered(self) -> int:
         """UTF-8 bytes of the text in all windows so far; of a piece that is in them partly, as its ids decode."""
+        ids, text = self._latest
         rest = self._read - self._end
         if not rest:
             return self._bytes
-        whole = self._tokenizer.decode(self._latest).encode()
-        return self._bytes - len(whole) + len(self._tokenizer.decode(self._latest[:-rest]).encode())
+        return self._bytes - len(text.encode()) + len(self._tokenizer.decode(ids[:-rest]).encode())
 
 
 def measures(windows: Windows, requests: Sequence[tuple[int, Score]]) -> dict[str, float]:
