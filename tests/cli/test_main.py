@@ -110,7 +110,7 @@ def test_cheap_commands_import_nothing_heavy(argv):
     [
         (
             ["trian"],
-            "got 'trian', expected a command (train or generate or quantize or merge or export or plan or doctor or "
+            "got 'trian', expected a command (train or generate or eval or quantize or merge or export or plan or "
             "tune). Did you mean",
         ),
         (["--base_model", "m"], "got the flag '--base_model' first, expected a command (train or generate"),
