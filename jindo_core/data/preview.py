@@ -53,8 +53,9 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
         if token is not None:
             special.setdefault(token, tokenizer.piece(token))
     texts: list[str] = []
-    for is_special, run in groupby(ids, key=lambda token: token in special):
-        texts += [special[token] for token in run] if is_special else _run_texts(tokenizer, list(run))
+    for is_special, group in groupby(ids, key=lambda token: token in special):
+        run = list(group)
+        texts += [special[token] for token in run] if is_special else _run_texts(tokenizer, run)
     return texts
 
 
