@@ -331,9 +331,8 @@ class _Window:
             except (ValueError, RecursionError) as error:
                 raise _refused(self.path, f"{where}, line {self.position(self.at)[0]}", error) from error
             else:
-                if end < len(self.text) or self.ended:  # a number may go on behind the stretch
-                    self.at = end
-                    return value
+                self.at = end  # of a number perhaps not the end, but that is no row
+                return value
             if len(self.text) - self.at > LONGEST_ROW:
                 raise InputError(_too_long(self.path, self.position(self.at)[0]))
             self.more(size)
