@@ -27,6 +27,8 @@ ENGINE_ROWS = [
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation", "progress"},
+    {"data_config"},
+    {"refinery"},
     {"evaluate", "tune", "doctor", "merge"},
     {"prepare", "drift"},
     {"train", "convert"},
