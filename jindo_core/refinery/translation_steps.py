@@ -258,7 +258,7 @@ class LengthRatio(RowStep):
 
 _MARK = re.compile(r"`{3}")
 # What a translator makes of ```: quotes for accents, accents apart, full-width ones, two with a language's name.
-_BROKEN_MARK = re.compile(r"`{3}|^[ \t]*(?:'{3}|‘{3}|’{3}|´{3}|｀{3}|` ?` ?`|`{2}(?=[\w가-힣]*\s*$))", re.MULTILINE)
+_BROKEN_MARK = re.compile(r"`{3}|^[ \t]*(?:'{3}|‘{3}|’{3}|´{3}|｀{3}|['‘’´]?`{2}(?=[\w가-힣]*\s*$))", re.MULTILINE)
 _LANGUAGE_LINE = re.compile(
     _BROKEN_MARK.pattern + r"|^[ \t]*(?=(?:자바|자바스크립트|파이썬|타입스크립트|코틀린|스위프트|러스트|루비|배시|셸|씨샵)[ \t]*$)",
     re.MULTILINE,
@@ -301,24 +301,24 @@ def restore_fences(output: str, source: str) -> str | None:
         return output if not marks else None
     blocks = [source[start : end + 3].replace("\r\n", "\n") for start, end in zip(marks[::2], marks[1::2], strict=True)]
     text = output.replace("\r\n", "\n")
-    taken_back = _take_back(text, blocks)
-    readings = [(taken_back, pattern) for pattern in (_MARK, _BROKEN_MARK, _LANGUAGE_LINE)] if taken_back != text else []
-    readings += [(text, _MARK), (text, _BROKEN_MARK), (text, _LANGUAGE_LINE)]
-    for reading, pattern in readings:
-        found = list(pattern.finditer(reading))
-        if len(found) == 2 * len(blocks):
-            restored = _put(reading, found, blocks)
-            return output if restored == text else restored
+    # A cleaner that restored fences put one block, mostly the first, in the place of all marks; code that the
+    # translator left alone is the same text, and must not be taken back with it: so each block is tried by itself.
+    readings = [reading for block in dict.fromkeys(blocks) if (reading := _take_back(text, block)) != text]
+    for reading in (*readings, text):
+        for pattern in (_MARK, _BROKEN_MARK, _LANGUAGE_LINE):
+            found = list(pattern.finditer(reading))
+            if len(found) == 2 * len(blocks):
+                restored = _put(reading, found, blocks)
+                return output if restored == text else restored
     return None
 
 
-def _take_back(text: str, blocks: Sequence[str]) -> str:
-    """A text with a mark in the place of each of `blocks` that it holds word for word, blanks aside."""
-    for block in sorted(set(blocks), key=len, reverse=True):
-        words = block.split()
-        if words and words[0] in text:
-            text = re.sub(r"\s+".join(map(re.escape, words)), "```", text)
-    return text
+def _take_back(text: str, block: str) -> str:
+    """A text with a mark in the place of each occurrence of `block`, word for word, blanks aside."""
+    words = block.split()
+    if len(words) < 2 or words[1] not in text:
+        return text
+    return re.sub(r"\s+".join(map(re.escape, words)), "```", text)
 
 
 def _put(text: str, marks: Sequence[re.Match[str]], blocks: Sequence[str]) -> str:
