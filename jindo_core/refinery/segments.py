@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
 
-from jindo_core.data.formats import FORMATS, Format
+from jindo_core.data.formats import Format, RowError
 from jindo_core.data.readers import Row
-from jindo_core.data.writers import row_of
-from jindo_core.errors import InputError, TrainingError
+from jindo_core.errors import TrainingError
 from jindo_core.refinery.pipeline import (
     Item,
     JoinStep,
@@ -33,6 +32,7 @@ from jindo_core.refinery.pipeline import (
 )
 from jindo_core.refinery.recipe import Recipe
 from jindo_core.refinery.spill import pack, unpack
+from jindo_core.refinery.writeback import written_back
 
 READ = "read"
 """The step that every recipe has: the format reads the row."""
@@ -59,7 +59,7 @@ class Plan:
         rejected_rows, flagged_rows, output: whether a worker hands back such rows, or only counts.
     """
 
-    format_name: str
+    format: Format
     raw: tuple[RawStep, ...]
     segments: tuple[Segment, ...]
     labels: tuple[str, ...]
@@ -67,12 +67,8 @@ class Plan:
     flagged_rows: bool
     output: bool
 
-    @property
-    def format(self) -> Format:
-        return FORMATS[self.format_name]
 
-
-def make_plan(recipe: Recipe, format_name: str, *, rejected_rows: bool, flagged_rows: bool, output: bool) -> Plan:
+def make_plan(recipe: Recipe, format: Format, *, rejected_rows: bool, flagged_rows: bool, output: bool) -> Plan:
     """Cuts a recipe at its set and join steps."""
     raw = tuple(step for step in recipe.steps if isinstance(step, RawStep))
     labels = (*recipe.labels[: len(raw)], READ, *recipe.labels[len(raw) :])
@@ -86,7 +82,7 @@ def make_plan(recipe: Recipe, format_name: str, *, rejected_rows: bool, flagged_
             segments.append(Segment(tuple(steps), step, first))
             steps, first = [], place + 1
     segments.append(Segment(tuple(steps), None, first))
-    return Plan(format_name, raw, tuple(segments), labels, rejected_rows, flagged_rows, output)
+    return Plan(format, raw, tuple(segments), labels, rejected_rows, flagged_rows, output)
 
 
 @dataclass
@@ -118,12 +114,9 @@ class Source:
 
 
 def columns_of(plan: Plan, row: Passing) -> dict[str, Any]:
-    """A row's columns as they are written: those that the file had, with the format's own from the record if it changed."""
-    if not row.rewritten:
-        return row.item.values
-    own = row_of(row.item.record, plan.format_name)
-    others = {name: value for name, value in row.item.values.items() if name in own or name not in plan.format.columns}
-    return {**others, **own}
+    """A row's columns as they are written."""
+    item = row.item
+    return written_back(item.record, item.values, plan.format) if row.rewritten else item.values
 
 
 def notice_row(plan: Plan, number: int, step: int, reason: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -159,18 +152,17 @@ def work(plan: Plan, place: int, chunk: Source | list[bytes]) -> Result:
 
 def _read(plan: Plan, chunk: Source, result: Result) -> Iterator[Passing]:
     """Rows of the source through the raw steps and the format."""
-    format, count = plan.format, result.counts[len(plan.raw)]
+    count = result.counts[len(plan.raw)]
     for number, row in enumerate(chunk.rows, chunk.first):
         for values in _raw(plan, row.values, 0, number, result):
             count.rows_in += 1
             try:
-                record = format.record(Row(row.number, row.where, values, row.path))
-            except InputError as error:
-                reason = str(error).removeprefix(f"{row.place}: ").removeprefix(f"{row.place} ")
+                record = plan.format.record(Row(row.number, row.where, values, row.path))
+            except RowError as error:
                 count.rejected += 1
-                count.give_reason(reason)
+                count.give_reason(error.reason)
                 if plan.rejected_rows:
-                    result.rejected.append(notice_row(plan, number, len(plan.raw), reason, values))
+                    result.rejected.append(notice_row(plan, number, len(plan.raw), error.reason, values))
                 continue
             count.rows_out += 1
             yield Passing(Item(record, values, number))
