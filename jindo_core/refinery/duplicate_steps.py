@@ -11,8 +11,9 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from jindo_core.data.records import Record
+from jindo_core.refinery.contamination import Contamination
 from jindo_core.refinery.minhash import folded, near_duplicates, shingles, signature
-from jindo_core.refinery.pipeline import Item, SetStep, option, texts
+from jindo_core.refinery.pipeline import Item, SetStep, Step, option, texts
 
 Part = Literal["row", "question", "answer"]
 _OF = "what is compared: the row, its questions or its answers"
@@ -85,3 +86,6 @@ class NearDuplicates(SetStep):
         for row, earlier in near_duplicates(signatures, self.threshold):
             share = (signatures[row] == signatures[earlier]).mean()
             yield row, f"nearly row {numbers[earlier]} (similarity {share:.2f})"
+
+
+STEPS: tuple[type[Step], ...] = (ExactDuplicates, NearDuplicates, Contamination)

@@ -16,7 +16,9 @@ HANGUL = "가-힣ㄱ-ㆎ"
 _OTHER, _LETTER, _HANGUL = 0, 1, 2
 
 # Fenced code (an open fence lasts to the end), code within a line, addresses. A fence comes first: it holds backticks.
-_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`|\b(?:https?|ftp)://[^\s)\]>\"'가-힣]+|\bwww\.[^\s)\]>\"'가-힣]+", re.DOTALL)
+_CODE = re.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]+`|\b(?:https?|ftp)://[^\s)\]>\"'가-힣]+|\bwww\.[^\s)\]>\"'가-힣]+", re.DOTALL
+)
 _QUOTED = re.compile(r'"[^"\n]*"|“[^”\n]*”|‘[^’\n]*’|(?<!\w)\'[^\'\n]*\'|「[^」\n]*」|『[^』\n]*』|«[^»\n]*»')
 
 # A sentence's last Hangul: before its punctuation, or at a line's end, where chat puts ㅎㅎ, ^^ and emoji instead.
@@ -100,7 +102,9 @@ def _level(ending: str) -> Level | None:
         return "합쇼체"
     if ending.endswith("다") and len(ending) > 1:
         before = ending[-2]
-        return "반말" if before in _TENSE or _final(before) == "ㄴ" or ending.endswith(("이다", "않다", "같다")) else None
+        return (
+            "반말" if before in _TENSE or _final(before) == "ㄴ" or ending.endswith(("이다", "않다", "같다")) else None
+        )
     if _INTIMATE.search(ending) and not _NOUN_IN_HAE.search(ending):
         return "반말"
     return None

@@ -13,7 +13,7 @@ import yaml
 
 from jindo_core.errors import InputError
 from jindo_core.refinery.korean import Level, hangul_share, letters, prose, speech_levels
-from jindo_core.refinery.pipeline import Counted, Flagged, Item, Rejected, RowStep, option
+from jindo_core.refinery.pipeline import Counted, Flagged, Item, Rejected, RowStep, Step, option
 
 _LATIN_RUN = re.compile(r"[A-Za-z][A-Za-z'’-]*(?:[,;:]?[ \t]+[A-Za-z][A-Za-z'’-]*){3,}")
 _SPACES = re.compile(r"\s+")
@@ -43,7 +43,9 @@ class UntranslatedResidue(RowStep):
 
     name: ClassVar[str] = "untranslated_residue"
 
-    min_words: int = option(8, "Latin words in a row, most in small letters, that make a sentence left over", at_least=4)
+    min_words: int = option(
+        8, "Latin words in a row, most in small letters, that make a sentence left over", at_least=4
+    )
     action: Literal["reject", "flag"] = option("reject", "what becomes of such a row")
 
     def __call__(self, item: Item) -> Item | Rejected | Flagged:
@@ -111,7 +113,9 @@ class Refusals(RowStep):
 
     name: ClassVar[str] = "refusals"
 
-    patterns: str | None = option(None, "YAML file with lists `refusal` and `page` instead of the bundled one", path=True)
+    patterns: str | None = option(
+        None, "YAML file with lists `refusal` and `page` instead of the bundled one", path=True
+    )
     within: int = option(200, "characters of an answer's beginning in which a refusal is looked for", at_least=20)
     page_length: int = option(600, "longest answer that can be an error page", at_least=20)
     action: Literal["reject", "flag"] = option("reject", "what becomes of such a row")
@@ -165,3 +169,6 @@ class Honorifics(RowStep):
         if requests and (self.count_requests or not levels["합쇼체"]):
             levels["해요체"] += requests
         return {level: levels[level] for level in ("합쇼체", "해요체", "반말") if levels[level]}
+
+
+STEPS: tuple[type[Step], ...] = (HangulRatio, UntranslatedResidue, Refusals, Honorifics)

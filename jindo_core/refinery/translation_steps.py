@@ -1,4 +1,4 @@
-"""Steps for rows that are a text and its translation: pairing, direction, and what a machine translator leaves behind."""
+"""Steps for rows that are a text and its translation: pairing, direction, and what a translator leaves behind."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 from jindo_core.data.records import Record, Round
 from jindo_core.refinery.duplicate_steps import first_of_group
 from jindo_core.refinery.korean import ends_in_consonant, hangul_share, letters, prose
-from jindo_core.refinery.pipeline import Flagged, Item, JoinStep, Rejected, RowStep, option, texts
+from jindo_core.refinery.pipeline import Flagged, Item, JoinStep, Rejected, RowStep, Step, option, texts
 
 INTO_KOREAN = "Translate the following into Korean"
 INTO_ENGLISH = "Translate the following into English"
-_KOREAN, _FOREIGN = 0.5, 0.3  # a text is Korean from this share of Hangul on, foreign up to that one
+_FOREIGN = 0.3  # greatest share of Hangul in a text that is not Korean
 _TRANSLATE = re.compile(r"translat|번역|옮겨|옮기", re.IGNORECASE)
 _SAYS_KOREAN = re.compile(r"\b(?:in)?to\s+(?:\w+\s+)?korean\b|(?:한국어|한글|국문|우리말)(?:으로|로)", re.IGNORECASE)
 _SAYS_ENGLISH = re.compile(r"\b(?:in)?to\s+(?:\w+\s+)?english\b|(?:영어|영문)(?:으로|로)", re.IGNORECASE)
@@ -31,10 +31,10 @@ def direction(source: str, target: str, margin: float = 0.1) -> Literal["korean"
         margin: how far the shares must be apart. Code that is not fenced counts as English, so that the Korean side
             of a technical pair may hold little Hangul: it is enough that the other side is foreign and holds less.
     """
-    shares = hangul_share(source), hangul_share(target)
-    if shares[0] is None or shares[1] is None or min(shares) > _FOREIGN or abs(shares[1] - shares[0]) < margin:
+    ours, theirs = hangul_share(source), hangul_share(target)
+    if ours is None or theirs is None or min(ours, theirs) > _FOREIGN or abs(theirs - ours) < margin:
         return None
-    return "korean" if shares[1] > shares[0] else "foreign"
+    return "korean" if theirs > ours else "foreign"
 
 
 def source_of(each: Round) -> str | None:
@@ -99,9 +99,8 @@ class PairById(JoinStep):
             return items[0]
         if len(items) != 2:
             return Rejected(f"{len(items)} rows of its {self.column}, expected a text and its translation")
-        shares = [hangul_share("\n".join(texts(item.record))) for item in items]
         first = direction("\n".join(texts(items[0].record)), "\n".join(texts(items[1].record)))
-        if first is None or None in shares:
+        if first is None:
             return Rejected(f"the two rows of its {self.column} are not one Korean and one foreign")
         korean, foreign = (items[1], items[0]) if first == "korean" else (items[0], items[1])
         if _shape(korean.record) != _shape(foreign.record):
@@ -117,11 +116,10 @@ class PairById(JoinStep):
         return replace(items[0], record=record)
 
 
-def _shape(record: Record) -> tuple[tuple[bool, ...], ...]:
+def _shape(record: Record) -> list[bool]:
     """Which of a record's texts are there: those of a pair must be the same."""
-    return (bool(record.system),), *(  # type: ignore[return-value]
-        (bool(each.instruction), bool(each.input), bool(each.output)) for each in record.rounds
-    )
+    pieces = [text for each in record.rounds for text in (each.instruction, each.input, each.output)]
+    return [bool(text) for text in (record.system, *pieces)]
 
 
 _BLANKS = re.compile(r"\s+(?=[가-힣])")
@@ -260,7 +258,8 @@ _MARK = re.compile(r"`{3}")
 # What a translator makes of ```: quotes for accents, accents apart, full-width ones, two with a language's name.
 _BROKEN_MARK = re.compile(r"`{3}|^[ \t]*(?:'{3}|‘{3}|’{3}|´{3}|｀{3}|['‘’´]?`{2}(?=[\w가-힣]*\s*$))", re.MULTILINE)
 _LANGUAGE_LINE = re.compile(
-    _BROKEN_MARK.pattern + r"|^[ \t]*(?=(?:자바|자바스크립트|파이썬|타입스크립트|코틀린|스위프트|러스트|루비|배시|셸|씨샵)[ \t]*$)",
+    _BROKEN_MARK.pattern
+    + r"|^[ \t]*(?=(?:자바|자바스크립트|파이썬|타입스크립트|코틀린|스위프트|러스트|루비|배시|셸|씨샵)[ \t]*$)",
     re.MULTILINE,
 )
 
@@ -331,3 +330,6 @@ def _put(text: str, marks: Sequence[re.Match[str]], blocks: Sequence[str]) -> st
         parts += [before[:-1] if before.endswith("\n ") else before, block]
         end = closing.end()
     return "".join([*parts, text[end:]])
+
+
+STEPS: tuple[type[Step], ...] = (PairById, PairDirection, CodeFences, LeadingArtefacts, LengthRatio)
