@@ -129,8 +129,8 @@ def _turns(record: Record, system: str, user: str, assistant: str) -> Iterator[t
 def _single(record: Record, name: str) -> Round:
     if len(record.rounds) != 1:
         raise InputError(
-            f"row {record.row} has {len(record.rounds)} rounds, and {name} has room for one: write sharegpt or messages, "
-            "or each round as a row"
+            f"row {record.row} has {len(record.rounds)} rounds, and {name} has room for one: write sharegpt or "
+            "messages, or each round as a row"
         )
     return record.rounds[0]
 
@@ -217,7 +217,8 @@ class RowWriter:
 class _Sink(Protocol):
     def write(self, row: dict[str, Any], number: int) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, whole: bool) -> None:
+        """whole: all rows came; else the file is thrown away."""
 
 
 @contextlib.contextmanager
@@ -234,10 +235,12 @@ def _opened(path: Path) -> Iterator[_Sink]:
             sink = _TableRows(path, file, "\t" if kind == "tsv" else ",")
         else:
             sink = _JsonRows(path, file, as_list=kind == "json")
+        whole = False
         try:
             yield sink
+            whole = True
         finally:
-            sink.close()
+            sink.close(whole)
             if packed:
                 file.close()
 
@@ -260,8 +263,8 @@ class _JsonRows:
         self._file.write(before + data + (b"" if self._as_list else b"\n"))
         self._empty = False
 
-    def close(self) -> None:
-        if self._as_list:
+    def close(self, whole: bool) -> None:
+        if whole and self._as_list:
             self._file.write(b"[]\n" if self._empty else b"\n]\n")
 
 
@@ -279,22 +282,25 @@ class _TableRows:
         place = f"{self._path}, row {number}"
         if not self._header:
             self._header = list(row)
-            self._writer.writerow(self._header)
+            self._add(self._header, number)
         for name, value in row.items():
             if name not in self._header:
                 raise InputError(f"{place}: the column {name!r} is not in the first row, expected the same columns")
             if not isinstance(value, str | int | float | None):
                 raise InputError(f"{place}: {name!r} is a {type(value).__name__}, expected text; write .jsonl")
-        self._writer.writerow([row.get(name) for name in self._header])
+        self._add([row.get(name) for name in self._header], number)
+
+    def _add(self, cells: list[Any], number: int) -> None:
+        self._line.seek(0)
+        self._line.truncate()
+        self._writer.writerow(cells)
         try:
             data = self._line.getvalue().encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(_half(self._path, number)) from error
         self._file.write(data)
-        self._line.seek(0)
-        self._line.truncate()
 
-    def close(self) -> None:
+    def close(self, whole: bool) -> None:
         pass
 
 
@@ -316,9 +322,9 @@ class _ParquetRows:
         if len(self._held) >= _GROUP_ROWS or self._characters >= _GROUP_CHARACTERS:
             self._flush()
 
-    def close(self) -> None:
+    def close(self, whole: bool) -> None:
         try:
-            if self._held or self._writer is None:
+            if whole and (self._held or self._writer is None):
                 self._flush()
         finally:
             if self._writer is not None:
