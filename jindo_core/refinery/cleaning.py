@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -157,6 +158,9 @@ class _Run:
         self.counts = [StepCounts(label) for label in plan.labels]
         self.rows_in = self.rows_out = 0
         self.rejected = self.flagged = self.output = None
+        # What a barrier rejected before a chunk waits for that chunk's result: the file's order is no worker's.
+        self.pending: list[dict[str, Any]] = []
+        self.held: deque[list[dict[str, Any]]] = deque()
         if not config.dry_run:
             # The last to be entered is the first to be renamed: with the output in place, all are.
             self.output = stack.enter_context(RowWriter(str(config.output_path)))
@@ -176,8 +180,7 @@ class _Run:
                     break
                 spill = Spill()
                 self.stack.callback(spill.close)
-                for result in results:
-                    self._take(result)
+                for result in self._taken(results):
                     spill.append(result.rows, result.keys, result.numbers)
                 spill.finish()
                 label = segment.first + len(segment.steps)
@@ -197,17 +200,31 @@ class _Run:
             yield chunk
             self.on_progress("reading", source.bytes_read, source.size_bytes)
 
-    def _take(self, result: Result) -> None:
-        for place, counts in result.counts.items():
-            self.counts[place].add(counts)
-        for rows, writer in ((result.rejected, self.rejected), (result.flagged, self.flagged)):
-            if writer is not None:
-                for row in rows:
-                    writer.write(row)
+    def _taken(self, results: Iterator[Result]) -> Iterator[Result]:
+        """The results of a pass, with their counts added and their notices written."""
+        for result in results:
+            for place, counts in result.counts.items():
+                self.counts[place].add(counts)
+            before = self.held.popleft() if self.held else []
+            for rows, writer in ((before + result.rejected, self.rejected), (result.flagged, self.flagged)):
+                if writer is not None:
+                    for row in rows:
+                        writer.write(row)
+            yield result
+        if self.rejected is not None:
+            for row in self.pending:
+                self.rejected.write(row)
+        self.pending = []
+
+    def _sent(self, rows: list[bytes]) -> Iterator[list[bytes]]:
+        """A chunk that a barrier leaves; an empty one only where notices would gather."""
+        if rows or len(self.pending) >= CHUNK_ROWS:
+            self.held.append(self.pending)
+            self.pending = []
+            yield rows
 
     def _write(self, results: Iterator[Result]) -> None:
-        for result in results:
-            self._take(result)
+        for result in self._taken(results):
             self.rows_out += result.out
             if self.output is not None:
                 for row in result.rows:
@@ -219,7 +236,7 @@ class _Run:
         self.counts[label].rejected += 1
         self.counts[label].give_reason(reason)
         if self.rejected is not None:
-            self.rejected.write(notice_row(self.plan, row.item.number, label, reason, columns_of(self.plan, row)))
+            self.pending.append(notice_row(self.plan, row.item.number, label, reason, columns_of(self.plan, row)))
 
     def _judged(self, spill: Spill, step: SetStep, label: int) -> Iterator[list[bytes]]:
         """What a set step leaves."""
@@ -237,8 +254,7 @@ class _Run:
             rows += chunk[kept - start :]
             counts.rows_in += len(chunk)
             counts.rows_out += len(rows)
-            if rows:
-                yield rows
+            yield from self._sent(rows)
             self.on_progress(name, stop, len(spill))
 
     def _joined(self, spill: Spill, step: JoinStep, label: int) -> Iterator[list[bytes]]:
@@ -266,8 +282,7 @@ class _Run:
                     counts.changed += joined is not before[0].item
             counts.rows_in += len(chunk)
             counts.rows_out += len(rows)
-            if rows:
-                yield rows
+            yield from self._sent(rows)
             self.on_progress(name, start + len(chunk), len(spill))
 
     def _notes(self, source: RowSource) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from jindo_core.data.formats import Format, RowError
 from jindo_core.data.readers import Row
-from jindo_core.errors import TrainingError
+from jindo_core.errors import InputError, TrainingError
 from jindo_core.refinery.pipeline import (
     Item,
     JoinStep,
@@ -115,8 +115,12 @@ class Source:
 
 def columns_of(plan: Plan, row: Passing) -> dict[str, Any]:
     """A row's columns as they are written."""
-    item = row.item
-    return written_back(item.record, item.values, plan.format) if row.rewritten else item.values
+    if not row.rewritten:
+        return row.item.values
+    try:
+        return written_back(row.item.record, row.item.values, plan.format)
+    except InputError as error:
+        raise InputError(f"row {row.item.number}: {error}") from None
 
 
 def notice_row(plan: Plan, number: int, step: int, reason: str, values: dict[str, Any]) -> dict[str, Any]:

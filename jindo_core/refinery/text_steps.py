@@ -226,8 +226,11 @@ class Mojibake(RowStep):
         if self.euc_kr and (korean := _as_euc_kr(text)) is not None:
             return korean
         import ftfy
+        from ftfy.badness import is_bad
 
-        return ftfy.fix_encoding(text, replace_lossy_sequences=False)
+        # ftfy also changes pairs of letters in what was EUC-KR: a text that stays bad is left as it was.
+        fixed = ftfy.fix_encoding(text, replace_lossy_sequences=False)
+        return text if is_bad(fixed) else fixed
 
 
 # What every text that ftfy finds bad holds (its categories lie in these ranges; the tests hold the two together): ftfy's
@@ -316,8 +319,8 @@ class Html(RowStep):
 
 def _character(match: re.Match[str], found: Counter[str]) -> str:
     character = html.unescape(match[0]).replace("\u00a0", " ")
-    if character != "\n" and not character.isprintable():
-        return match[0]  # &#0;
+    if character == "\ufffd" or (character != "\n" and not character.isprintable()):
+        return match[0]  # &#0; and the like
     found["entities"] += 1
     return character
 
