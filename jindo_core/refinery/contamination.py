@@ -169,7 +169,7 @@ def _index(
 
 @dataclass(frozen=True)
 class Contamination(RowStep):
-    """Reject rows that hold a text of an evaluation set: the same, a great part of it, or nearly it."""
+    """Rejects rows that hold a text of an evaluation set: the same, a great part of it, or nearly it."""
 
     name: ClassVar[str] = "contamination"
 

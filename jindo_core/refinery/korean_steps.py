@@ -21,7 +21,7 @@ _SPACES = re.compile(r"\s+")
 
 @dataclass(frozen=True)
 class HangulRatio(RowStep):
-    """Reject rows whose answers hold too little Hangul, code and addresses not counted."""
+    """Rejects rows whose answers hold too little Hangul, code and addresses not counted."""
 
     name: ClassVar[str] = "hangul_ratio"
 
@@ -39,7 +39,7 @@ class HangulRatio(RowStep):
 
 @dataclass(frozen=True)
 class UntranslatedResidue(RowStep):
-    """Reject rows whose Korean answer keeps whole English sentences, or that only repeat their source."""
+    """Rejects rows whose Korean answer keeps whole English sentences, or that only repeat their source."""
 
     name: ClassVar[str] = "untranslated_residue"
 
@@ -109,7 +109,7 @@ def _refusal_patterns(path: str | None) -> tuple[re.Pattern[str], re.Pattern[str
 
 @dataclass(frozen=True)
 class Refusals(RowStep):
-    """Reject rows whose answer is a refusal ("As an AI language model …") or an error page ("Too many requests")."""
+    """Rejects rows whose answer is a refusal ("As an AI language model …") or an error page ("Too many requests")."""
 
     name: ClassVar[str] = "refusals"
 
@@ -138,7 +138,7 @@ class Refusals(RowStep):
 
 @dataclass(frozen=True)
 class Honorifics(RowStep):
-    """Report answers that mix speech levels (해요체, 합쇼체, 반말), quotes and code not counted."""
+    """Reports answers that mix speech levels (해요체, 합쇼체, 반말), quotes and code not counted."""
 
     name: ClassVar[str] = "honorifics"
 
