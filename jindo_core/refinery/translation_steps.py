@@ -302,6 +302,9 @@ def restore_fences(output: str, source: str) -> str | None:
         return output if not marks else None
     blocks = [source[start : end + 3].replace("\r\n", "\n") for start, end in zip(marks[::2], marks[1::2], strict=True)]
     text = output.replace("\r\n", "\n")
+    plain = list(_MARK.finditer(text))
+    if len(plain) == 2 * len(blocks) == len(_BROKEN_MARK.findall(text)) and _put(text, plain, blocks) == text:
+        return output  # as it should be
     # A cleaner that restored fences put one block, mostly the first, in the place of all marks; code that the
     # translator left alone is the same text, and must not be taken back with it: so each block is tried by itself.
     readings = [reading for block in dict.fromkeys(blocks) if (reading := _take_back(text, block)) != text]

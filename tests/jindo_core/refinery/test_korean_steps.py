@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -54,6 +55,14 @@ def test_hangul_ratio():
     english = answer("This is an answer in English, all of it, and nothing else.")
     assert step(english) == Rejected("answer 1 is 0.00 Hangul, expected at least 0.3")
     assert HangulRatio(at_least=0)(english) is english
+    for row in (  # the first is a translation into English, whatever it says
+        answer("The kettle is on the stove.", "주전자가 불 위에 있습니다.", "Translate into Korean"),
+        answer("The kettle is on the stove.", "", "주전자를 영어로 묘사하세요."),
+        answer("The kettle is on the stove.", "", "Describe a kettle in English"),
+    ):
+        assert step(row) is row
+    turkish = answer("Su isitici ocagin uzerinde duruyor.", "The kettle is on the stove.", "Translate into English")
+    assert isinstance(step(turkish), Rejected)
     rounds = Round("가", "", "네, 알겠습니다."), Round("나", "", "No, this will never be translated")
     assert step(Item(Record(rounds), {}, 1)).reason.startswith("answer 2 ")
 
@@ -211,6 +220,19 @@ def test_levels_are_judged_an_answer_at_a_time():
 @pytest.mark.parametrize("step", STEPS)
 def test_steps_can_be_sent_to_workers(step):
     assert pickle.loads(pickle.dumps(step())) == step()
+
+
+LONG = ["a", "a ", "가", "가 ", "ㅋ", "“", "'", "「", "```", "`", "www.", ". ", "가.", "\n가 ", "o "]
+
+
+@pytest.mark.parametrize("piece", LONG)
+def test_long_texts_take_time_by_their_length(piece):
+    """No expression that goes over 400 KB again from each of its places: that would take minutes."""
+    row = answer(piece * (400_000 // len(piece)), piece * 1000, "Translate into English")
+    start = time.perf_counter()
+    for step in (*STEPS, *translation_steps.STEPS[1:]):
+        step()(row)
+    assert time.perf_counter() - start < 10
 
 
 PIECES = st.sampled_from(
