@@ -20,13 +20,12 @@ from jindo_core.data.writers import RowWriter
 from jindo_core.data_config import CleanConfig
 from jindo_core.errors import InputError
 from jindo_core.files import write_atomically
-from jindo_core.refinery.pipeline import Item, JoinStep, Passing, Rejected, RowStep, SetStep, StepCounts
+from jindo_core.refinery.pipeline import Item, JoinStep, Passing, Rejected, SetStep, StepCounts
 from jindo_core.refinery.recipe import load_recipe
 from jindo_core.refinery.segments import (
     Plan,
     Result,
     Source,
-    Workers,
     chunked,
     columns_of,
     make_plan,
@@ -184,9 +183,10 @@ class _Run:
                     spill.append(result.rows, result.keys, result.numbers)
                 spill.finish()
                 label = segment.first + len(segment.steps)
-                chunks = (self._judged if isinstance(segment.barrier, SetStep) else self._joined)(
-                    spill, segment.barrier, label
-                )
+                if isinstance(segment.barrier, SetStep):
+                    chunks = self._judged(spill, segment.barrier, label)
+                else:
+                    chunks = self._joined(spill, segment.barrier, label)
         report = Report(recipe, self.plan.format.name, self.config.dry_run, self.counts, self.rows_in, self.rows_out)
         report.check()
         if not self.rows_out and not self.config.dry_run:

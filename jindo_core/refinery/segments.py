@@ -129,7 +129,7 @@ def notice_row(plan: Plan, number: int, step: int, reason: str, values: dict[str
 
 
 def work(plan: Plan, place: int, chunk: Source | list[bytes]) -> Result:
-    """Takes a chunk through segment number `place`: rows of the source through the first, packed ones through others."""
+    """Takes a chunk through segment number `place`: the source's rows through the first, packed ones through others."""
     segment = plan.segments[place]
     before = range(len(plan.raw) + 1) if isinstance(chunk, Source) else range(0)
     own = range(segment.first, segment.first + len(segment.steps))
@@ -190,7 +190,7 @@ def _raw(plan: Plan, values: dict[str, Any], start: int, number: int, result: Re
         count.rows_out += len(several)
         if isinstance(answer, list):
             if len(answer) < 2:
-                raise RuntimeError(f"step {plan.raw[step].name} gave a list of {len(answer)}: expected at least two rows")
+                raise RuntimeError(f"step {plan.raw[step].name} gave {len(answer)} rows: expected at least two")
             for each in answer:
                 yield from _raw(plan, each, step + 1, number, result)
             return
