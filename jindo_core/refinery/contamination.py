@@ -169,11 +169,11 @@ def _index(
 
 @dataclass(frozen=True)
 class Contamination(RowStep):
-    """Reject rows that hold a text of an evaluation set: the same, a great part of it, or nearly it."""
+    """Rejects rows that hold a text of an evaluation set: the same, a great part of it, or nearly it."""
 
     name: ClassVar[str] = "contamination"
 
-    against: tuple[str, ...] = option((), "evaluation files or folders, of any format that is read", path=True)
+    against: tuple[str, ...] = option(None, "evaluation files or folders, of any format that is read", path=True)
     columns: tuple[str, ...] = option((), "columns of theirs to compare with (all that hold text where left out)")
     ngram: int = option(8, "words in a run", at_least=2, at_most=64)
     overlap: float = option(0.5, "share of the shorter text's runs of words that makes an overlap", above=0, at_most=1)
