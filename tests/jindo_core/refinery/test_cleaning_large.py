@@ -12,7 +12,7 @@ import time
 import pytest
 
 ROWS = 1_000_000
-WORDS = "오늘 날씨가 좋아서 산책을 했습니다 모델은 자료를 배우고 결과를 요약합니다 다음과 같은 방법으로 풀 수 있어요".split()
+WORDS = ["오늘", "날씨가", "좋아서", "산책을", "했습니다", "모델은", "자료를", "배우고", "결과를", "방법으로"]
 JOB = """
 import json, resource, sys
 from jindo_core.cli.main import main
@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 def generate(path):
     """Writes the rows, and returns how many of each kind of dirt are among them."""
-    draw = random.Random(1)
+    draw, clean = random.Random(1), {}
     planted = dict.fromkeys(("line_ends", "zero_width", "empty_answers", "exact_duplicates"), 0)
     with path.open("w", encoding="utf-8") as file:
         for number in range(ROWS):
@@ -41,11 +41,11 @@ def generate(path):
             elif kind == 2:
                 row["output"] = " "
                 planted["empty_answers"] += 1
-            elif kind == 3 and number:
-                row = {**before, "id": number}
+            elif kind == 3 and clean:
+                row = {**clean, "id": number}
                 planted["exact_duplicates"] += 1
-            if kind > 3:
-                before = row
+            else:
+                clean = row
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return planted
 
@@ -54,7 +54,7 @@ def generate(path):
 def test_a_million_rows(tmp_path, repo_root):
     planted = generate(tmp_path / "in.jsonl")
     (tmp_path / "job.py").write_text(JOB)
-    argv = ["data", "clean", "--data_path", "in.jsonl", "--output_path", "out.jsonl", "--rejected_path", "rejected.jsonl"]
+    argv = ["data", "clean", "--data_path", "in.jsonl", "--output_path", "out.jsonl", "--rejected_path", "gone.jsonl"]
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "job.py", *argv, "--workers", "2", "--json"], cwd=tmp_path, capture_output=True, text=True,
@@ -69,7 +69,7 @@ def test_a_million_rows(tmp_path, repo_root):
     assert steps["zero_width"]["changed"] == planted["zero_width"]
     assert steps["empty_answers"]["rejected"] == planted["empty_answers"]
     assert steps["exact_duplicates"]["rejected"] == planted["exact_duplicates"]
-    with (tmp_path / "out.jsonl").open() as out, (tmp_path / "rejected.jsonl").open() as rejected:
+    with (tmp_path / "out.jsonl").open() as out, (tmp_path / "gone.jsonl").open() as rejected:
         assert sum(1 for _ in out) == report["out"] == ROWS - planted["empty_answers"] - planted["exact_duplicates"]
         assert sum(1 for _ in rejected) == report["rejected"]
     # The source alone is some 600 MB.
