@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -124,7 +125,11 @@ def columns_of(plan: Plan, row: Passing) -> dict[str, Any]:
 
 
 def notice_row(plan: Plan, number: int, step: int, reason: str, values: dict[str, Any]) -> dict[str, Any]:
-    """A line of the file of rejected or flagged rows."""
+    """A line of the file of rejected or flagged rows: what no file of JSON can say stands there as escaped text."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, TypeError):  # half a surrogate pair; a date of Parquet
+        values = {"json": json.dumps(values, default=str)}
     return {"row": number, "step": plan.labels[step], "reason": reason, "values": values}
 
 

@@ -81,6 +81,15 @@ def test_a_dry_run_as_json(source, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["raw.json"]
 
 
+def test_a_terminal_gets_bars_beside_the_json(source, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(["data", "clean", "--data_path", source, "--dry_run", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["in"] == 3
+    assert "reading" in said.err
+    assert "exact_duplicates" in said.err
+
+
 def test_list_steps(capsys):
     assert main(["data", "clean", "--list_steps"]) == 0
     said = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -133,6 +134,28 @@ def test_a_row_that_its_format_cannot_read_is_rejected(tmp_path):
     assert (report.rows_in, report.rows_out) == (30, 29)
 
 
+def test_a_rejected_row_that_json_cannot_say_is_kept_as_text(tmp_path):
+    half = '{"instruction": "q", "output": "\\ud83d"}'
+    (tmp_path / "in.jsonl").write_text(half + '\n{"instruction": "q", "output": "4"}\n')
+    run(tmp_path, "flag")
+    (rejected,) = read_rows(tmp_path / "rejected.jsonl")
+    assert json.loads(rejected["values"]["json"]) == json.loads(half)
+    assert "half a surrogate pair" in rejected["reason"]
+
+
+def test_a_full_disk_is_said_and_the_old_output_stays(tmp_path, monkeypatch):
+    write_rows(tmp_path / "in.jsonl", ["4", "4"])
+    (tmp_path / "out.jsonl").write_text("old")
+
+    def full(self, *rows):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cleaning.Spill, "append", full)
+    with pytest.raises(InputError, match=r"No space left on device\): nothing was written; is there room in .*TMPDIR"):
+        run(tmp_path, "unlike")
+    assert (tmp_path / "out.jsonl").read_text() == "old"
+
+
 def test_rows_that_no_step_changed_are_as_they_were(tmp_path):
     row = {"z": None, "output": "a 4", "nested": {"x": [1, 2.5, True]}, "instruction": "q"}  # no input, odd order
     (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
@@ -257,6 +280,8 @@ def test_places_that_do_not_serve(tmp_path):
     run(tmp_path, "flag")
     with pytest.raises(InputError, match="is there already: give another name, or --overwrite"):
         cleaning.clean(CleanConfig(data_path=str(tmp_path / "in.jsonl"), output_path=str(tmp_path / "out.jsonl")))
+    with pytest.raises(InputError, match=r"--flagged_path: got f.csv, expected a name that ends in .jsonl"):
+        cleaning.clean(CleanConfig(data_path=str(tmp_path / "in.jsonl"), output_path="o.jsonl", flagged_path="f.csv"))
     with pytest.raises(InputError, match="which is --data_path too"):
         CleanConfig(data_path=str(tmp_path / "in.jsonl"), output_path=str(tmp_path / "in.jsonl"))
     with pytest.raises(InputError, match="lies in --data_path"):
