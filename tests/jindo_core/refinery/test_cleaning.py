@@ -85,6 +85,20 @@ def test_no_row_is_lost(tmp_path, monkeypatch, outputs, steps, raw):
         assert row["row"] == int(row["values"]["id"][1:]) + 1
 
 
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.tuples(*[st.text(st.characters(codec="utf-8"), max_size=60)] * 4), min_size=1, max_size=8))
+@pytest.mark.parametrize("name", ["default", "korean"])
+def test_the_packages_recipes_take_any_unicode(tmp_path, name, rows):
+    values = [dict(zip(("instruction", "input", "output", "text"), row, strict=True)) for row in rows]
+    values.append({"instruction": "쓰세요", "input": "", "output": "한국의 수도는 서울입니다.", "text": ""})
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
+    config = {"data_path": str(tmp_path / "in.jsonl"), "output_path": str(tmp_path / "out.json"), "recipe": name}
+    report = cleaning.clean(CleanConfig(**config, rejected_path=str(tmp_path / "gone.json"), overwrite=True))
+    out, gone = (json.loads((tmp_path / file).read_text()) for file in ("out.json", "gone.json"))
+    assert (len(values), report.made) == (len(out) + len(gone), 0)
+    assert values[-1]["output"] in [row["output"] for row in out]
+
+
 def test_each_answer_of_a_step_by_hand(tmp_path):
     write_rows(tmp_path / "in.jsonl", ["1", "2", "3", "4", "4", "10", "10", "9", "8"])
     report = run(tmp_path, "raw_double", "drop", "triple", "flag", "unlike")
