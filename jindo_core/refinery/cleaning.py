@@ -15,18 +15,17 @@ from typing import Any
 import numpy as np
 
 from jindo_core.data.formats import detect_format
-from jindo_core.data.readers import RowSource, open_rows
+from jindo_core.data.readers import RowSource, kind_of, open_rows
 from jindo_core.data.writers import RowWriter
 from jindo_core.data_config import CleanConfig
 from jindo_core.errors import InputError
 from jindo_core.files import write_atomically
-from jindo_core.refinery.pipeline import Item, JoinStep, Passing, Rejected, RowStep, SetStep, StepCounts
+from jindo_core.refinery.pipeline import Item, JoinStep, Passing, Rejected, SetStep, StepCounts
 from jindo_core.refinery.recipe import load_recipe
 from jindo_core.refinery.segments import (
     Plan,
     Result,
     Source,
-    Workers,
     chunked,
     columns_of,
     make_plan,
@@ -43,6 +42,8 @@ CHUNK_ROWS, CHUNK_SIZE = 500, 1 << 20
 """Rows, and characters or bytes, of a chunk: what goes to a worker at once."""
 SMALL_FILE = 8 << 20
 """Bytes: below, starting processes takes longer than the work."""
+MOST_WORKERS = 8
+"""Reading and writing are this process's own: more can't be kept busy."""
 
 
 @dataclass
@@ -104,7 +105,8 @@ def clean(config: CleanConfig, on_progress: Progress | None = None) -> Report:
     """Cleans a file by a recipe.
 
     Memory is bounded: a few chunks, and what a step that needs all rows says it takes. The output comes to be when all
-    is well; whatever ends the run earlier leaves what was there.
+    is well; whatever ends the run earlier leaves what was there. Worker processes import the calling script: there call
+    it under `if __name__ == "__main__":`, or with workers=1.
 
     Args:
         on_progress: told of each chunk.
@@ -142,10 +144,14 @@ def clean(config: CleanConfig, on_progress: Progress | None = None) -> Report:
 
 
 def _check_places(config: CleanConfig) -> None:
-    paths = {"output": config.output_path, "rejected": config.rejected_path, "flagged": config.flagged_path}
-    for name, path in ({} if config.dry_run else paths).items():
+    notices = {"rejected": config.rejected_path, "flagged": config.flagged_path}
+    rows = {} if config.dry_run else {"output": config.output_path, **notices}
+    for name, path in {**rows, "report": config.report_path}.items():
         if path is not None and Path(path).exists() and not config.overwrite:
             raise InputError(f"--{name}_path: {path} is there already: give another name, or --overwrite to replace it")
+    for name, path in notices.items():
+        if path is not None and not kind_of(Path(path)).startswith("json"):
+            raise InputError(f"--{name}_path: got {path}, expected a name that ends in .jsonl or .json")
     if config.report_path is not None and not Path(config.report_path).parent.is_dir():
         raise InputError(f"--report_path: the folder of {config.report_path} is missing: make it first")
 
@@ -184,9 +190,10 @@ class _Run:
                     spill.append(result.rows, result.keys, result.numbers)
                 spill.finish()
                 label = segment.first + len(segment.steps)
-                chunks = (self._judged if isinstance(segment.barrier, SetStep) else self._joined)(
-                    spill, segment.barrier, label
-                )
+                if isinstance(segment.barrier, SetStep):
+                    chunks = self._judged(spill, segment.barrier, label)
+                else:
+                    chunks = self._joined(spill, segment.barrier, label)
         report = Report(recipe, self.plan.format.name, self.config.dry_run, self.counts, self.rows_in, self.rows_out)
         report.check()
         if not self.rows_out and not self.config.dry_run:
@@ -338,7 +345,7 @@ class _Groups:
 def _worker_count(config: CleanConfig, source: RowSource) -> int:
     if config.workers:
         return config.workers
-    return 1 if source.size_bytes < SMALL_FILE else max(len(os.sched_getaffinity(0)), 1)
+    return 1 if source.size_bytes < SMALL_FILE else min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
 def _most(counts: list[StepCounts]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ def toys(monkeypatch):
 
 
 def write_rows(path, outputs, **more):
-    rows = [{"id": f"r{i}", "instruction": f"q{i}", "input": "", "output": out, **more} for i, out in enumerate(outputs)]
+    rows = [{"id": f"r{i}", "instruction": f"q{i}", "input": "", "output": o, **more} for i, o in enumerate(outputs)]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return rows
 
@@ -66,12 +67,13 @@ def test_no_row_is_lost(tmp_path, monkeypatch, outputs, steps, raw):
     monkeypatch.setattr(cleaning, "CHUNK_ROWS", 3)
     rows = write_rows(tmp_path / "in.jsonl", outputs)
     (tmp_path / "out.jsonl").unlink(missing_ok=True)
-    try:
-        report = run(tmp_path, *(["raw_double"] if raw else []), *steps, "drop")
-    except InputError as error:
-        assert "is left, so nothing was written" in str(error)
+    recipe_steps = [*(["raw_double"] if raw else []), *steps, "drop"]
+    if not run(tmp_path, *recipe_steps, dry_run=True).rows_out:
+        with pytest.raises(InputError, match="is left, so nothing was written"):
+            run(tmp_path, *recipe_steps)
         assert not (tmp_path / "out.jsonl").exists()
         return
+    report = run(tmp_path, *recipe_steps)
     out, rejected = read_rows(tmp_path / "out.jsonl"), read_rows(tmp_path / "rejected.jsonl")
     assert report.rows_in == len(rows)
     assert (report.rows_out, report.rejected) == (len(out), len(rejected))
@@ -81,6 +83,20 @@ def test_no_row_is_lost(tmp_path, monkeypatch, outputs, steps, raw):
     assert sum(step.flagged for step in report.steps) == len(read_rows(tmp_path / "flagged.jsonl"))
     for row in rejected:
         assert row["row"] == int(row["values"]["id"][1:]) + 1
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.tuples(*[st.text(st.characters(codec="utf-8"), max_size=60)] * 4), min_size=1, max_size=8))
+@pytest.mark.parametrize("name", ["default", "korean"])
+def test_the_packages_recipes_take_any_unicode(tmp_path, name, rows):
+    values = [dict(zip(("instruction", "input", "output", "text"), row, strict=True)) for row in rows]
+    values.append({"instruction": "쓰세요", "input": "", "output": "한국의 수도는 서울입니다.", "text": ""})
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
+    config = {"data_path": str(tmp_path / "in.jsonl"), "output_path": str(tmp_path / "out.json"), "recipe": name}
+    report = cleaning.clean(CleanConfig(**config, rejected_path=str(tmp_path / "gone.json"), overwrite=True))
+    out, gone = (json.loads((tmp_path / file).read_text()) for file in ("out.json", "gone.json"))
+    assert (len(values), report.made) == (len(out) + len(gone), 0)
+    assert values[-1]["output"] in [row["output"] for row in out]
 
 
 def test_each_answer_of_a_step_by_hand(tmp_path):
@@ -132,6 +148,28 @@ def test_a_row_that_its_format_cannot_read_is_rejected(tmp_path):
     assert (report.rows_in, report.rows_out) == (30, 29)
 
 
+def test_a_rejected_row_that_json_cannot_say_is_kept_as_text(tmp_path):
+    half = '{"instruction": "q", "output": "\\ud83d"}'
+    (tmp_path / "in.jsonl").write_text(half + '\n{"instruction": "q", "output": "4"}\n')
+    run(tmp_path, "flag")
+    (rejected,) = read_rows(tmp_path / "rejected.jsonl")
+    assert json.loads(rejected["values"]["json"]) == json.loads(half)
+    assert "half a surrogate pair" in rejected["reason"]
+
+
+def test_a_full_disk_is_said_and_the_old_output_stays(tmp_path, monkeypatch):
+    write_rows(tmp_path / "in.jsonl", ["4", "4"])
+    (tmp_path / "out.jsonl").write_text("old")
+
+    def full(self, *rows):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cleaning.Spill, "append", full)
+    with pytest.raises(InputError, match=r"No space left on device\): nothing was written; is there room in .*TMPDIR"):
+        run(tmp_path, "unlike")
+    assert (tmp_path / "out.jsonl").read_text() == "old"
+
+
 def test_rows_that_no_step_changed_are_as_they_were(tmp_path):
     row = {"z": None, "output": "a 4", "nested": {"x": [1, 2.5, True]}, "instruction": "q"}  # no input, odd order
     (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
@@ -179,7 +217,8 @@ def test_killed_in_the_middle_it_leaves_the_old_output_and_no_process(tmp_path, 
     recipe(tmp_path / "recipe.yaml", {"hang": {"file": str(tmp_path / "worker")}})
     (tmp_path / "job.py").write_text(KILLED)
     paths = os.pathsep.join([str(repo_root), str(repo_root / "tests" / "jindo_core")])
-    job = subprocess.Popen([sys.executable, "job.py", str(tmp_path)], cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths})
+    environment = {**os.environ, "PYTHONPATH": paths}
+    job = subprocess.Popen([sys.executable, "job.py", str(tmp_path)], cwd=tmp_path, env=environment)
     deadline = time.monotonic() + 60
     while not (tmp_path / "worker").exists():
         assert job.poll() is None
@@ -255,6 +294,8 @@ def test_places_that_do_not_serve(tmp_path):
     run(tmp_path, "flag")
     with pytest.raises(InputError, match="is there already: give another name, or --overwrite"):
         cleaning.clean(CleanConfig(data_path=str(tmp_path / "in.jsonl"), output_path=str(tmp_path / "out.jsonl")))
+    with pytest.raises(InputError, match=r"--flagged_path: got f.csv, expected a name that ends in .jsonl"):
+        cleaning.clean(CleanConfig(data_path=str(tmp_path / "in.jsonl"), output_path="o.jsonl", flagged_path="f.csv"))
     with pytest.raises(InputError, match="which is --data_path too"):
         CleanConfig(data_path=str(tmp_path / "in.jsonl"), output_path=str(tmp_path / "in.jsonl"))
     with pytest.raises(InputError, match="lies in --data_path"):
@@ -263,8 +304,9 @@ def test_places_that_do_not_serve(tmp_path):
         CleanConfig(data_path="x.json", output_path="a.jsonl", rejected_path="./a.jsonl")
     with pytest.raises(InputError, match="--output_path: got nothing"):
         CleanConfig(data_path="x.json")
+    report = str(tmp_path / "no" / "r.json")
     with pytest.raises(InputError, match="the folder of"):
-        cleaning.clean(CleanConfig(data_path=str(tmp_path / "in.jsonl"), dry_run=True, report_path=str(tmp_path / "no" / "r.json")))
+        cleaning.clean(CleanConfig(data_path=str(tmp_path / "in.jsonl"), dry_run=True, report_path=report))
     with pytest.raises(InputError, match="could not be written"):
         cleaning.clean(CleanConfig(data_path=str(tmp_path / "in.jsonl"), output_path=str(tmp_path / "no" / "o.jsonl")))
     (tmp_path / "dpo.jsonl").write_text(json.dumps({"instruction": "q", "instances": [{"input": "", "output": "a"}]}))

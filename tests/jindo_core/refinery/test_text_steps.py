@@ -94,7 +94,8 @@ def test_what_is_found_is_counted():
 
 
 def test_lost_text_rejects_or_flags():
-    assert ReplacementCharacter()(item("a\ufffdb\ufffd")) == Rejected("2 replacement characters (U+FFFD): text was lost")
+    lost = Rejected("2 replacement characters (U+FFFD): text was lost")
+    assert ReplacementCharacter()(item("a\ufffdb\ufffd")) == lost
     assert isinstance(ReplacementCharacter("flag")(item("\ufffd")), Flagged)
 
 
@@ -134,7 +135,8 @@ def test_a_word_for_no_input_is_none():
 
 def test_a_text_column_that_repeats_the_row_goes():
     columns = {"id": 7, "instruction": "질문\r\n하나", "input": "", "output": " 답 "}
-    row = Item(Record.single("질문\r\n하나", "", " 답 "), {**columns, "text": "설명.\n### 질문:\n질문\n하나\n\n### 답:\n답</s>"}, 1)
+    text = "설명.\n### 질문:\n질문\n하나\n\n### 답:\n답</s>"
+    row = Item(Record.single("질문\r\n하나", "", " 답 "), {**columns, "text": text}, 1)
     after = RenderedText()(row)
     assert after.values == columns
     assert after.record is row.record
@@ -154,7 +156,10 @@ def test_a_text_column_that_is_the_row_stays():
 TEXT = st.text(
     st.one_of(
         st.characters(codec="utf-8"),
-        st.sampled_from("\r\n\t \u200b\u200c\u200d\ufeff\u00ad👨👩🏽❤\ufe0fم‌خक्षक\x1b[0m<p>&amp;#39;`</s>|한\u1112\u1161ÃÂ©\x85\u3164"),
+        st.sampled_from(
+            "\r\n\t \u200b\u200c\u200d\ufeff\u00ad👨👩🏽❤\ufe0fم‌خक्षक"
+            "\x1b[0m<p>&amp;#39;`</s>|한\u1112\u1161ÃÂ©\x85\u3164"
+        ),
     ),
     max_size=40,
 )  # fmt: skip
@@ -189,3 +194,13 @@ def test_what_is_left_out_is_only_what_a_step_is_for(text):
 def test_the_quick_look_misses_no_text_that_ftfy_finds_bad(text):
     if ftfy.badness.is_bad(text):
         assert _may_be_mojibake(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(parts=st.lists(TEXT, min_size=3, max_size=3), before=TEXT, after=TEXT)
+def test_a_rendered_row_is_known_whatever_it_says(parts, before, after):
+    instruction, input, output = parts
+    columns = {"instruction": instruction, "input": input, "output": output}
+    text = before + instruction + "\n" + input + " " + output + after
+    answer = RenderedText()(Item(Record.single(instruction, input, output), {**columns, "text": text}, 1))
+    assert answer.values == columns

@@ -56,12 +56,12 @@ def test_a_changed_record_goes_back_where_it_came_from(name):
 
 
 def test_rounds_that_went_or_came_keep_the_files_words():
-    values = {"items": [{"from": "system", "value": "s"}, {"from": "user", "value": "q", "id": 1}, {"from": "bing", "value": "a"},
-                        {"from": "user", "value": "r"}, {"from": "bing", "value": "b"}]}  # fmt: skip
+    system, last = {"from": "system", "value": "s"}, [{"from": "user", "value": "r"}, {"from": "bing", "value": "b"}]
+    values = {"items": [system, {"from": "user", "value": "q", "id": 1}, {"from": "bing", "value": "a"}, *last]}
     format = FORMATS["sharegpt"]
     record = format.record(Row(1, "row 1", values))
     after = written_back(replace(record, rounds=record.rounds[1:]), values, format)
-    assert after == {"items": [{"from": "system", "value": "s"}, {"from": "user", "value": "r"}, {"from": "bing", "value": "b"}]}
+    assert after == {"items": [system, *last]}
     without = written_back(replace(record, system=""), values, format)
     assert [turn["value"] for turn in without["items"]] == ["q", "a", "r", "b"]
 
