@@ -6,8 +6,8 @@ models"). The text's first token is given, not predicted, unless the tokenizer p
 
     perplexity = exp(-sum log p / tokens),    bits per byte = -sum log p / (bytes ln 2)
 
-The mean is over predicted tokens, each once; the documentation's loop weighs every window by one token less than it
-predicts, the first alone rightly so, which moves its figure by less than (1 - 1 / stride).
+The mean is over predicted tokens, each once. The documentation's loop weighs every window by one token less than it
+predicts, of which the first alone is right; over a few short windows that moves its figure in the third digit.
 
 The text is tokenized a block at a time. Where it is parted, no token may lie across the seam: that is checked on the
 text around each, so that the ids are those of the whole text.

@@ -144,7 +144,8 @@ _TABLE = [
     *_inert("temperature top_k top_p typical_p diversity_penalty repetition_penalty", _NO_ANSWERS),
     *_inert("length_penalty no_repeat_ngram_size generation_max_length generation_num_beams", _NO_ANSWERS),
     # files and reports
-    *[Flag(name, "later", note=_NO_CHECKPOINTS) for name in ("save_strategy", "save_steps", "save_total_limit")],
+    Flag("save_strategy", "later", note=_NO_CHECKPOINTS, as_is=("no",)),
+    *[Flag(name, "later", note=_NO_CHECKPOINTS) for name in ("save_steps", "save_total_limit")],
     Flag("load_best_model_at_end", "later", note=_NO_CHECKPOINTS, as_is=_NOTHING),
     *_inert("logging_strategy logging_first_step logging_dir", _LOGGED),
     *_inert("disable_tqdm", "the bar shows only on a terminal"),
@@ -167,6 +168,12 @@ OTHER_VALUES: dict[str, dict[str, str]] = {
     "lr_scheduler_type": {"constant_with_warmup": "constant"},
 }  # fmt: skip
 """Values that others have for settings of the same name as ours, and ours that serves them."""
+
+
+def ours(name: str) -> str:
+    """The setting that a flag is another name for; else the name itself."""
+    flag = FLAGS.get(name)
+    return flag.ours if flag is not None and flag.does == "setting" else name
 
 
 class Notices:
@@ -271,8 +278,10 @@ def _held_out(line: _Given) -> None:
     wanted = strategy == "steps" or line.other.get("do_eval")
     if not wanted and size is not None:
         line.notices.add("qlora.py holds rows out only with --do_eval: all are trained on", "eval_dataset_size")
-    if wanted and (size is not None or line.profile == "qlora"):
-        line.put("eval_dataset_size", "val_set_size", HELD_OUT if size is None else size)
+    if wanted and size is not None:
+        line.put("eval_dataset_size", "val_set_size", size)
+    elif wanted and line.profile == "qlora":
+        line.own.setdefault("val_set_size", HELD_OUT)
     elif line.other.get("do_eval") is False and strategy == "no":
         line.put("do_eval", "val_set_size", 0)
     if strategy == "steps" and "eval_steps" not in line.own:  # transformers' default
@@ -320,5 +329,5 @@ def _epochs(line: _Given) -> None:
 
 
 _RULES: tuple[Callable[[_Given], None], ...] = (
-    _batches, _quantization, _precision, _held_out, _modules, _optimizer, _schedule, _epochs,
+    _batches, _precision, _quantization, _held_out, _modules, _optimizer, _schedule, _epochs,
 )  # fmt: skip

@@ -17,7 +17,7 @@ ENGINE_ROWS = [
     {"errors"},
     {"settings", "plan", "plan_falcon", "files", "config_json"},
     {"config", "qlora", "families", "long_memory", "rotary"},
-    {"convert_config", "eval_config"},
+    {"convert_config", "data_config", "eval_config"},
     {"nf4"},
     {"lora", "pages"},
     {"pager"},
@@ -27,7 +27,7 @@ ENGINE_ROWS = [
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation", "progress"},
-    {"evaluate", "mmlu", "tune", "doctor", "merge", "training_data", "likelihood"},
+    {"evaluate", "mmlu", "tune", "doctor", "merge", "training_data", "refinery", "likelihood"},
     {"prepare", "drift", "eval_journal", "kobest", "perplexity"},
     {"train", "convert", "evaluation"},
     {"integrations"},
@@ -163,6 +163,9 @@ def test_the_wheel_holds_everything_once(repo_root, wheel):
     assert "jindo_core/data/bundled/korean_instructions.jsonl" in names
     for template in (repo_root / "jindo_core/data/templates").glob("*.yaml"):
         assert f"jindo_core/data/templates/{template.name}" in names
+    for recipe in (repo_root / "jindo_core/refinery/recipes").glob("*.yaml"):
+        assert f"jindo_core/refinery/recipes/{recipe.name}" in names
+    assert "jindo_core/refinery/refusals.yaml" in names
     assert {"jindo_core/py.typed", "jindo_core/kernels/crossovers.json"} <= names
 
 

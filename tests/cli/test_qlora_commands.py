@@ -144,7 +144,7 @@ def test_the_readmes_first_command_is_qloras_defaults():
     )  # fmt: skip
     assert values(config, "logging_steps", "do_mmlu_eval", "warmup_ratio") == (10, False, 0.0)
     assert config.warmup(10000) == 0
-    assert notices == ("no --dataset: alpaca is, as in qlora.py",)
+    assert notices == ("no --dataset: alpaca is used, as in qlora.py",)
 
 
 @pytest.mark.parametrize("size", GUANACO)
@@ -249,6 +249,8 @@ def test_the_guanaco_script_runs(stories15m, tmp_path, monkeypatch, capsys):
     [
         ("--bits 16", {"quantize": "none"}, ""),
         ("--bits 32", {"quantize": "none", "dtype": "fp32"}, ""),
+        ("--bits 32 --bf16", {"quantize": "none", "dtype": "bf16"}, ""),
+        ("--save_strategy no", {}, ""),
         ("--bits 8", {"quantize": "nf4"}, "--bits 8: 8-bit weights are served by NF4"),
         ("--quant_type fp4", {"quantize": "nf4"}, "--quant_type fp4: FP4 is served by NF4"),
         ("--quant_type nf4 --double_quant False", {"double_quant": False}, ""),
@@ -263,6 +265,7 @@ def test_the_guanaco_script_runs(stories15m, tmp_path, monkeypatch, capsys):
         ("--per_device_train_batch_size 2 --batch_size 4", {"micro_batch_size": 2, "batch_size": 4}, ""),
         ("--do_eval", {"val_set_size": 1024}, ""),
         ("--do_eval --eval_dataset_size 50", {"val_set_size": 50}, ""),
+        ("--do_eval --val_set_size 7", {"val_set_size": 7}, ""),
         ("--do_eval False --eval_dataset_size 50", {"val_set_size": 0}, "--eval_dataset_size: qlora.py holds rows"),
         ("--evaluation_strategy steps", {"val_set_size": 1024, "eval_steps": 10}, ""),
         ("--eval_strategy steps --logging_steps 3", {"val_set_size": 1024, "eval_steps": 3}, ""),
@@ -379,6 +382,15 @@ def test_files_take_the_same_names(tmp_path):
     path.write_text("model_name_or_path: m\nper_device_batch: 2\n")
     with pytest.raises(InputError, match=r"'per_device_batch'.* Did you mean 'per_device_train_batch_size'"):
         resolved(f"jindo-core train --config {path}")
+
+
+def test_flags_win_over_a_file_by_whatever_name(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("base_model: m\nmicro_batch_size: 8\nlora_r: 4\nnum_train_epochs: 9\n")
+    config, _ = resolved(f"jindo-core train --per_device_train_batch_size 2 --config {path} --num_epochs 1")
+    assert values(config, "micro_batch_size", "lora_r", "num_epochs", "profile") == (2, 4, 1.0, "alpaca")
+    config, _ = resolved(f"jindo-core train --config {path} --model_name_or_path other")
+    assert values(config, "base_model", "profile") == ("other", "qlora")
 
 
 @pytest.mark.parametrize("name", ["use_auth_token", "token"])

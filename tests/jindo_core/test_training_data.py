@@ -25,7 +25,8 @@ from jindo_core.training_data import open_files, read_data
 
 def write(path, count, say="It is a little bird named Lily.", start=0):
     rows = [
-        {"instruction": f"Name {i}." * (1 + i % 4), "output": say + " So." * (i % 5)} for i in range(start, start + count)
+        {"instruction": f"Name {i}." * (1 + i % 4), "output": say + " So." * (i % 5)}
+        for i in range(start, start + count)
     ]
     path.write_text(json.dumps(rows))
     return path

@@ -8,7 +8,6 @@ import torch
 from jindo_core.data.examples import Example, collate, encode_all, encode_example
 from jindo_core.data.records import Record, bundled_path, read_records
 from jindo_core.data.templates import load_template
-from jindo_core.tokenizer import load_tokenizer
 
 CUTOFFS = [1, 2, 7, 16, 40, 256]
 
@@ -27,25 +26,11 @@ def alpaca_lora(tokenize, eos, template, record, cutoff_len, train_on_inputs):
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_gguf):
-    return load_tokenizer(smollm2_gguf)
-
-
-@pytest.fixture(scope="module")
-def smollm2_calls(smollm2_gguf):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(smollm2_gguf.parent), gguf_file=smollm2_gguf.name)
-
+def smollm2_calls(smollm2_peer):
     def tokenize(text, cutoff_len):
-        return tokenizer(text, truncation=True, max_length=cutoff_len, padding=False).input_ids
+        return smollm2_peer(text, truncation=True, max_length=cutoff_len, padding=False).input_ids
 
     return tokenize
-
-
-@pytest.fixture(scope="module")
-def llama(stories15m):
-    return load_tokenizer(stories15m)
 
 
 @pytest.fixture(scope="module")

@@ -140,6 +140,7 @@ def test_what_is_written_is_also_read():
 FLAT = [
     {"instruction": "수도는?", "input": "", "output": 'a "b", c\td\r\ne\rf\n'},
     {"instruction": "\u2028\x85\ufeff 😀", "input": " ", "output": "끝\x00"},
+    {"instruction": "", "input": "a\rb", "output": "c\n"},
     {"instruction": "", "input": "", "output": ""},
 ]
 NESTED = [{"id": "1", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "답"}]}] * 3
@@ -218,7 +219,7 @@ def test_a_file_may_replace_the_one_that_it_is_made_from(tmp_path):
     with RowWriter(path) as writer:
         for row in open_rows(path):
             writer.write({"n": row.number})
-    assert by_others(path) == [{"n": 1}, {"n": 2}, {"n": 3}]
+    assert by_others(path) == [{"n": number} for number in range(1, len(FLAT) + 1)]
 
 
 @pytest.mark.parametrize(
