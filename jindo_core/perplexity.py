@@ -7,7 +7,7 @@ models"). The text's first token is given, not predicted, unless the tokenizer p
     perplexity = exp(-sum log p / tokens),    bits per byte = -sum log p / (bytes ln 2)
 
 The mean is over predicted tokens, each once. The documentation's loop weighs every window by one token less than it
-predicts, of which the first alone is right; over a few short windows that moves its figure in the third digit.
+predicts, of which the first alone is right; with few windows or short strides its figure is off by a percent.
 
 The text is tokenized a block at a time. Where it is parted, no token may lie across the seam: that is checked on the
 text around each, so that the ids are those of the whole text.

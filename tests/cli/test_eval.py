@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
+from rich.console import Console
 
 from jindo_core import evaluation
 from jindo_core.adapters import save_adapter
@@ -16,6 +21,7 @@ from jindo_core.likelihood import Score
 from jindo_core.loader import load_model
 from jindo_core.lora import adapted_layers, attach_lora
 from jindo_core.mmlu import load_mmlu
+from jindo_core.progress import ConversionView
 from jindo_core.tokenizer import load_tokenizer
 
 STORY = "Once upon a time there was a little dog named Max.\nHe liked to run in the park.\n" * 12
@@ -109,6 +115,30 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(command, data, monkeyp
     assert len(done) == len(calls) - 7
     assert (data / "results.json").read_bytes() == (data / "whole.json").read_bytes()
     assert (data / "results.jsonl").read_bytes() == (data / "whole.jsonl").read_bytes()
+
+
+def test_killed_without_warning_it_goes_on(command, data):
+    (data / "story.txt").write_text(STORY * 3, encoding="utf-8")
+    argv = [*command, "--stride", "8", *saved(data)]
+    assert main([*command, "--stride", "8", *saved(data, "whole.json")]) == 0
+    part = data / "results.json.part"
+    with subprocess.Popen([sys.executable, "-m", "jindo_core.cli.main", *argv]) as process:
+        while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") > 5):
+            time.sleep(0.002)
+        process.kill()
+    assert process.returncode == -9
+    assert main(argv) == 0
+    assert (data / "results.json").read_bytes() == (data / "whole.json").read_bytes()
+
+
+def test_a_terminal_has_a_bar_also_where_the_end_is_unknown():
+    view = ConversionView()
+    view.console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with view.bar("nf4/perplexity", None, in_bytes=False) as advance:
+        advance(3)
+    said = view.console.file.getvalue()
+    assert "nf4/perplexity" in said
+    assert "3/?" in said
 
 
 def test_an_adapter_brings_its_base_and_changes_the_figures(stories260k, command, data):

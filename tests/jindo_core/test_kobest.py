@@ -157,6 +157,14 @@ def test_the_hub_columns_are_read_too(tmp_path):
     assert asked == [kobest.Question(1, "비가 왔다.  그래서", ("젖었다.", "말랐다."), 1)]
 
 
+def test_the_hub_folders_of_parquet_are_read(tmp_path):
+    (tmp_path / "boolq").mkdir()
+    rows = pandas.DataFrame({"paragraph": ["하늘은 파랗다."], "question": ["하늘은 붉은가?"], "label": [0]})
+    rows.to_parquet(tmp_path / "boolq" / "test-00000-of-00001.parquet")
+    (asked,) = questions("kobest_boolq", tmp_path)
+    assert asked == kobest.Question(1, "하늘은 파랗다. 질문: 하늘은 붉은가? 답변: ", ("아니오", "예"), 0)
+
+
 def test_equal_choices_have_the_first_as_gold_as_in_the_harness(tmp_path):
     path = write(tmp_path / "c.tsv", "sentence\tquestion\t1\t2\tAnswer\n비가 왔다.\t원인\t같다.\t같다.\t2\n")
     assert questions("kobest_copa", path)[0].gold == 0
