@@ -1,7 +1,7 @@
 """What an evaluation has done so far, on disk: a file that only grows, from which a stopped run goes on.
 
 JSON lines. The first holds the settings that the results depend on; each other one a batch of a task: its number, and a
-list of numbers for each of its rows. A line is written at once and synced, so that whatever ends the program costs the
+pair of numbers for each of its rows. A line is written at once and synced, so that whatever ends the program costs the
 batch in work at most: a last line without its end is cut off. The numbers are read back bit for bit.
 """
 
@@ -69,7 +69,7 @@ class Journal:
             found, *rows = [json.loads(line) for line in lines]
             fits = found["kind"] == KIND and found["version"] == _VERSION
             earlier = found["settings"]
-            done = {(row["part"], row["batch"]): row["rows"] for row in rows}
+            done = {(row["part"], row["batch"]): [[first, second] for first, second in row["rows"]] for row in rows}
         except (ValueError, KeyError, TypeError) as error:
             if overwrite:
                 return False
@@ -89,9 +89,12 @@ class Journal:
         self._done = done
         return True
 
-    def known(self, part: str, batch: int) -> list[list[Any]] | None:
-        """The rows of a batch that an earlier run had; None where it is to be done."""
-        return self._done.get((part, batch))
+    def known(self, part: str, batch: int, count: int) -> list[list[Any]] | None:
+        """The `count` rows of a batch that an earlier run had; None where it is to be done."""
+        rows = self._done.get((part, batch))
+        if rows is not None and len(rows) != count:
+            raise InputError(f"{self._path} has {len(rows)} rows in a batch of {count}: it was damaged; remove it")
+        return rows
 
     def add(self, part: str, batch: int, rows: Sequence[Sequence[Any]]) -> None:
         """Write a batch down; it is on the disk afterwards."""

@@ -30,15 +30,15 @@ from jindo_core.progress import ConversionView, EvaluationRow, loading_bar
 from jindo_core.run_record import read_run
 from jindo_core.tokenizer import Tokenizer, load_tokenizer
 
-W = TypeVar("W")
+T = TypeVar("T")
 Row = list[Any]
-"""What is kept of a request or a question: numbers, as JSON has them."""
+"""What is kept of a request or a question: two numbers, as JSON has them."""
 
 
 class Runner(Protocol):
     """Does a task's batches one after the other, those that an earlier run has done without their work."""
 
-    def __call__(self, work: Iterable[W], run: Callable[[W], list[Row]]) -> Iterator[list[Row]]: ...
+    def __call__(self, work: Iterable[list[T]], run: Callable[[list[T]], list[Row]]) -> Iterator[list[Row]]: ...
 
 
 _KEPT = ("batch_size", "limit", "window", "stride", "split", "mmlu_source_max_len", "quantize", "double_quant")
@@ -113,8 +113,9 @@ class PerplexityRun:
 
     name = "perplexity"
 
-    def __init__(self, path: str, tokenizer: Tokenizer, config: EvalConfig) -> None:
+    def __init__(self, path: str, tokenizer: Tokenizer, config: EvalConfig, context: int | None) -> None:
         self._file, self._tokenizer, self._config = Path(path), tokenizer, config
+        self._window, self._stride = perplexity.choose_window(context, config.window, config.stride)
         self.source = self._file.name
         try:
             with self._file.open("rb") as file:
@@ -126,10 +127,8 @@ class PerplexityRun:
         return None
 
     def measure(self, model: CausalLM, runner: Runner) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        config = self._config
-        window, stride = perplexity.choose_window(model.config.context, config.window, config.stride)
         text = perplexity.TextTokens(self._file, self._tokenizer)
-        windows = perplexity.Windows(text, self._tokenizer, window, stride, config.limit)
+        windows = perplexity.Windows(text, self._tokenizer, self._window, self._stride, self._config.limit)
         counts: list[int] = []
         run = functools.partial(_scored, model, self._tokenizer.pad_id)
         found = [Score(*row) for rows in runner(self._grouped(windows, counts), run) for row in rows]
@@ -140,7 +139,7 @@ class PerplexityRun:
             {"window": i, "tokens": count, "nats_per_token": -one.log_probability / count}
             for i, (count, one) in enumerate(scores, 1)
         ]
-        return {**perplexity.measures(windows, scores), "window": window, "stride": stride}, rows
+        return {**perplexity.measures(windows, scores), "window": self._window, "stride": self._stride}, rows
 
     def _grouped(self, windows: perplexity.Windows, counts: list[int]) -> Iterator[list[Request]]:
         """Batches; beside them the count of each window's tokens, so that none has to be kept."""
@@ -223,6 +222,8 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
     """
     view = ConversionView()
     output, predictions = _targets(config)
+    if config.lora_weights is not None and not Path(config.lora_weights).is_dir():
+        raise InputError(f"lora_weights {config.lora_weights} is no folder: expected the output of a training run")
     run = read_run(config.lora_weights)
     base = config.base_model or (run.base_model if run else base_of(config.lora_weights))
     path = resolve_model(base)
@@ -275,7 +276,7 @@ def _open_task(name: str, path: str, tokenizer: Tokenizer, config: EvalConfig, c
     if name == "mmlu":
         return MmluRun(path, tokenizer, config, context)
     if name == "perplexity":
-        return PerplexityRun(path, tokenizer, config)
+        return PerplexityRun(path, tokenizer, config, context)
     return KobestRun(name, path, tokenizer, config)
 
 
@@ -295,9 +296,9 @@ def _measure(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     with view.bar(part, task.total(model), in_bytes=False) as advance:
 
-        def runner(work: Iterable[W], run: Callable[[W], list[Row]]) -> Iterator[list[Row]]:
+        def runner(work: Iterable[list[T]], run: Callable[[list[T]], list[Row]]) -> Iterator[list[Row]]:
             for number, batch in enumerate(work):
-                rows = journal.known(part, number)
+                rows = journal.known(part, number, len(batch))
                 if rows is None:
                     rows = run(batch)
                     if not all(math.isfinite(value) for row in rows for value in row):

@@ -202,6 +202,8 @@ def fails(capsys, argv, message):
         (["--tasks", "perplexity,kobest_wic", "--data_path", "a.txt", "b.txt"], "got a.txt and b.txt for perplexity"),
         (["--tasks", "perplexity", "--data_path", "mmlu=x.json"], "mmlu=x.json, which none of --tasks perplexity"),
         (["--tasks", "perplexity", "--data_path", "gone.txt"], "expected a readable text file"),
+        (["--tasks", "perplexity", "--data_path", "x.txt", "--window", "300"], "at most the model's context of 256"),
+        (["--tasks", "perplexity", "--data_path", "x.txt", "--lora_weights", "a"], "lora_weights a is no folder"),
         (["--tasks", "kobest_wic", "--data_path", "gone"], "gone does not exist"),
         (["--tasks", "mmlu", "--data_path", "gone.json"], "gone.json does not exist"),
         (["--tasks", "perplexity", "--data_path", "x", "--limit", "0"], "--limit: got '0', expected a whole number of"),

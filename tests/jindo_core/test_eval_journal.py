@@ -31,8 +31,8 @@ def test_what_was_done_is_read_back_bit_for_bit(path):
     fill(path)
     with Journal(path, SETTINGS) as journal:
         assert journal.resumed == 3
-        assert [journal.known("nf4/perplexity", i) for i in range(4)] == [*ROWS, None]
-        assert journal.known("none/perplexity", 0) is None
+        assert [journal.known("nf4/perplexity", i, len((*ROWS, [])[i])) for i in range(4)] == [*ROWS, None]
+        assert journal.known("none/perplexity", 0, 2) is None
 
 
 def test_cut_off_at_any_byte_it_goes_on_from_the_last_whole_line(path, monkeypatch):
@@ -50,6 +50,17 @@ def test_cut_off_at_any_byte_it_goes_on_from_the_last_whole_line(path, monkeypat
         assert path.read_bytes() == content
 
 
+def test_a_batch_of_another_size_is_damage(path):
+    fill(path)
+    with Journal(path, SETTINGS) as journal, pytest.raises(InputError, match="has 2 rows in a batch of 3"):
+        journal.known("nf4/perplexity", 0, 3)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for line in (b'{"part": "p", "batch": 0, "rows": [[1]]}\n', b'{"part": "p"}\n', b"null\n"):
+        path.write_bytes(lines[0] + line + lines[1])
+        with pytest.raises(InputError, match="or was damaged"):
+            Journal(path, SETTINGS)
+
+
 def test_other_settings_are_refused_by_name_unless_overwritten(path):
     fill(path)
     before = path.read_bytes()
@@ -59,7 +70,7 @@ def test_other_settings_are_refused_by_name_unless_overwritten(path):
     with Journal(path, {**SETTINGS, "limit": 5}, overwrite=True) as journal:
         assert journal.resumed == 0
     with Journal(path, {**SETTINGS, "limit": 5}) as journal:
-        assert journal.known("nf4/perplexity", 0) is None
+        assert journal.known("nf4/perplexity", 0, 2) is None
 
 
 def test_overwrite_keeps_what_is_of_the_same_settings(path):
@@ -118,7 +129,7 @@ def test_finished_it_goes(path):
 def test_without_a_path_nothing_is_kept():
     with Journal(None, SETTINGS) as journal:
         journal.add("p", 0, ROWS[0])
-        assert journal.known("p", 0) is None
+        assert journal.known("p", 0, 2) is None
         journal.finish()
 
 
