@@ -20,9 +20,9 @@ QUICK = settings(
 )  # fmt: skip
 # What quotes a template or a special token, and what tokenizers trip over, is drawn often.
 SNIPPETS = [
-    "<|im_end|>", "</s>", "<s>", "<unk>", "### Response:\n", " ASSISTANT: ", "[/INST]", "{instruction}", "{eos}", "{bos}",
-    "{output}", "\r\n", "\n\n", "  ", "\u200b", "\ufeff", "\u2581", "\ue000", "뷁", "ᄒ", "\u0301", "😀", "👨‍👩‍👧", "\x00",
-    "\u2003", "<0x41>",
+    "<|im_end|>", "</s>", "<s>", "<unk>", "### Response:\n", " ASSISTANT: ", "[/INST]", "{instruction}", "{eos}",
+    "{bos}", "{output}", "\r\n", "\n\n", "  ", "\u200b", "\ufeff", "\u2581", "\ue000", "뷁", "ᄒ", "\u0301", "😀",
+    "👨‍👩‍👧", "\x00", "\u2003", "<0x41>",
 ]  # fmt: skip
 SPACE = "\u2581"  # how SentencePiece writes a space: in a text it becomes one
 # Bytes that SmolLM2's vocabulary has no token for: its tokenizer drops them (test_masks.py).
