@@ -8,16 +8,22 @@ spelling (`_canonical`), because argparse by itself cannot take `--a-b` for `--a
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from jindo_core.config import PROFILES, TrainConfig, did_you_mean, read_config_file
+from jindo_core.config import PROFILES, TrainConfig, accepted, did_you_mean, read_config_file
 from jindo_core.errors import InputError
-from jindo_core.settings import Config, Setting, settings, show
+from jindo_core.qlora import ours
+from jindo_core.settings import SEPARATOR, Config, Setting, show
 
 HELP = ("-h", "--help")
 _DASHES = "-‐‑‒–—−"  # web pages and word processors turn "--" into these
+
+_BARE = re.compile(r"(?!-)|-[\d.]")  # a word, or a negative number
+_LISTS = {"names": " ", "numbers": " ", "paths": SEPARATOR}
+"""Kinds of settings that take several words, and what joins them."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,8 +69,8 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> No
     None has a default here: what stays unset is filled in once the profile is known.
     """
     groups: dict[str, Any] = {}
-    columns = list(PROFILES.values()) if config_class is TrainConfig else []
-    for setting in settings(config_class).values():
+    columns = [PROFILES["alpaca"], PROFILES["embedded"]] if config_class is TrainConfig else []
+    for setting in accepted(config_class).values():
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.group)
         group = groups[setting.group]
@@ -116,16 +122,18 @@ def parse_flags(
         # Not argparse's own way out, which swallows a closed pipe.
         print(parser.format_help(), end="", flush=True)
         raise SystemExit(0)
-    known = settings(config_class)
+    known = accepted(config_class)
     typed = vars(parser.parse_args(list(_canonical(config_class, argv, prog))))
     config_file = typed.pop("config", None)
     flags = {name: known[name].read(text) for name, text in typed.items()}
-    return {**(read_config_file(config_file, config_class) if config_file is not None else {}), **flags}
+    filed = read_config_file(config_file, config_class) if config_file is not None else {}
+    said = {ours(name) for name in flags}
+    return {**{name: value for name, value in filed.items() if ours(name) not in said}, **flags}
 
 
 def _canonical(config_class: type[Config], argv: Sequence[str], prog: str) -> Iterator[str]:
     """What was typed, as `--name=value` with single values, `--name` and `--no_name` for booleans."""
-    known = settings(config_class)
+    known = accepted(config_class)
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -135,9 +143,10 @@ def _canonical(config_class: type[Config], argv: Sequence[str], prog: str) -> It
             setting = known.get(name)
             if not equals:
                 value = _take_value(setting, name, words, known, prog)
-            elif setting is not None and setting.kind == "names":
-                value = " ".join([value, *_take_list(words)])
-            yield f"--{name}={value if setting is not None and setting.verbatim else _unquoted(value)}"
+            elif setting is not None and setting.kind in _LISTS:
+                value = _LISTS[setting.kind].join([value, *_take_list(words)])
+            parts = [value] if _verbatim(setting) else [_unquoted(part) for part in value.split(SEPARATOR)]
+            yield f"--{name}={SEPARATOR.join(parts)}"
         elif name in known:
             if not equals:
                 value = words.pop(0) if words and not words[0].startswith("-") else "True"
@@ -148,6 +157,8 @@ def _canonical(config_class: type[Config], argv: Sequence[str], prog: str) -> It
                     f"{spelled}: got the value {value!r}, expected none: write {spelled} or --{name[3:]}"
                 )
             yield f"--{name}"
+        elif name is not None and not equals and name.startswith("no_") and _is_word(known, name[3:]):
+            yield f"--{name[3:]}=False"
         else:
             raise InputError(_unknown(word, config_class, prog))
 
@@ -161,6 +172,10 @@ def _is_bool(known: Mapping[str, Setting], name: str) -> bool:
     return name in known and known[name].kind == "bool"
 
 
+def _is_word(known: Mapping[str, Setting], name: str) -> bool:
+    return name in known and known[name].kind == "word"
+
+
 def _is_flag(word: str, known: Mapping[str, Setting]) -> bool:
     name = _name(word.partition("=")[0])
     return name is not None and (name in (*known, "config") or _is_bool(known, name.removeprefix("no_")))
@@ -170,10 +185,13 @@ def _take_value(
     setting: Setting | None, name: str, words: list[str], known: Mapping[str, Setting], prog: str
 ) -> str:
     """Removes the value of `--name` from the front of `words`. Free text may begin with dashes."""
-    if setting is not None and setting.kind == "names":
+    if setting is not None and setting.kind == "word":  # nothing depends on it: what follows, or nothing
+        parts = list(_take_list(words, _BARE))
+        return " ".join(parts) if parts else "True"
+    if setting is not None and setting.kind in _LISTS:
         parts = list(_take_list(words))
         if parts:
-            return " ".join(parts)
+            return _LISTS[setting.kind].join(parts)
     elif words and (not words[0].startswith("--") or (_verbatim(setting) and not _is_flag(words[0], known))):
         return words.pop(0)
     got = f"the flag {words[0]}" if words else "nothing"
@@ -185,8 +203,8 @@ def _verbatim(setting: Setting | None) -> bool:
     return setting is not None and setting.verbatim
 
 
-def _take_list(words: list[str]) -> Iterator[str]:
-    while words and not words[0].startswith("-"):
+def _take_list(words: list[str], bare: re.Pattern[str] = re.compile("(?!-)")) -> Iterator[str]:
+    while words and bare.match(words[0]):
         yield words.pop(0)
 
 
@@ -202,6 +220,6 @@ def _unknown(word: str, config_class: type[Config], prog: str) -> str:
     bare = spelled.lstrip(_DASHES).replace("-", "_")
     if spelled[:1] in tuple(_DASHES):
         return f"got the unknown flag {spelled!r}.{did_you_mean(bare, config_class, '--')} See {prog} --help"
-    if bare in settings(config_class):
+    if bare in accepted(config_class):
         return f"got {word!r}, expected a flag. Did you mean '--{bare}'? See {prog} --help"
     return f"got {word!r}, which belongs to no flag: a value with spaces needs quotes. See {prog} --help"

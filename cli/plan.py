@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import sys
 import typing
 from collections.abc import Iterator
 from typing import Any
 
 from jindo_core.cli.flags import parse_flags
-from jindo_core.config import TrainConfig
+from jindo_core.config import TrainConfig, settle
 from jindo_core.errors import InputError, nearest
 from jindo_core.settings import setting, show
 
@@ -53,10 +54,11 @@ def run(argv: list[str]) -> int:
     """Prints the plan; returns 0, or 1 where a budget is given and nothing makes it fit."""
     config_class = _config_class()
     given = parse_flags(config_class, argv, prog="jindo-core plan", description=_DESCRIPTION, epilog=_EPILOG)
-    config = config_class(**given)
-    targets_named = "lora_target_modules" in given
-    if "micro_batch_size" in given and "batch_size" not in given:
-        config = dataclasses.replace(config, batch_size=max(config.batch_size, config.micro_batch_size))
+    values, explicit, notices = settle(given, config_class, otherwise="alpaca")
+    config = config_class(**values)
+    targets_named = "lora_target_modules" in explicit
+    for notice in notices:
+        print(f"note: {notice}", file=sys.stderr)
     if (config.base_model is None) == (config.shape is None):
         got = "neither" if config.shape is None else "both"
         raise InputError(f"plan: got {got} of --base_model and --shape, expected one, such as --shape llama2-7b")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -22,6 +24,9 @@ from jindo_core.long_memory import LongMemory, MemoryStore
 from jindo_core.recompute import CheckpointOffload, recomputed
 from jindo_core.rotary import RotaryConfig, rope_frequencies
 from jindo_core.streaming import LayerStream
+
+Documents = Sequence[Sequence[int]]
+"""The documents packed into each sequence of a batch: their lengths in order, which add up to T."""
 
 
 class ModelConfig(RotaryConfig, Protocol):
@@ -125,8 +130,13 @@ class DecoderStack(nn.Module, ABC):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """[B, T] -> [B, T, C]; arguments as in `CausalLM.forward`."""
+        if documents is not None:
+            if attention_mask is not None or position_ids is not None or cache is not None:
+                raise ValueError("documents say what is seen: expected no attention_mask, position_ids or cache")
+            return self._read_documents(input_ids, documents)
         memory, new = self.config.memory, input_ids.shape[1]
         if memory is not None and (cache is not None or new > memory.last_context_length):
             if position_ids is not None or (cache is not None and attention_mask is not None):
@@ -148,6 +158,22 @@ class DecoderStack(nn.Module, ABC):
             hidden.append(self._read(input_ids[:, start:end], None, None, cache))
         return torch.cat(hidden, dim=1)
 
+    def _read_documents(self, input_ids: Tensor, documents: Documents) -> Tensor:
+        """Positions begin at 0 in each document, and attention stays in it."""
+        if self.config.memory is not None:
+            raise ValueError("a LongLLaMA reads its input in windows: expected no documents packed into one sequence")
+        if [sum(lengths) for lengths in documents] != [input_ids.shape[1]] * input_ids.shape[0]:
+            raise ValueError(
+                f"got documents of {[list(lengths) for lengths in documents]} tokens, expected, for each of "
+                f"{input_ids.shape[0]} sequences, lengths that add up to {input_ids.shape[1]}"
+            )
+        lengths = [length for sequence in documents for length in sequence]
+        places = torch.cat([torch.arange(length) for length in lengths]).view(input_ids.shape)
+        x = self._embed(input_ids)
+        # Where RoPE's frequencies depend on the length they are the longest document's, as in a padded batch.
+        cos, sin = self.angles(places.to(x.device), max(lengths))
+        return self._through(x, cos=cos, sin=sin, masks={}, causal=False, cache=None, documents=lengths)
+
     def _read(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
     ) -> Tensor:
@@ -156,21 +182,31 @@ class DecoderStack(nn.Module, ABC):
         if position_ids is None:
             position_ids = torch.arange(past, past + new, device=input_ids.device)[None]
         x = self._embed(input_ids)
-        memory, windows = self.config.memory, [self.config.window(i) for i in range(len(self.layers))]
+        memory, windows = self.config.memory, {self.config.window(i) for i in range(len(self.layers))}
         cos, sin = self.angles(position_ids, past + new if memory is None else min(past + new, memory.context))
-        masks = {window: _attention_mask(attention_mask, past, new, window, x.device) for window in set(windows)}
+        masks = {window: _attention_mask(attention_mask, past, new, window, x.device) for window in windows}
+        x = self._through(x, cos=cos, sin=sin, masks=masks, causal=new > 1, cache=cache)
+        if cache is not None:
+            cache.length += new
+        return x
+
+    def _through(
+        self, x: Tensor, *, cos: Tensor, sin: Tensor, masks: Mapping[int | None, Tensor | None], causal: bool,
+        cache: KVCache | None, documents: Sequence[int] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x through all layers and the norm. masks: by a layer's window; causal: whether one without a mask is causal.
+        documents: lengths, sequence by sequence."""
         for i, layer in enumerate(self.layers):
-            mask = masks[windows[i]]
-            causal = mask is None and new > 1
-            run = functools.partial(layer, cos=cos, sin=sin, mask=mask, causal=causal, cache=cache)
+            mask = masks.get(self.config.window(i))
+            run = functools.partial(
+                layer, cos=cos, sin=sin, mask=mask, causal=causal and mask is None, cache=cache, documents=documents
+            )
             if self._checkpointed(i):
                 around = functools.partial(self._weights, i)
                 x = recomputed(run, x, tuple(layer.parameters()), around=around, offload=self.checkpoint_offload)
             else:
                 with self._weights(i, False):
                     x = run(x)
-        if cache is not None:
-            cache.length += new
         return self.norm(x)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
@@ -254,6 +290,7 @@ class CausalLM(nn.Module, ABC):
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
         num_items_in_batch: Tensor | float | None = None,
+        documents: Documents | None = None,
     ) -> CausalLMOutput:
         """
         Args:
@@ -264,13 +301,18 @@ class CausalLM(nn.Module, ABC):
             position_ids: int64 [B, T]; counted from the cache's length by default.
             cache: filled with this call's keys and values.
             num_items_in_batch: divisor of the loss; the counted labels of this call by default.
+            documents: what is packed into each sequence, which is computed as it would be alone: positions, attention
+                and labels stop at its bounds. Padding at the end is a document, too.
         Returns:
             `.loss`: mean cross entropy, or None. `.logits`: [B, T, V].
         """
-        hidden = self.stack(input_ids, attention_mask, position_ids, cache)
+        hidden = self.stack(input_ids, attention_mask, position_ids, cache, documents)
         if labels is None:
             return CausalLMOutput(hidden, self.lm_head, None)
         shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if documents is not None:  # the last token of one does not foretell the next one's first
+            ends = itertools.accumulate(length for sequence in documents for length in sequence)
+            shifted.view(-1)[torch.tensor(list(ends), device=labels.device) - 1] = -100
         rows, wanted = hidden.flatten(0, 1), shifted.flatten()
         if isinstance(self.lm_head, StreamedHead):
             loss = self.lm_head.loss(rows, wanted, num_items_in_batch)

@@ -7,17 +7,21 @@ in `__post_init__`. Nothing heavy is imported, so that `--help` and a wrong valu
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jindo_core import qlora
 from jindo_core.errors import InputError, nearest
-from jindo_core.settings import Config, setting, settings, show
+from jindo_core.settings import Config, Setting, setting, settings, show
 
 # Defaults that depend on the job. `alpaca` (a base model is named) is alpaca-lora's finetune.py; `embedded`
-# (none is named) is the main job on SmolLM2-135M, sized to end within five minutes on two CPU cores.
+# (none is named) is the main job on SmolLM2-135M, sized to end within five minutes on two CPU cores; `qlora` (a
+# model or data is given under qlora.py's names) is that program's.
 PROFILES: dict[str, dict[str, Any]] = {
     "alpaca": {
         "output_dir": "./lora-alpaca",
@@ -49,18 +53,21 @@ PROFILES: dict[str, dict[str, Any]] = {
         "prompt_template_name": "korean_short",
         "logging_steps": 1,
     },
+    "qlora": qlora.PROFILE,
 }
+
+_FAMILIES = {"alpaca": ("base_model", "data_path"), "qlora": ("model_name_or_path", "dataset")}
+"""The names that say whose command line this is."""
 
 # What other trainers call a setting, where the spelling alone would suggest a wrong one (`lr` is closest to
 # `lora_r`) or none at all.
 _SAID_ELSEWHERE = {
-    "base_model": "model model_name model_name_or_path",
-    "data_path": "data dataset train_file",
+    "base_model": "model model_name",
+    "data_path": "data train_file",
     "output_dir": "output",
     "overwrite_output_dir": "overwrite",
-    "micro_batch_size": "per_device_train_batch_size",
     "learning_rate": "lr",
-    "num_epochs": "epochs num_train_epochs",
+    "num_epochs": "epochs",
     "lr_scheduler_type": "scheduler",
     "cutoff_len": "max_seq_len max_seq_length max_length",
     "prompt_template_name": "template prompt_template",
@@ -83,7 +90,7 @@ def _profiled(name: str, group: str, help: str, **more: Any) -> Any:
 
 
 _MODEL, _RUN, _DATA, _LORA = "model and files", "the run", "data and prompts", "LoRA"
-_MEMORY, _LOGS, _SAMPLING = "memory and device", "logging", "sampling"
+_MEMORY, _LOGS, _SAMPLING, _MMLU = "memory and device", "logging", "sampling", "logging"
 _SEED_LIMIT = 2**32 - 1  # numpy's; torch would take more
 
 
@@ -95,12 +102,19 @@ class TrainConfig:
     """
 
     base_model: str | None = setting(
-        None, _MODEL, "folder, .gguf file or Hub id; left out: SmolLM2-135M", path=True, metavar="MODEL"
+        None, _MODEL, "folder, .gguf or Hub id; else SmolLM2-135M", path=True, metavar="MODEL"
     )
-    data_path: str | None = setting(
-        None, _MODEL, "alpaca-format .json or .jsonl, or Hub id; left out: bundled", path=True, metavar="DATA"
+    data_path: tuple[str, ...] | None = setting(
+        None, _MODEL, "files, folders or Hub ids; else bundled rows", path=True, metavar="DATA..."
     )
-    output_dir: str = _profiled("output_dir", _MODEL, "for the adapter and logs", path=True, metavar="DIR")
+    data_weights: tuple[float, ...] | None = setting(
+        None, _MODEL, "how often an epoch sees each, say 1,0.5", above=0, metavar="X,X"
+    )
+    dataset_format: str | None = setting(None, _MODEL, "of the rows; left out: by their columns", metavar="NAME")
+    profile: Literal["alpaca", "qlora", "embedded"] | None = setting(
+        None, _MODEL, "alpaca, qlora or embedded: whose defaults", metavar="NAME"
+    )
+    output_dir: str = _profiled("output_dir", _MODEL, "for all output", path=True, metavar="DIR")
     overwrite_output_dir: bool = setting(False, _MODEL, "replace another run's output")
 
     batch_size: int = _profiled("batch_size", _RUN, "rows to one optimizer step", at_least=1)
@@ -112,26 +126,32 @@ class TrainConfig:
         "lr_scheduler_type", _RUN, "linear, cosine or constant", metavar="NAME"
     )
     warmup_steps: int = setting(100, _RUN, "warmup, at most a tenth of the run", at_least=0)
+    warmup_ratio: float = setting(0.0, _RUN, "or this share of the run", at_least=0, below=1, hidden=True)
     weight_decay: float = setting(0.0, _RUN, "AdamW's weight decay", at_least=0)
     max_grad_norm: float = setting(1.0, _RUN, "clip the gradient's norm (0: off)", at_least=0)
     optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch"] = setting(
-        "paged_adamw_32bit", _RUN, "paged_adamw_32bit, paged_adamw_8bit (moments) or adamw_torch", metavar="NAME"
+        "paged_adamw_32bit", _RUN, "also …_8bit or adamw_torch", metavar="NAME"
     )
     seed: int = setting(42, _RUN, "of split, order and LoRA", at_least=0, at_most=_SEED_LIMIT)
 
     cutoff_len: int = setting(256, _DATA, "longest row in tokens", at_least=2)
+    source_max_len: int | None = setting(None, _DATA, "instead: longest prompt by itself,", at_least=1)
+    target_max_len: int | None = setting(None, _DATA, "and longest answer (both or neither)", at_least=1)
+    max_train_samples: int | None = setting(None, _DATA, "train on the first N rows", at_least=1)
+    max_eval_samples: int | None = setting(None, _DATA, "measure on the first N held out", at_least=1, hidden=True)
     val_set_size: int = _profiled("val_set_size", _DATA, "rows held out (0: none)", at_least=0)
     train_on_inputs: bool = _profiled("train_on_inputs", _DATA, "count the prompt in the loss too")
     group_by_length: bool = _profiled("group_by_length", _DATA, "batch rows of similar length")
-    prompt_template_name: str = _profiled(
-        "prompt_template_name", _DATA, "a template's name or file", metavar="NAME"
-    )
+    packing: bool = setting(False, _DATA, "several rows to a sequence, kept apart")
+    prompt_template_name: str = _profiled("prompt_template_name", _DATA, "name or file", metavar="NAME")
+    preview: int = setting(0, _DATA, "show N rows as they are learnt, and stop", at_least=0)
+    tokenized_cache: bool = setting(True, _DATA, "keep tokenized rows on disk for the next run", hidden=True)
 
     lora_r: int = setting(8, _LORA, "rank", at_least=1)
     lora_alpha: float = setting(16.0, _LORA, "scale: alpha / r", above=0)
     lora_dropout: float = setting(0.05, _LORA, "dropout before A", at_least=0, below=1)
     lora_target_modules: tuple[str, ...] = _profiled(
-        "lora_target_modules", _LORA, "layers to adapt, or all-linear", metavar="A,B"
+        "lora_target_modules", _LORA, "layers to adapt", metavar="A,B"
     )
     use_rslora: bool = setting(False, _LORA, "scale by alpha / sqrt(r)")
 
@@ -158,9 +178,17 @@ class TrainConfig:
     logging_steps: int = _profiled("logging_steps", _LOGS, "log every N steps", at_least=1)
     eval_steps: int = setting(200, _LOGS, "held-out loss every N steps", at_least=1)
 
+    do_mmlu_eval: bool = setting(False, _MMLU, "measure on MMLU's questions too")
+    mmlu_path: str | None = setting(None, _MMLU, "their file or folder", path=True, metavar="FILE", hidden=True)
+    mmlu_dataset: Literal["mmlu-fs", "mmlu-zs", "mmlu"] = setting("mmlu-fs", _MMLU, "which in a folder", hidden=True)
+    mmlu_split: Literal["eval", "test"] = setting("eval", _MMLU, "which of them", hidden=True)
+    max_mmlu_samples: int | None = setting(None, _MMLU, "the first N", at_least=1, hidden=True)
+    mmlu_source_max_len: int = setting(2048, _MMLU, "longest question in tokens", at_least=2, hidden=True)
+
     def __post_init__(self) -> None:
         read_fields(self)
         check_device(self.device)
+        _check_rows(self)
         if self.micro_batch_size > self.batch_size:
             raise InputError(
                 f"--micro_batch_size: got {self.micro_batch_size}, expected at most --batch_size "
@@ -178,6 +206,10 @@ class TrainConfig:
     def accumulation_steps(self) -> int:
         """Micro batches to one optimizer step: batch_size // micro_batch_size, as alpaca-lora counts."""
         return self.batch_size // self.micro_batch_size
+
+    def warmup(self, total: int) -> int:
+        """Steps over which the learning rate rises, of `total`."""
+        return math.ceil(self.warmup_ratio * total) if self.warmup_ratio else min(self.warmup_steps, total // 10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +240,7 @@ class GenerateConfig:
     system: str | None = setting(
         None,
         "the request",
-        "a system message; left out: the template's own, if any",
+        "a system message; left out: the template's own, if it has one",
         verbatim=True,
         empty_is_none=True,
         metavar="TEXT",
@@ -244,6 +276,19 @@ class GenerateConfig:
                 raise InputError(f"--{name}: got bytes that are no UTF-8, expected text in UTF-8")
 
 
+def _check_rows(config: TrainConfig) -> None:
+    """What the settings of the data say about each other. Raises InputError."""
+    paths, weights = len(config.data_path or ()), config.data_weights
+    if weights is not None and len(weights) != paths:
+        raise InputError(
+            f"--data_weights: got {len(weights)} for {paths} of --data_path, expected one for each, in their order"
+        )
+    lengths = {"source_max_len": config.source_max_len, "target_max_len": config.target_max_len}
+    for one, other in (lengths, list(lengths)[::-1]):
+        if lengths[one] is None and lengths[other] is not None:
+            raise InputError(f"--{other}: got it alone, expected --{one} beside it: a row is cut by both or neither")
+
+
 def read_fields(config: Config) -> None:
     """Read every field of a config by its setting, in place; for `__post_init__`. Raises InputError."""
     for name, known in settings(type(config)).items():
@@ -256,11 +301,27 @@ def check_device(device: str) -> None:
         raise InputError(f"--device: got {device!r}, expected auto, cpu, cuda or cuda:N such as cuda:0")
 
 
+def accepted(config_class: type[Config]) -> dict[str, Setting]:
+    """What may be given for a config class: its settings, and for train's what other trainers call them."""
+    own = settings(config_class)
+    if "profile" not in own:
+        return own
+    for name, values in qlora.OTHER_VALUES.items():
+        own[name] = dataclasses.replace(own[name], also=tuple(values))
+    return own | {name: flag.setting(own) for name, flag in qlora.FLAGS.items()}
+
+
 def did_you_mean(name: str, config_class: type[Config], prefix: str = "") -> str:
     """`" Did you mean 'lora_r'?"` for a name that is no setting, or `""`; `prefix` goes before the name."""
-    known = [prefix + known for known in settings(config_class)]
+    known = [prefix + known for known in accepted(config_class)]
     meant = [prefix + setting for setting, names in _SAID_ELSEWHERE.items() if name in names.split()]
-    return f" Did you mean '{meant[0]}'?" if meant and meant[0] in known else nearest(prefix + name, known)
+    if name in qlora.FLAGS:
+        meant.append(prefix + qlora.FLAGS[name].ours)
+    if meant and meant[0] in known:
+        return f" Did you mean '{meant[0]}'?"
+    # What has an effect first: lora_rank is as close to local_rank as to lora_r.
+    idle = {prefix + flag.name for flag in qlora.FLAGS.values() if flag.does not in ("setting", "rule")}
+    return nearest(prefix + name, [word for word in known if word not in idle]) or nearest(prefix + name, known)
 
 
 def read_config_file(path: str | Path, config_class: type[Config] = TrainConfig) -> dict[str, Any]:
@@ -274,7 +335,7 @@ def read_config_file(path: str | Path, config_class: type[Config] = TrainConfig)
     found: dict[str, Any] = {}
     for key, value in _parse_file(path).items():
         name = str(key).replace("-", "_")
-        known = settings(config_class).get(name)
+        known = accepted(config_class).get(name)
         if known is None:
             raise InputError(
                 f"{path}: got the unknown key {str(key)!r}, expected the name of a flag without its dashes."
@@ -328,7 +389,7 @@ def _parse_yaml(path: Path, text: str) -> Any:
 
 
 def _read_given(given: Mapping[str, Any], config_class: type[Config]) -> dict[str, Any]:
-    known = settings(config_class)
+    known = accepted(config_class)
     for name in given:
         if name not in known:
             raise InputError(
@@ -338,20 +399,70 @@ def _read_given(given: Mapping[str, Any], config_class: type[Config]) -> dict[st
     return {name: known[name].read(value) for name, value in given.items() if value is not None}
 
 
-def resolve_train_config(given: Mapping[str, Any]) -> tuple[TrainConfig, frozenset[str]]:
-    """The whole config from the settings that a person gave (flags over file), and the names of those.
+def settle(
+    given: Mapping[str, Any], config_class: type[Config] = TrainConfig, otherwise: str = "embedded"
+) -> tuple[dict[str, Any], frozenset[str], tuple[str, ...]]:
+    """Settings for what a person gave, in our names: all that is not its field's default; theirs; what to tell them.
 
-    A named base model takes the `alpaca` profile's defaults, none the `embedded` one's. A None counts as not
-    given. A default never contradicts what was given: of batch_size and micro_batch_size, the one left out
-    gives way. Raises InputError for an unknown name or a wrong value.
+    The profile is what `--profile` says, else that of the names given for model and data, else `otherwise`. A default
+    never contradicts what was given: of batch_size and micro_batch_size the one left out gives way, and so do
+    separate lengths beside a given cutoff_len.
+
+    Raises:
+        InputError: an unknown name, a wrong value, or two that contradict.
     """
-    explicit = _read_given(given, TrainConfig)
-    values = {**PROFILES["alpaca" if "base_model" in explicit else "embedded"], **explicit}
-    if "micro_batch_size" not in explicit:
+    typed = _read_given(given, config_class)
+    profile = typed.get("profile") or _profile_of(typed, otherwise)
+    own, notices = qlora.translate(typed, profile, PROFILES[profile])
+    values = {**PROFILES[profile], "profile": profile, **_read_given(own, config_class)}
+    if "micro_batch_size" not in own:
         values["micro_batch_size"] = min(values["micro_batch_size"], values["batch_size"])
-    elif "batch_size" not in explicit:
+    elif "batch_size" not in own:
         values["batch_size"] = max(values["micro_batch_size"], values["batch_size"])
-    return TrainConfig(**values), frozenset(explicit)
+    _settle_lengths(values, own, notices)
+    _say_what_is_idle(values, own, notices)
+    return values, frozenset(own), notices.lines()
+
+
+def _profile_of(typed: Mapping[str, Any], otherwise: str) -> str:
+    alpaca, other = ([name for name in names if name in typed] for names in _FAMILIES.values())
+    if alpaca and other:
+        raise InputError(
+            f"--{other[0]}: got it beside --{alpaca[0]}; one is qlora.py's name and one alpaca-lora's, whose defaults "
+            "differ: give --profile qlora or --profile alpaca, or the names of one"
+        )
+    return "qlora" if other else "alpaca" if "base_model" in typed else otherwise
+
+
+def _settle_lengths(values: dict[str, Any], own: Mapping[str, Any], notices: qlora.Notices) -> None:
+    """Afterwards cutoff_len is the longest row, however it was said."""
+    apart = ("source_max_len", "target_max_len")
+    if "cutoff_len" in own and not any(name in own for name in apart):
+        values.update(dict.fromkeys(apart))
+    elif all(values.get(name) for name in apart):
+        if "cutoff_len" in own:
+            notices.add("no effect beside --source_max_len and --target_max_len", "cutoff_len")
+        values["cutoff_len"] = values["source_max_len"] + values["target_max_len"]
+
+
+def _say_what_is_idle(values: Mapping[str, Any], own: Mapping[str, Any], notices: qlora.Notices) -> None:
+    if values["profile"] == "qlora" and "data_path" not in own:
+        notices.add("no --dataset: alpaca is used, as in qlora.py")
+    if values.get("packing") and own.get("group_by_length"):
+        notices.add("no effect with --packing, which fills every sequence", "group_by_length")
+    if "max_eval_samples" in own and not values["val_set_size"]:
+        notices.add("no effect: no row is held out (--val_set_size, --do_eval)", "max_eval_samples")
+    if not values.get("do_mmlu_eval"):
+        idle = [name for name in own if "mmlu_" in name and name != "do_mmlu_eval"]
+        if idle:
+            notices.add("no effect without --do_mmlu_eval", *idle)
+
+
+def resolve_train_config(given: Mapping[str, Any]) -> tuple[TrainConfig, frozenset[str], tuple[str, ...]]:
+    """The whole config from the settings that a person gave (flags over file), their names in ours, and what to tell
+    them. A None counts as not given. Raises InputError as `settle` and `TrainConfig` do."""
+    values, explicit, notices = settle(given)
+    return TrainConfig(**values), explicit, notices
 
 
 def resolve_generate_config(given: Mapping[str, Any]) -> GenerateConfig:

@@ -9,7 +9,7 @@ Shape suffixes in comments: B batch, T new tokens, C hidden size, H query heads,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from jindo_core.causal_lm import CausalLM, DecoderStack, KVCache
 from jindo_core.config_json import MOST_LAYERS, ConfigReader
 from jindo_core.errors import InputError
 from jindo_core.kernels.attention import causal_attention
+from jindo_core.kernels.document_attention import document_attention
 from jindo_core.kernels.rope import rope
 from jindo_core.long_memory import LongMemory
 from jindo_core.rotary import check_angles
@@ -169,12 +170,15 @@ class Attention(nn.Module):
         self.grouped = self.groups != config.num_attention_heads
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None
-    ) -> Tensor:
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None,
+        documents: Sequence[int] | None = None,
+    ) -> Tensor:  # fmt: skip
         parts = self.query_key_value(x).unflatten(-1, (self.groups, -1, self.head_dim))
         q, k, v = parts.split((parts.shape[3] - 2, 1, 1), dim=3)  # [B, T, G, H / G, D] and twice [B, T, G, 1, D]
         k, v = k.squeeze(3), v.squeeze(3)
         q, k = rope(q.flatten(2, 3), k, cos, sin)  # [B, T, H, D] and [B, T, G, D]
+        if documents is not None:
+            return self.dense(document_attention(q, k, v, documents).flatten(2))
         held_k, held_v = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             held_k, held_v = cache.extend(self.layer, held_k, held_v)
@@ -211,12 +215,13 @@ class DecoderLayer(nn.Module):
             self.ln_attn, self.ln_mlp = LayerNorm(size, eps), LayerNorm(size, eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None
-    ) -> Tensor:
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None,
+        documents: Sequence[int] | None = None,
+    ) -> Tensor:  # fmt: skip
         # One half after the other: query_key_value and dense_h_to_4h as one operator, where the norm is one, took the
         # same time and held both halves' gradients at once.
         normed = self.input_layernorm(x) if self.shared else self.ln_attn(x)
-        attended = self.self_attention(normed, cos, sin, mask, causal, cache)
+        attended = self.self_attention(normed, cos, sin, mask, causal, cache, documents)
         return x + (self.mlp(normed if self.shared else self.ln_mlp(x)) + attended)
 
 

@@ -88,7 +88,7 @@ def job_of(config: TrainConfig, sizes: Sizes | FalconSizes, *, length: int, item
         state_bits=8 if config.optim == "paged_adamw_8bit" else 32, paged=paged,
         checkpointed_layers=layers, offload_checkpoints=config.offload_checkpoints,
         offload_embedding=config.offload_embedding, offload_head=config.offload_head,
-        offload_layers=config.offload_layers, context=context,
+        offload_layers=config.offload_layers, context=context, packed=config.packing,
         resident_states=None if resident is None else resident * 1_000_000,
     )  # fmt: skip
 

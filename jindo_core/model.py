@@ -7,7 +7,7 @@ H query heads, G key/value heads, D head size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from jindo_core.config_json import LARGEST, MOST_LAYERS, ConfigReader
 from jindo_core.errors import InputError
 from jindo_core.families import SLIDING, as_llama
 from jindo_core.kernels.attention import causal_attention
+from jindo_core.kernels.document_attention import document_attention
 from jindo_core.kernels.rms_norm import rms_norm
 from jindo_core.kernels.rope import rope
 from jindo_core.kernels.swiglu import swiglu
@@ -138,8 +139,9 @@ class Attention(nn.Module):
         self.remembers = self.memory is not None and layer in self.memory.layers
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None
-    ) -> Tensor:
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None,
+        documents: Sequence[int] | None = None,
+    ) -> Tensor:  # fmt: skip
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         plain_k = k  # as memory keeps it
         if not self.remembers or (self.memory is not None and self.memory.positionals):
@@ -148,6 +150,8 @@ class Attention(nn.Module):
             y = self._behind(cache, q, k, v, plain_k, mask, causal)
         elif self.memory is not None and q.shape[1] > self.memory.last_context_length:
             y = attention_in_windows(self.memory, self.layer, q, k, v, plain_k, mask)
+        elif documents is not None:
+            y = document_attention(q, k, v, documents, self.window)
         elif causal:
             y = causal_attention(q, k, v, self.window)
         else:
@@ -202,9 +206,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, causal, cache)
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None,
+        documents: Sequence[int] | None = None,
+    ) -> Tensor:  # fmt: skip
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, causal, cache, documents)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -96,6 +96,7 @@ class Job:
         offload_head: the head is streamed in slices; where it is the embedding too, both lie on the host.
         offload_layers: how many layers' weights are streamed (those are checkpointed, too).
         context: bytes outside the allocator: CUDA's, or on a CPU the process's. on_cuda: count its allocator's own.
+        packed: sequences hold several documents; on CUDA attention's results are then held one by one and together.
     """
 
     sizes: Sizes | FalconSizes
@@ -118,6 +119,7 @@ class Job:
     offload_layers: int = 0
     context: int = CONTEXT
     on_cuda: bool = True
+    packed: bool = False
 
     @property
     def tokens(self) -> int:
@@ -249,6 +251,7 @@ def kept_by_a_layer(job: Job) -> int:
     # q, k and v side by side (v stays, and holds the others; behind a bias it stands alone), q and k turned, and the
     # attention's result.
     narrow += (keys if sizes.attention_bias else queries + 2 * keys) + (queries + keys) + queries
+    narrow += queries * (job.packed and job.on_cuda and "o_proj" in adapted)
     narrow += 2 * sizes.inner + sizes.inner * ("down_proj" in adapted)
     narrow += job.lora_r * len(adapted)
     return m * (narrow * item + 4 * (2 + sizes.heads))

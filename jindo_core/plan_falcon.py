@@ -64,6 +64,7 @@ def kept_by_a_layer(sizes: FalconSizes, job: Job) -> int:
     # v lies in the fused result and holds it whole; GELU keeps its input.
     narrow += sizes.fused + sizes.inner
     narrow += (sizes.heads + sizes.groups) * sizes.head_dim + sizes.queries  # q and k turned; the attention's result
+    narrow += sizes.queries * (job.packed and job.on_cuda and "dense" in adapted)
     narrow += sizes.inner * ("dense_4h_to_h" in adapted) + job.lora_r * len(adapted)
     return job.tokens * (narrow * item + 4 * (2 * sizes.norms + sizes.heads))
 

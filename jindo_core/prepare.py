@@ -14,12 +14,15 @@ import torch
 from jindo_core import embedded
 from jindo_core.causal_lm import CausalLM, ModelConfig
 from jindo_core.config import TrainConfig
-from jindo_core.data.examples import Example, encode_all, prompt_ids
-from jindo_core.data.records import Record, bundled_path, read_records, split_records
+from jindo_core.data.batches import Portion
+from jindo_core.data.examples import Encoder, prompt_ids
+from jindo_core.data.packing import PackedRows
+from jindo_core.data.records import Record
+from jindo_core.data.store import Selection
 from jindo_core.data.templates import Template, load_template
 from jindo_core.errors import InputError
 from jindo_core.formats import open_checkpoint
-from jindo_core.hub import resolve_data, resolve_model
+from jindo_core.hub import resolve_model
 from jindo_core.loader import load_model, pick_device, pick_dtype
 from jindo_core.lora import attach_lora
 from jindo_core.memory import (
@@ -33,6 +36,7 @@ from jindo_core.memory import (
     usual_targets,
     within_budget,
 )
+from jindo_core.mmlu import Mmlu, load_mmlu
 from jindo_core.optim import build_optimizer
 from jindo_core.pages import PageStore, available_ram
 from jindo_core.plan import Job as Step
@@ -40,6 +44,7 @@ from jindo_core.plan import Plan, fit, plan
 from jindo_core.progress import TrainingView, loading_bar
 from jindo_core.recompute import CheckpointOffload
 from jindo_core.tokenizer import Tokenizer, load_tokenizer
+from jindo_core.training_data import DataFile, TrainingData, open_files, read_data, show_rows
 
 ANSWER_TOKENS = 64
 """Tokens of the sample answers, before and after training."""
@@ -51,7 +56,7 @@ class TrainingJob:
 
     Attributes:
         config: as given, with what a memory budget made necessary.
-        probe: the row that is answered before and after, or None. planned_bytes: the memory plan's peak.
+        probe: the row that is answered before and after, or None. mmlu: asked at every measuring, or None.
     """
 
     config: TrainConfig
@@ -60,9 +65,25 @@ class TrainingJob:
     relief: Relief
     tokenizer: Tokenizer
     template: Template
-    examples: list[Example]
-    held_out: list[Example]
+    examples: Selection | PackedRows
+    portions: tuple[Portion, ...]
+    held_out: Selection
     probe: Record | None
+    mmlu: Mmlu | None = None
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """What a run reads from, once it is known to be there. path: the base model's. capacity: a sequence's tokens."""
+
+    config: TrainConfig
+    path: Path
+    architecture: ModelConfig
+    tokenizer: Tokenizer
+    template: Template
+    encoder: Encoder
+    files: list[DataFile]
+    capacity: int
 
 
 def prepare(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> TrainingJob:
@@ -74,14 +95,47 @@ def prepare(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -
     Raises:
         InputError: a path, file, row or setting that can't be used; nothing was written.
     """
+    found = _open(config, explicit, view)
+    context, config = found.architecture.context, found.config
+    mmlu = _questions(config, found.tokenizer, context, view) if config.do_mmlu_eval else None
+    data = read_data(found.files, config, found.encoder, found.capacity, view)
+    config, step = _plan(config, found.architecture, data, view)
+    model = _load(found.path, config, view)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    view.say(
+        f"{data.rows} training rows, {data.asked} held out; {sum(p.numel() for p in trained):,} trainable "
+        f"parameters; {str(model.dtype).removeprefix('torch.')} on {model.device}"
+    )
+    resident = config.resident_optimizer_MB
+    optimizer = build_optimizer(
+        config.optim, trained, lr=config.learning_rate, weight_decay=config.weight_decay,
+        resident_bytes="auto" if resident is None else resident * 1_000_000, store=_place(config),
+    )  # fmt: skip
+    relief = Relief(model, optimizer, config.micro_batch_size, _place(config), _advice(step))
+    tokenizer, template = found.tokenizer, found.template
+    probe = _choose_probe(data.probes, tokenizer, template, found.capacity, context)
+    return TrainingJob(
+        config, model, optimizer, relief, tokenizer, template, data.examples, data.portions, data.held_out, probe, mmlu
+    )  # fmt: skip
+
+
+def preview(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> None:
+    """Show the first `config.preview` rows as they would be learnt; the model itself is not loaded.
+
+    Raises:
+        InputError: as `prepare`, of what is read for it.
+    """
+    found = _open(config, explicit, view)
+    show_rows(found.files, found.config, found.encoder, found.tokenizer, view.console)
+
+
+def _open(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> _Sources:
+    """All but the rows and the model's weights."""
     if config.base_model is None:
         view.say(f"Base model: {embedded.NAME}, embedded default (135M weights; it was made for English)")
     if config.data_path is None:
         view.notice("no --data_path: the bundled Korean instructions are used")
-    records = read_records(bundled_path() if config.data_path is None else resolve_data(config.data_path))
-    training, held_out, warning = split_records(records, config.val_set_size, config.seed)
-    if warning:
-        view.notice(warning)
+    files = open_files(config)
     if config.offload_folder is not None:
         PageStore(config.offload_folder).close()  # one that can't be written to is an error now
     path = resolve_model(config.base_model)
@@ -94,48 +148,51 @@ def prepare(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -
     if config.lora_target_modules != given:
         adapted = ", ".join(config.lora_target_modules)
         view.notice(f"this model has no {', '.join(given)}: {adapted} is adapted, or what --lora_target_modules names")
-    context = architecture.context
-    if context is not None and config.cutoff_len > context:
-        view.notice(f"cutoff_len {config.cutoff_len} is beyond the model's context: {context} is used")
-    cutoff = config.cutoff_len if context is None else min(config.cutoff_len, context)
-    examples = _encode(training, tokenizer, template, config, cutoff, view)
-    if not examples:
-        raise InputError(
-            f"no training row has a supervised token within cutoff_len {cutoff}: raise --cutoff_len or check the data"
-        )
-    held_out_examples = _encode(held_out, tokenizer, template, config, cutoff, view)
-    config, step = _plan(config, architecture, [*examples, *held_out_examples], len(examples), view)
-    model = _load(path, config, view)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    view.say(
-        f"{len(examples)} training rows, {len(held_out)} held out; {sum(p.numel() for p in trained):,} trainable "
-        f"parameters; {str(model.dtype).removeprefix('torch.')} on {model.device}"
-    )
-    resident = config.resident_optimizer_MB
-    optimizer = build_optimizer(
-        config.optim, trained, lr=config.learning_rate, weight_decay=config.weight_decay,
-        resident_bytes="auto" if resident is None else resident * 1_000_000, store=_place(config),
+    config, capacity = _within_context(config, architecture, view)
+    encoder = Encoder(
+        tokenizer, template, cutoff_len=config.cutoff_len, train_on_inputs=config.train_on_inputs,
+        source_max_len=config.source_max_len, target_max_len=config.target_max_len,
     )  # fmt: skip
-    relief = Relief(model, optimizer, config.micro_batch_size, _place(config), _advice(step))
-    probe = _choose_probe(held_out or training, tokenizer, template, cutoff, context)
-    return TrainingJob(config, model, optimizer, relief, tokenizer, template, examples, held_out_examples, probe)
+    return _Sources(config, path, architecture, tokenizer, template, encoder, files, capacity)
+
+
+def _within_context(config: TrainConfig, architecture: ModelConfig, view: TrainingView) -> tuple[TrainConfig, int]:
+    """The settings with no row longer than the model reads, and the most tokens of a sequence."""
+    context, source, target = architecture.context, config.source_max_len, config.target_max_len
+    if config.packing and architecture.memory is not None:
+        raise InputError(
+            "--packing: got it with a LongLLaMA, which reads its input in windows and remembers what came before; "
+            "expected one row to a sequence: leave --packing out"
+        )
+    if source is None or target is None:
+        if context is not None and config.cutoff_len > context:
+            view.notice(f"cutoff_len {config.cutoff_len} is beyond the model's context: {context} is used")
+            config = dataclasses.replace(config, cutoff_len=context)
+        return config, config.cutoff_len
+    if context is not None and source + target > context:
+        target = min(target, context // 2)
+        given = f"source_max_len {source} and target_max_len {config.target_max_len}"
+        source = min(source, context - target)
+        view.notice(f"{given} are beyond the model's context of {context}: {source} and {target} are used")
+        config = dataclasses.replace(config, source_max_len=source, target_max_len=target)
+    return config, source + target
 
 
 # --- memory -----------------------------------------------------------------------------------------------
 
 
 def _plan(
-    config: TrainConfig, architecture: ModelConfig, examples: Sequence[Example], rows: int, view: TrainingView
+    config: TrainConfig, architecture: ModelConfig, data: TrainingData, view: TrainingView
 ) -> tuple[TrainConfig, Step]:
-    """What the budget makes necessary; shows the memory plan. rows: of training."""
+    """What the budget makes necessary; shows the memory plan."""
     device = pick_device(config.device)
     cuda = device.type == "cuda"
     itemsize = pick_dtype(config.dtype, device).itemsize
-    length = -(-max(len(example.input_ids) for example in examples) // 8) * 8
+    length = -(-data.longest // 8) * 8
     process = CUDA_CONTEXT if cuda else current_bytes(device) + CPU_PRODUCTS
     wanted = dataclasses.replace(
         job_of(config, sizes_of(architecture), length=length, itemsize=itemsize, context=process),
-        micro_batch=min(config.micro_batch_size, rows), on_cuda=cuda,
+        micro_batch=min(config.micro_batch_size, len(data.examples)), on_cuda=cuda,
     )  # fmt: skip
     _say_what_is_idle(config, wanted, view)
     config, step, changes = within_budget(config, wanted)
@@ -222,6 +279,18 @@ def _place(config: TrainConfig) -> str:
     return config.offload_folder or "host"
 
 
+def _questions(config: TrainConfig, tokenizer: Tokenizer, context: int | None, view: TrainingView) -> Mmlu:
+    mmlu = load_mmlu(
+        config.mmlu_path, tokenizer, dataset=config.mmlu_dataset, split=config.mmlu_split,
+        max_samples=config.max_mmlu_samples, source_max_len=config.mmlu_source_max_len, context=context,
+    )  # fmt: skip
+    count = len(mmlu.questions)
+    view.say(f"MMLU: {count} questions, asked before training, every {config.eval_steps} steps and at the end")
+    if mmlu.cut:
+        view.notice(f"{mmlu.cut} of them are too long and lose their beginning: --mmlu_source_max_len")
+    return mmlu
+
+
 def _choose_probe(
     records: Sequence[Record], tokenizer: Tokenizer, template: Template, cutoff: int, context: int | None
 ) -> Record | None:
@@ -232,19 +301,3 @@ def _choose_probe(
         if prompt <= cutoff and (context is None or prompt + ANSWER_TOKENS <= context):
             return record
     return None
-
-
-def _encode(
-    records: Sequence[Record],
-    tokenizer: Tokenizer,
-    template: Template,
-    config: TrainConfig,
-    cutoff: int,
-    view: TrainingView,
-) -> list[Example]:
-    examples, problems = encode_all(
-        records, tokenizer, template, cutoff_len=cutoff, train_on_inputs=config.train_on_inputs
-    )
-    for problem in problems:
-        view.notice(problem)
-    return examples

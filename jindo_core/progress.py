@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,22 @@ def loading_bar(console: Console) -> Iterator[Callable[[int, int], None] | None]
         yield lambda done, whole: bar.update(task, completed=done, total=whole)
 
 
+@contextmanager
+def tokenizing_bar(console: Console, name: str) -> Iterator[Callable[[int, int, int], None] | None]:
+    """Shows how far a file is tokenized; on a terminal only, and gone afterwards.
+
+    Yields what `store.tokenize` takes as `on_progress`; None where there is no terminal.
+    """
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("tokenizing {task.description}", markup=False), BarColumn(), DownloadColumn())
+    more = (TextColumn("{task.fields[rows]:,} rows  left"), TimeRemainingColumn())
+    with Progress(*columns, *more, console=console, transient=True) as bar:
+        task = bar.add_task(name, total=None, rows=0)
+        yield lambda rows, done, whole: bar.update(task, completed=done, total=whole, rows=rows)
+
+
 def typed(command: Sequence[str]) -> str:
     """A command line as a person would type it, in one line; a word with a ' in it between double quotes."""
     special = set('"$`\\!')
@@ -101,7 +117,7 @@ class TrainingView:
     def start(self, total: int) -> None:
         if self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("training"),
+                TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[memory]} MB  left"),
@@ -110,6 +126,25 @@ class TrainingView:
             )
             self._bar.start()
             self._bar.add_task("training", total=total, loss="-", speed="-", memory="-")
+
+    @contextmanager
+    def asking(self, total: int) -> Iterator[Callable[[int], None] | None]:
+        """Shows how many of MMLU's questions are answered; on a terminal only, and gone afterwards."""
+        if not self.console.is_terminal:
+            yield None
+            return
+        if self._bar is not None:  # two live displays at once can't be: this is a line of training's
+            bar = self._bar
+            task = bar.add_task("MMLU", total=total, loss="-", speed="-", memory="-")
+            try:
+                yield lambda done: bar.update(task, completed=done, refresh=True)
+            finally:
+                bar.remove_task(task)
+            return
+        columns = (TextColumn("MMLU"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as own:
+            alone = own.add_task("MMLU", total=total)
+            yield lambda done: own.update(alone, completed=done, refresh=True)
 
     def step(self, row: dict[str, Any], total: int, left: float, log: bool) -> None:
         """One optimizer step; `row` as in metrics.jsonl, `left` in seconds."""
@@ -147,6 +182,22 @@ class TrainingView:
             table.add_column("after", ratio=1)
             table.add_row(_plain(first), _plain(second))
             self.console.print(table)
+
+
+    def mmlu(
+        self, before: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]], first: float, last: float
+    ) -> None:
+        """Right answers and questions of each subject, before and after; and the accuracies over all subjects."""
+        table = Table(title="MMLU accuracy", title_justify="left", title_style="bold")
+        table.add_column("subject")
+        for name in ("questions", "before", "after"):
+            table.add_column(name, justify="right")
+        for subject, (right, count) in sorted(after.items()):
+            table.add_row(_plain(subject), str(count), f"{before[subject][0] / count:.3f}", f"{right / count:.3f}")
+        table.add_section()
+        questions = sum(count for _, count in after.values())
+        table.add_row("mean of the subjects", str(questions), f"{first:.4f}", f"{last:.4f}", style="bold")
+        self.console.print(table)
 
 
 def _plain(text: str) -> str:

@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,12 +20,15 @@ from torch import Tensor
 from jindo_core import embedded
 from jindo_core.adapters import CONFIG, WEIGHTS, save_adapter
 from jindo_core.config import TrainConfig
-from jindo_core.data.examples import Example, collate, end_ids, epoch_batches, prompt_ids
+from jindo_core.data.batches import BatchCursor
+from jindo_core.data.examples import end_ids, prompt_ids
+from jindo_core.data.packing import collate_documents
 from jindo_core.data.records import Record
 from jindo_core.errors import InputError, TrainingError
 from jindo_core.evaluate import held_out_loss
 from jindo_core.generation import generate
 from jindo_core.memory import current_bytes, is_out_of_memory, keep_budget, peak_bytes
+from jindo_core.mmlu import Mmlu, Scores
 from jindo_core.optim import learning_rate_factor
 from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.prepare import ANSWER_TOKENS, TrainingJob, prepare
@@ -54,17 +57,24 @@ class TrainResult:
     peak_bytes: int
 
 
-def train(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> TrainResult:
+def train(
+    config: TrainConfig, explicit: frozenset[str] = frozenset(), notices: Sequence[str] = ()
+) -> TrainResult:
     """Run a training job as `config` says.
 
     Args:
         explicit: names of the settings that the user gave; an output_dir among them is never renamed.
+        notices: what reading the settings has to tell the user; said first.
     Raises:
         InputError: a path, file, row or setting that can't be used; nothing was written.
         TrainingError: the loss or a gradient stopped being finite; no adapter was written, and one that the
             folder held is as it was. metrics.jsonl.part shows how far the run came.
     """
+    if config.preview:
+        raise InputError(f"preview is {config.preview}, expected 0 to train: rows are shown by prepare.preview")
     view = TrainingView()
+    for notice in notices:
+        view.notice(notice)
     output_dir = choose_output_dir(config, "output_dir" in explicit)
     job = prepare(config, explicit, view)
     try:
@@ -84,6 +94,9 @@ def _run(job: TrainingJob, output_dir: Path, view: TrainingView) -> TrainResult:
         after = _measure(job, view, history, step=steps)
     answers = [] if job.probe is None else [(_one_line(job.probe), first_answer, _answer(job, view))]
     view.results(before, after, len(job.held_out), answers)
+    if history.mmlu:
+        first, last = history.mmlu[0], history.mmlu[-1]
+        view.mmlu(first.subjects, last.subjects, first.accuracy, last.accuracy)
     # Until here a run that was in the folder before is whole, and one that fails leaves no more than its log.
     _save(job, output_dir)
     os.replace(part, output_dir / METRICS)
@@ -122,10 +135,11 @@ def _open_log(path: Path) -> TextIO:
 
 
 class _History:
-    """The rows of metrics.jsonl, written as they come."""
+    """The rows of metrics.jsonl, written as they come; and MMLU's scores."""
 
     def __init__(self, log: TextIO) -> None:
         self.rows: list[dict[str, Any]] = []
+        self.mmlu: list[Scores] = []
         self._log = log
 
     def add(self, row: dict[str, Any]) -> None:
@@ -139,14 +153,19 @@ class _History:
 def _loop(job: TrainingJob, view: TrainingView, history: _History) -> tuple[float, int]:
     """Train; returns tokens a second over the whole loop, and the steps done."""
     config, model, skipped = job.config, job.model, _Skipped()
-    total = count_steps(len(job.examples), config)
+    lengths = job.examples.lengths
+    cursor = BatchCursor(
+        lengths, batch_size=config.micro_batch_size, accumulation=config.accumulation_steps,
+        group_by_length=config.group_by_length, seed=config.seed, portions=job.portions,
+    )  # fmt: skip
+    total = count_steps(cursor.steps_per_epoch, config)
     model.train()
     view.start(total)
     started, evaluating, tokens = time.perf_counter(), 0.0, 0
     try:
-        for step, batches in zip(range(1, total + 1), _step_batches(job.examples, config), strict=False):
+        for step, batches in zip(range(1, total + 1), cursor, strict=False):
             taken = _step(job, batches, step, total, skipped, view)
-            tokens += sum(len(job.examples[i].input_ids) for batch in batches for i in batch)
+            tokens += sum(int(lengths[i]) for batch in batches for i in batch)
             seconds = time.perf_counter() - started - evaluating
             row = {
                 "step": step,
@@ -165,7 +184,8 @@ def _loop(job: TrainingJob, view: TrainingView, history: _History) -> tuple[floa
                 pause = time.perf_counter()
                 held_out = _measure(job, view, history, step)
                 evaluating += time.perf_counter() - pause
-                view.say(f"step {step}/{total}  held-out loss {held_out:.4f}")
+                if job.held_out:
+                    view.say(f"step {step}/{total}  held-out loss {held_out:.4f}")
         seconds = time.perf_counter() - started - evaluating
         if skipped.total == total:
             raise TrainingError(f"no step had a finite gradient: {_NOT_FINITE}")
@@ -180,7 +200,7 @@ def _step(
 ) -> dict[str, float]:
     """One optimizer step, or none where the gradient is not finite; its row of metrics."""
     config, optimizer = job.config, job.optimizer
-    warmup = min(config.warmup_steps, total // 10)
+    warmup = config.warmup(total)
     rate = config.learning_rate * learning_rate_factor(config.lr_scheduler_type, step - 1, total, warmup)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -200,31 +220,9 @@ def _step(
     return {"loss": loss, "learning_rate": rate, "grad_norm": norm}
 
 
-def count_steps(examples: int, config: TrainConfig) -> int:
-    """Optimizer steps of the run: max_steps if given, else num_epochs over the examples."""
-    if config.max_steps > 0:
-        return config.max_steps
-    batches = -(-examples // config.micro_batch_size)
-    per_epoch = -(-batches // config.accumulation_steps)
-    return max(math.ceil(per_epoch * config.num_epochs), 1)
-
-
-def _step_batches(examples: Sequence[Example], config: TrainConfig) -> Iterator[list[list[int]]]:
-    """The micro-batches (row numbers) of one step after another, epoch after epoch, without end."""
-    lengths = [len(example.input_ids) for example in examples]
-    epoch = 0
-    while True:
-        batches = epoch_batches(
-            lengths,
-            config.micro_batch_size,
-            group_by_length=config.group_by_length,
-            seed=config.seed,
-            epoch=epoch,
-        )
-        size = config.accumulation_steps
-        for start in range(0, len(batches), size):
-            yield batches[start : start + size]
-        epoch += 1
+def count_steps(per_epoch: int, config: TrainConfig) -> int:
+    """Optimizer steps of the run: max_steps if given, else num_epochs of so many each."""
+    return config.max_steps if config.max_steps > 0 else max(math.ceil(per_epoch * config.num_epochs), 1)
 
 
 @dataclass
@@ -257,15 +255,16 @@ def _cut(batches: list[list[int]], most: int) -> list[list[int]]:
 def _accumulate(job: TrainingJob, batches: list[list[int]]) -> float:
     """Forward and backward of one step; returns its loss. Every supervised token weighs the same."""
     batches = _cut(batches, job.relief.micro_batch)
-    collated = [collate([job.examples[i] for i in batch], job.tokenizer.pad_id) for batch in batches]
-    counted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in collated)
+    collated = [collate_documents([job.examples[i] for i in batch], job.tokenizer.pad_id) for batch in batches]
+    counted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch, _ in collated)
     device = job.model.device
     parts = []
-    for batch in collated:
+    for batch, documents in collated:
         # No attention mask: padding is on the right, where no causal token sees it.
         part = job.model(
-            batch["input_ids"].to(device), labels=batch["labels"].to(device), num_items_in_batch=counted
-        ).loss
+            batch["input_ids"].to(device), labels=batch["labels"].to(device), num_items_in_batch=counted,
+            documents=documents,
+        ).loss  # fmt: skip
         assert part is not None
         backward(part)
         parts.append(part.detach())
@@ -280,7 +279,9 @@ def backward(loss: Tensor) -> None:
 
 
 def _measure(job: TrainingJob, view: TrainingView, history: _History, step: int) -> float:
-    """Held-out loss, also written to the history."""
+    """Held-out loss, also written to the history; and MMLU where it is asked for."""
+    if job.mmlu is not None:
+        _ask(job, job.mmlu, view, history, step)
     if not job.held_out:
         return math.nan
 
@@ -292,6 +293,17 @@ def _measure(job: TrainingJob, view: TrainingView, history: _History, step: int)
     loss = job.relief.outlive(run, step, view.notice)
     history.add({"step": step, "eval_loss": loss})
     return loss
+
+
+def _ask(job: TrainingJob, mmlu: Mmlu, view: TrainingView, history: _History, step: int) -> None:
+    def run() -> Scores:
+        with view.asking(len(mmlu.questions)) as on_progress:
+            return mmlu.ask(job.model, batch_size=job.relief.micro_batch, on_progress=on_progress)
+
+    scores = job.relief.outlive(run, step, view.notice)
+    history.add({"step": step, **scores.metrics()})
+    view.say(f"step {step}  MMLU accuracy {scores.accuracy:.4f}, mean of {len(scores.subjects)} subjects")
+    history.mmlu.append(scores)
 
 
 # --- after the last step --------------------------------------------------------------------------------

@@ -35,21 +35,27 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, or a window below 1.
     """
-    b, t, h, d = q.shape
-    if k.shape != v.shape or (k.shape[0], k.shape[1], k.shape[3]) != (b, t, d) or h % k.shape[2]:
-        raise ValueError(
-            f"causal_attention got q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}, "
-            "expected [B, T, H, D] and twice [B, T, G, D], G dividing H"
-        )
-    if len({(x.device, x.dtype) for x in (q, k, v)}) > 1:
-        said = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
-        raise ValueError(f"causal_attention got q, k and v in {said}: expected one dtype and device")
-    if window is not None and window < 1:
-        raise ValueError(f"causal_attention got a window of {window}, expected 1 or more, or None")
+    check_shapes("causal_attention", q, k, v, window)
+    t = q.shape[1]
     width = t if window is None or window > t else window
     if q.device.type == "cpu":
         return torch.ops.jindo.causal_attention(q, k, v, width)[0]
     return _torch_attention(q, k, v, width)
+
+
+def check_shapes(operator: str, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:
+    """Raises ValueError for shapes, dtypes or devices that do not fit together, or a window below 1."""
+    b, t, h, d = q.shape
+    if k.shape != v.shape or (k.shape[0], k.shape[1], k.shape[3]) != (b, t, d) or h % k.shape[2]:
+        raise ValueError(
+            f"{operator} got q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}, "
+            "expected [B, T, H, D] and twice [B, T, G, D], G dividing H"
+        )
+    if len({(x.device, x.dtype) for x in (q, k, v)}) > 1:
+        said = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"{operator} got q, k and v in {said}: expected one dtype and device")
+    if window is not None and window < 1:
+        raise ValueError(f"{operator} got a window of {window}, expected 1 or more, or None")
 
 
 def causal_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:

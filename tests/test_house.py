@@ -16,8 +16,8 @@ PARTS = {"kernels": {"kernels"}, "jindo_core": {"jindo_core", "kernels"}, "cli":
 ENGINE_ROWS = [
     {"errors"},
     {"settings", "plan", "plan_falcon", "files", "config_json"},
-    {"config", "families", "long_memory", "rotary"},
-    {"convert_config"},
+    {"config", "qlora", "families", "long_memory", "rotary"},
+    {"convert_config", "data_config"},
     {"nf4"},
     {"lora", "pages"},
     {"pager"},
@@ -27,7 +27,7 @@ ENGINE_ROWS = [
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation", "progress"},
-    {"evaluate", "tune", "doctor", "merge"},
+    {"evaluate", "mmlu", "tune", "doctor", "merge", "training_data", "refinery"},
     {"prepare", "drift"},
     {"train", "convert"},
     {"integrations"},
@@ -163,6 +163,9 @@ def test_the_wheel_holds_everything_once(repo_root, wheel):
     assert "jindo_core/data/bundled/korean_instructions.jsonl" in names
     for template in (repo_root / "jindo_core/data/templates").glob("*.yaml"):
         assert f"jindo_core/data/templates/{template.name}" in names
+    for recipe in (repo_root / "jindo_core/refinery/recipes").glob("*.yaml"):
+        assert f"jindo_core/refinery/recipes/{recipe.name}" in names
+    assert "jindo_core/refinery/refusals.yaml" in names
     assert {"jindo_core/py.typed", "jindo_core/kernels/crossovers.json"} <= names
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -276,39 +275,6 @@ def collate(examples: Sequence[Example], pad_id: int, *, multiple_of: int = 8) -
         labels[row, :length] = torch.tensor(example.labels, dtype=torch.int64)
         mask[row, :length] = 1
     return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
-
-
-def epoch_batches(
-    lengths: Sequence[int], batch_size: int, *, group_by_length: bool, seed: int, epoch: int
-) -> list[list[int]]:
-    """The batches of an epoch: every index of `lengths` once, shuffled by `seed` and `epoch` alone.
-
-    The batch that takes the most memory comes first, so that running out of it shows at once.
-
-    Args:
-        lengths: tokens of each example.
-        group_by_length: fill batches with examples of like length. As transformers does, groups of up to 50
-            batches are sorted; unlike there, the batches are then shuffled, or else the loss would follow the
-            falling lengths of each group.
-    """
-    chance = random.Random(f"{seed}/{epoch}")
-    order = list(range(len(lengths)))
-    chance.shuffle(order)
-    if group_by_length:
-        # At least four groups where there are rows enough: one sorted group would be the same every epoch.
-        group = batch_size * max(min(len(order) // (batch_size * 4), 50), 1)
-        order = [
-            index
-            for start in range(0, len(order), group)
-            for index in sorted(order[start : start + group], key=lambda i: -lengths[i])
-        ]
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    if group_by_length:
-        chance.shuffle(batches)
-    if batches:
-        costs = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
-        batches.insert(0, batches.pop(costs.index(max(costs))))
-    return batches
 
 
 def _rows(rows: Sequence[int]) -> str:

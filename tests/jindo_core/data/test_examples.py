@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import random
-
 import pytest
 import torch
 
-from jindo_core.data.examples import Example, collate, encode_all, encode_example, epoch_batches
+from jindo_core.data.examples import Example, collate, encode_all, encode_example
 from jindo_core.data.records import Record, bundled_path, read_records
 from jindo_core.data.templates import load_template
 
@@ -141,56 +138,3 @@ def test_collate_pads_on_the_right_by_length(multiple, width):
         assert batch["input_ids"][row].tolist() == example.input_ids + [2] * (width - n)
         assert batch["labels"][row].tolist() == example.labels + [-100] * (width - n)
         assert batch["attention_mask"][row].tolist() == [1] * n + [0] * (width - n)
-
-
-# --- epoch_batches --------------------------------------------------------------------------------------
-
-
-LENGTHS = random.Random(0).choices(range(5, 200), k=403)
-
-
-def padded(batches, lengths):
-    return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-
-
-@pytest.mark.parametrize("group", [True, False])
-@pytest.mark.parametrize(("count", "size"), [(403, 8), (403, 1), (7, 8), (1, 4), (8, 8), (0, 3), (33, 32)])
-def test_every_index_once_and_the_costliest_first(group, count, size):
-    lengths = LENGTHS[:count]
-    batches = epoch_batches(lengths, size, group_by_length=group, seed=42, epoch=0)
-    assert sorted(i for batch in batches for i in batch) == list(range(count))
-    assert len(batches) == -(-count // size)
-    assert sorted(map(len, batches), reverse=True)[: count // size] == [size] * (count // size)
-    if batches:
-        costs = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
-        assert costs[0] == max(costs)
-
-
-@pytest.mark.parametrize("group", [True, False])
-def test_order_depends_on_seed_and_epoch_alone(group):
-    def order(seed, epoch):
-        return epoch_batches(LENGTHS, 8, group_by_length=group, seed=seed, epoch=epoch)
-
-    assert order(42, 0) == order(42, 0)
-    distinct = [order(42, 0), order(42, 1), order(43, 0), order(43, 1)]
-    assert all(a != b for n, a in enumerate(distinct) for b in distinct[:n])
-    # Other batches too, not the same ones in another order.
-    assert {frozenset(b) for b in distinct[0]} != {frozenset(b) for b in distinct[1]}
-
-
-def test_grouping_saves_padding_as_transformers_does():
-    from transformers.trainer_pt_utils import get_length_grouped_indices
-
-    plain = epoch_batches(LENGTHS, 8, group_by_length=False, seed=42, epoch=0)
-    grouped = epoch_batches(LENGTHS, 8, group_by_length=True, seed=42, epoch=0)
-    theirs = get_length_grouped_indices(LENGTHS, 8, generator=torch.Generator().manual_seed(42))
-    theirs = [theirs[start : start + 8] for start in range(0, len(theirs), 8)]
-    assert padded(grouped, LENGTHS) < 0.75 * padded(plain, LENGTHS)
-    assert padded(grouped, LENGTHS) == pytest.approx(padded(theirs, LENGTHS), rel=0.05)
-
-
-def test_the_order_does_not_follow_the_lengths():
-    grouped = epoch_batches(LENGTHS, 8, group_by_length=True, seed=42, epoch=0)
-    longest = [max(LENGTHS[i] for i in batch) for batch in grouped[1:]]
-    falls = sum(a > b for a, b in itertools.pairwise(longest))
-    assert 0.3 < falls / (len(longest) - 1) < 0.7

@@ -1,0 +1,174 @@
+"""The rows of a run: files -> records -> tokens in the cache -> what is trained on, in packs perhaps, and what is held
+out. No row stays in memory: examples are read as they are asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from jindo_core import embedded
+from jindo_core.config import TrainConfig
+from jindo_core.data.batches import Portion
+from jindo_core.data.examples import Encoder, report
+from jindo_core.data.formats import Format, detect_format, named_dataset
+from jindo_core.data.packing import PackedRows, pack_apart
+from jindo_core.data.preview import preview
+from jindo_core.data.readers import RowSource, open_rows
+from jindo_core.data.records import Record, bundled_path, split_indices
+from jindo_core.data.store import Selection, TokenizedRows, tokenize
+from jindo_core.errors import InputError
+from jindo_core.progress import TrainingView, tokenizing_bar
+from jindo_core.tokenizer import Tokenizer
+
+_PROBE_WITHIN = 10_000
+"""Records at a source's start that the row to be answered is chosen from: a file is not read a second time for it."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file, or a folder of files, of one format."""
+
+    source: RowSource
+    format: Format
+
+    def records(self) -> Iterator[Record]:
+        """In order; each call reads anew."""
+        return (self.format.record(row) for row in self.source)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run learns from and is measured on.
+
+    Attributes:
+        examples: rows, or packs of them. portions: those of each file, and how often an epoch sees them.
+        rows: that are trained on; as many as there are examples, but for packs.
+        asked: rows that were held out, with those that had nothing to learn.
+    """
+
+    examples: Selection | PackedRows
+    portions: tuple[Portion, ...]
+    rows: int
+    held_out: Selection
+    asked: int
+    probes: list[Record]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(int(part.lengths.max()) for part in (self.examples, self.held_out) if len(part))
+
+
+def open_files(config: TrainConfig) -> list[DataFile]:
+    """The files that the settings name, or the bundled one; their first rows are read.
+
+    Raises:
+        InputError: a path that is not there, or rows that no format fits.
+    """
+    if config.data_path is None:
+        return [_open_file(str(bundled_path()), config.dataset_format)]
+    return [_open_file(path, config.dataset_format) for path in config.data_path]
+
+
+def _open_file(path: str, dataset_format: str | None) -> DataFile:
+    """A path, or one of qlora's names for a data set where there is no such path."""
+    named = None if Path(path).expanduser().exists() else named_dataset(path)
+    if named is not None:
+        path, dataset_format = named[0], dataset_format or named[1]
+    source = open_rows(path)
+    return DataFile(source, detect_format(source, dataset_format))
+
+
+def show_rows(
+    files: Sequence[DataFile], config: TrainConfig, encoder: Encoder, tokenizer: Tokenizer, console: Console
+) -> None:
+    """The first `config.preview` rows, as they would be learnt."""
+    records = itertools.chain.from_iterable(file.records() for file in files)
+    preview(list(itertools.islice(records, config.preview)), encoder, tokenizer, config.preview, console)
+
+
+def read_data(
+    files: Sequence[DataFile], config: TrainConfig, encoder: Encoder, capacity: int, view: TrainingView
+) -> TrainingData:
+    """Tokenize all files, or find them tokenized, and split them.
+
+    Args:
+        capacity: tokens of a packed sequence.
+    Raises:
+        InputError: a row that can't be read, or no row with anything to learn.
+    """
+    sources = [_tokenized(file, config, encoder, view) for file in files]
+    count = sum(len(source) for source in sources)
+    training, held, warning = split_indices(count, config.val_set_size, config.seed)
+    if warning:
+        view.notice(warning)
+    chosen = np.asarray(training[: config.max_train_samples], np.int64)
+    measured = np.asarray(held[: config.max_eval_samples], np.int64)
+    rows, held_out = Selection(sources, chosen), Selection(sources, measured)
+    for part in (rows, held_out):
+        _warn(part, files, encoder, view)
+    if not len(rows):
+        raise InputError(f"no training row has a supervised token within {encoder.limit}: raise it or check the data")
+    examples, portions = _units(rows, config, capacity)
+    if isinstance(examples, PackedRows):
+        filled = len(rows) / len(examples)
+        view.say(f"{len(rows):,} rows packed into {len(examples):,} sequences, {filled:.1f} to one")
+    probes = _first_records(files, sources, measured if len(measured) else chosen)
+    return TrainingData(examples, portions, len(rows), held_out, len(measured), probes)
+
+
+def _tokenized(file: DataFile, config: TrainConfig, encoder: Encoder, view: TrainingView) -> TokenizedRows:
+    name = file.source.paths[0].name
+    began = time.perf_counter()
+    with tokenizing_bar(view.console, name) as on_progress:
+        rows = tokenize(
+            file.source, file.format, encoder, on_progress=on_progress, say=view.notice,
+            cache=embedded.cache_dir() / "tokenized" if config.tokenized_cache else None,
+        )  # fmt: skip
+    took = max(time.perf_counter() - began, 1e-9)
+    how = "tokenized by an earlier run" if rows.from_cache else f"tokenized, {len(rows) / took:,.0f} rows/s"
+    view.say(f"{name}: {len(rows):,} rows ({file.format.name}), {how}")
+    return rows
+
+
+def _warn(part: Selection, files: Sequence[DataFile], encoder: Encoder, view: TrainingView) -> None:
+    for file, asked, left_out, cut in zip(files, part.asked, part.left_out, part.cut, strict=True):
+        for problem in report(asked, left_out, cut, encoder.limit):
+            view.notice(problem if len(files) == 1 else f"{file.source.paths[0].name}: {problem}")
+
+
+def _units(rows: Selection, config: TrainConfig, capacity: int) -> tuple[Selection | PackedRows, tuple[Portion, ...]]:
+    """What is shuffled and batched, and which of it is each file's. With weights no pack holds rows of two files."""
+    examples: Selection | PackedRows = rows
+    bounds = rows.bounds if config.data_weights else [(0, len(rows))]
+    if config.packing:
+        packs, bounds = pack_apart(rows.lengths, bounds, capacity, config.seed)
+        examples = PackedRows(rows, packs, rows.lengths)
+    weights = config.data_weights or (1.0,)
+    return examples, tuple(
+        Portion(start, end, weight) for (start, end), weight in zip(bounds, weights, strict=True) if end > start
+    )
+
+
+def _first_records(
+    files: Sequence[DataFile], sources: Sequence[TokenizedRows], chosen: NDArray[np.int64]
+) -> list[Record]:
+    """The records of the first hundred chosen ones of each source that lie near its start, in the order of `chosen`."""
+    found: list[tuple[int, Record]] = []
+    first = 0
+    for file, source in zip(files, sources, strict=True):
+        near = np.flatnonzero((chosen >= first) & (chosen < first + min(len(source), _PROBE_WITHIN)))[:100]
+        rank_of = {int(chosen[rank]) - first: int(rank) for rank in near}
+        for place, record in enumerate(itertools.islice(file.records(), max(rank_of, default=-1) + 1)):
+            if place in rank_of:
+                found.append((rank_of[place], record))
+        first += len(source)
+    return [record for _, record in sorted(found, key=lambda pair: pair[0])][:100]
