@@ -26,7 +26,7 @@ ENGINE_ROWS = [
     {"model", "falcon"},
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
-    | {"run_record", "decoding", "generation", "progress"},
+    | {"run_record", "decoding", "generation", "batch_generation", "progress"},
     {"evaluate", "tune", "doctor", "merge"},
     {"prepare", "drift"},
     {"train", "convert"},
