@@ -41,7 +41,7 @@ def generate_batch(
 
     Args:
         prompts: token ids, each at least one and below the model's context.
-        seeds: one for each prompt, whose draws then do not depend on what else is in the batch; None: torch's generator.
+        seeds: one for each prompt, whose draws do not depend then on what else is in the batch; None: torch's generator.
     Returns:
         The answers, in the prompts' order.
     Raises:

@@ -10,7 +10,7 @@ import jindo_core
 from jindo_core.adapters import save_adapter
 from jindo_core.cli.main import main
 from jindo_core.errors import InputError
-from jindo_core.generation import pick_token, generate, generate_ids
+from jindo_core.generation import generate, generate_ids, pick_token
 from jindo_core.head import StreamedHead
 from jindo_core.loader import load_model
 from jindo_core.lora import adapted_layers, attach_lora
