@@ -41,7 +41,7 @@ def generate_batch(
 
     Args:
         prompts: token ids, each at least one and below the model's context.
-        seeds: one for each prompt, whose draws do not depend then on what else is in the batch; None: torch's generator.
+        seeds: one for each prompt, whose draws don't depend then on what else is in the batch; None: torch's generator.
     Returns:
         The answers, in the prompts' order.
     Raises:
@@ -54,7 +54,7 @@ def generate_batch(
         if context is not None and len(ids) >= context:
             raise InputError(f"prompt {number} is {len(ids)} tokens long, the model's context {context}: shorten it")
     rooms = [max_new_tokens if context is None else min(max_new_tokens, context - len(ids)) for ids in prompts]
-    if _depends_on_padding(model):
+    if depends_on_padding(model):
         singles = []
         for i, ids in enumerate(prompts):
             tokens = list(
@@ -87,7 +87,8 @@ def generate_batch(
     return [_answer(tokens, stop_ids) for tokens in made]
 
 
-def _depends_on_padding(model: CausalLM) -> bool:
+def depends_on_padding(model: CausalLM) -> bool:
+    """Whether a row of a padded batch may come out otherwise than by itself: angles or windows go by the batch's length."""
     return model.config.memory is not None or (model.config.rope or {}).get("rope_type") == "dynamic"
 
 

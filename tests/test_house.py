@@ -15,9 +15,9 @@ import pytest
 PARTS = {"kernels": {"kernels"}, "jindo_core": {"jindo_core", "kernels"}, "cli": {"cli", "jindo_core"}}
 ENGINE_ROWS = [
     {"errors"},
-    {"settings", "plan", "plan_falcon", "files", "config_json"},
+    {"settings", "plan", "plan_falcon", "files", "part_file", "config_json"},
     {"config", "families", "long_memory", "rotary"},
-    {"convert_config"},
+    {"convert_config", "data_config_inspect"},
     {"nf4"},
     {"lora", "pages"},
     {"pager"},
@@ -27,8 +27,8 @@ ENGINE_ROWS = [
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation", "batch_generation", "progress"},
-    {"evaluate", "tune", "doctor", "merge"},
-    {"prepare", "drift"},
+    {"evaluate", "scoring", "tune", "doctor", "merge"},
+    {"prepare", "drift", "refine"},
     {"train", "convert"},
     {"integrations"},
 ]
