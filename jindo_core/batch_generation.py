@@ -88,7 +88,7 @@ def generate_batch(
 
 
 def depends_on_padding(model: CausalLM) -> bool:
-    """Whether a row of a padded batch may come out otherwise than by itself: angles or windows go by the batch's length."""
+    """Whether a row of a padded batch may come out otherwise than alone: angles or windows go by the batch's length."""
     return model.config.memory is not None or (model.config.rope or {}).get("rope_type") == "dynamic"
 
 

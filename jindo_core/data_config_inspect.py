@@ -42,11 +42,11 @@ class InspectConfig:
 
     data_path: str | None = _data_setting()
     dataset_format: str | None = _format_setting()
-    base_model: str | None = setting(None, _MODEL, "count tokens with this model's tokenizer", path=True, metavar="MODEL")
+    base_model: str | None = setting(None, _MODEL, "count tokens as this model does", path=True, metavar="MODEL")
     tokenizer: str | None = setting(None, _MODEL, "or with this one: a folder or .gguf file", path=True, metavar="PATH")
     prompt_template_name: str = setting("alpaca", _MODEL, "template of the rows counted in tokens", metavar="NAME")
     sample: int = setting(
-        20_000, _WORK, "rows for languages, tokens and dirt, near duplicates among a quarter of them (0: all)", at_least=0
+        20_000, _WORK, "rows for languages, tokens and dirt; a quarter of them for near duplicates (0: all)", at_least=0
     )
     seed: int = setting(42, _WORK, "of the sample", at_least=0, at_most=_SEED_LIMIT)
     output_dir: str | None = setting(None, _OUTPUT, "folder for lengths.png and report.json", path=True, metavar="DIR")
@@ -71,7 +71,7 @@ class DataConvertConfig:
         "refuse", _WORK, "what the target can't hold of a conversation: a row for each round, the first round, an error"
     )
     rejected_path: str | None = setting(
-        None, _OUTPUT, "JSON lines of rows that can't be said in that format, with the reason; left out: they are an error",
+        None, _OUTPUT, "JSON lines of the rows that can't be said there, with the reason; left out: one is an error",
         path=True, metavar="FILE",
     )  # fmt: skip
     overwrite: bool = _overwrite_setting()
@@ -114,7 +114,9 @@ class RefineConfig:
         None, _MODEL, "folder, .gguf file or Hub id; left out: the adapter's, else SmolLM2-135M", path=True,
         metavar="MODEL",
     )  # fmt: skip
-    lora_weights: str | None = setting(None, _MODEL, "folder of a LoRA adapter; left out: none", path=True, metavar="DIR")
+    lora_weights: str | None = setting(
+        None, _MODEL, "folder of a LoRA adapter; left out: none", path=True, metavar="DIR"
+    )
     prompt_template_name: str | None = setting(
         None, _MODEL, "a template's name or file; left out: the adapter's, else alpaca", metavar="NAME"
     )
@@ -125,8 +127,9 @@ class RefineConfig:
     mode: Literal["rewrite", "score"] | None = setting(None, _WORK, "rewrite a text of each row, or score its answer")
     field: Literal["output", "instruction", "input"] = setting("output", _WORK, "the text to rewrite")
     instruction: str | None = setting(
-        None, _WORK, "what the model is asked; {instruction}, {input}, {output}: the row's", verbatim=True, metavar="TEXT"
-    )
+        None, _WORK, "what the model is asked; {instruction}, {input}, {output}: the row's", verbatim=True,
+        metavar="TEXT",
+    )  # fmt: skip
     input: str | None = setting(
         None, _WORK, "what it is asked about; left out: the text to rewrite, unless the instruction holds it",
         verbatim=True, empty_is_none=True, metavar="TEXT",

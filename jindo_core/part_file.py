@@ -1,4 +1,4 @@
-"""Results of a long run, a row at a time, on the disk as they are made: the next run goes on where a killed one stopped."""
+"""Results of a long run, on the disk row by row as they are made: the next run goes on where a killed one stopped."""
 
 from __future__ import annotations
 

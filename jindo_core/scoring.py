@@ -68,9 +68,7 @@ def score(model: CausalLM, tokenizer: Tokenizer, examples: Sequence[Example], *,
     parts = answer_losses(model, alone, batch_size=batch_size, pad_id=tokenizer.pad_id)
     for row, (total, _) in zip(owners, parts, strict=True):
         apart[row] += total
-    return [
-        Score(count, total / count, single / count) for (total, count), single in zip(together, apart, strict=True)
-    ]
+    return [Score(count, total / count, single / count) for (total, count), single in zip(together, apart, strict=True)]
 
 
 def _answers(example: Example) -> Iterator[list[int]]:

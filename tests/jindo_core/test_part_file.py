@@ -40,7 +40,7 @@ def test_whatever_byte_a_kill_cuts_at_whole_rows_stay(path):
             kept = max(sum(end <= cut for end in ends) - 1, 0)
             assert part.done == kept
             part.append([{"text": "새"}])
-            assert [row["text"] for row in part.results()] == ["가", "나", "다라마"][:kept] + ["새"]
+            assert [row["text"] for row in part.results()] == [*["가", "나", "다라마"][:kept], "새"]
 
 
 def test_another_run_is_refused_and_can_be_thrown_away(path):

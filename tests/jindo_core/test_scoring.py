@@ -89,7 +89,7 @@ def test_smollm2_without_bos_of_its_own(smollm2_gguf):
 
 
 def test_a_streamed_head_scores_the_same(story):
-    model, tokenizer, examples = story
+    model, _, examples = story
     head = model.lm_head
     expected = answer_losses(model, examples, batch_size=2, pad_id=0)
     model.lm_head = StreamedHead(head.weight.detach(), model.device)
