@@ -17,7 +17,7 @@ ENGINE_ROWS = [
     {"errors"},
     {"settings", "plan", "plan_falcon", "files", "part_file", "config_json"},
     {"config", "families", "long_memory", "rotary"},
-    {"convert_config", "data_config_inspect"},
+    {"convert_config", "data_config", "data_config_inspect"},
     {"nf4"},
     {"lora", "pages"},
     {"pager"},
@@ -27,7 +27,7 @@ ENGINE_ROWS = [
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation", "batch_generation", "progress"},
-    {"evaluate", "scoring", "tune", "doctor", "merge"},
+    {"evaluate", "scoring", "tune", "doctor", "merge", "refinery"},
     {"prepare", "drift", "refine"},
     {"train", "convert"},
     {"integrations"},
