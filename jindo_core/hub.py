@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import re
 from pathlib import Path
 
 from jindo_core import embedded
@@ -10,7 +12,18 @@ from jindo_core.errors import InputError
 MODEL_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
 OLDER_FILES = ["pytorch_model*.bin", "consolidated.*.pth"]
 """Weights of a model that was published without safetensors."""
-DATA_FILES = ["*.json", "*.jsonl"]
+DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+"""What files of rows end in; all but Parquet's may be compressed, with .gz after it."""
+HUB = "hf://datasets/"
+_TRAINING_FILES = {
+    "laion/OIG": ("unified_chip2.jsonl", None),
+    "yizhongw/self_instruct": ("self_instruct/train/*.parquet", "refs/convert/parquet"),
+    "Anthropic/hh-rlhf": ("*/train.jsonl.gz", None),
+    "akoksal/LongForm": ("dataset/train.json", None),
+    "timdettmers/openassistant-guanaco": ("openassistant_best_replies_train.jsonl", None),
+}
+"""Data sets of several files: the ones to train on, and the branch they are in (one that is a script has its rows only
+in the Hub's own conversion)."""
 
 
 def resolve_model(name: str | None) -> Path:
@@ -36,22 +49,54 @@ def resolve_model(name: str | None) -> Path:
 
 
 def resolve_data(name: str) -> Path:
-    """A .json or .jsonl file: a path, or the one such file of a Hub data set `owner/name`.
+    """A file or folder of rows, or a pattern of files: a path, or what a Hub data set has to train on.
 
+    Args:
+        name: a path or a pattern (`data/train-*.parquet`); a Hub id `owner/name`, whose one data file it is, or whose
+            shards named train, or what is known of it; `hf://datasets/owner/name/FILE` (or a pattern) chooses.
     Raises:
         InputError: no such path; a data set not reachable, or with no file or several to choose from.
     """
     path = Path(name).expanduser()
-    if _exists(path):
+    if _exists(path) or (glob.has_magic(name) and glob.glob(str(path))):
         return path
-    if not _looks_like_hub_id(name):
-        raise InputError(f"data_path {name} does not exist: expected a .json or .jsonl file or a Hub id owner/name")
-    folder = _snapshot(name, "dataset", DATA_FILES)
-    found = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".jsonl") and p.name != "dataset_infos.json")
-    if len(found) != 1:
-        listed = ", ".join(p.name for p in found[:5]) or "none"
-        raise InputError(f"data set {name} has {len(found)} json files ({listed}), expected one: give its path")
-    return found[0]
+    parts = name.removeprefix(HUB).split("/", 2)
+    repo, file = "/".join(parts[:2]), "".join(parts[2:])
+    is_file = not name.startswith(HUB) and (file or name.endswith(DATA_ENDINGS))  # a path that was mistyped
+    if is_file or not _looks_like_hub_id(repo):
+        endings = ", ".join(DATA_ENDINGS)
+        raise InputError(f"data_path {name} does not exist: expected a file ({endings}), a folder or a Hub id")
+    if file:
+        return _chosen(repo, file, None)
+    if repo in _TRAINING_FILES:
+        return _chosen(repo, *_TRAINING_FILES[repo])
+    patterns = [f"*{ending}" for ending in DATA_ENDINGS]
+    folder = _snapshot(repo, "dataset", [*patterns, *(f"{pattern}.gz" for pattern in patterns)])
+    found = sorted(p for p in folder.rglob("*") if _is_data(p))
+    if len(found) == 1:
+        return found[0]
+    shards = [p for p in found if re.search(r"(^|[-_.])train([-_.]|$)", p.name)]
+    if shards and {(p.parent, p.suffix) for p in shards} == {(shards[0].parent, shards[0].suffix)}:
+        pattern = shards[0].parent / f"*train*{shards[0].suffix}"
+        if sorted(glob.glob(str(pattern))) == [str(p) for p in shards]:
+            return pattern
+    listed = ", ".join(str(p.relative_to(folder)) for p in found[:5]) or "none"
+    raise InputError(
+        f"data set {repo} has {len(found)} data files ({listed}), expected one, or parts named train: choose with "
+        f"{HUB}{repo}/FILE"
+    )
+
+
+def _chosen(repo: str, file: str, revision: str | None) -> Path:
+    folder = _snapshot(repo, "dataset", [file], revision)
+    path = folder / file
+    if not (path.is_file() or glob.glob(str(path))):
+        raise InputError(f"data set {repo} has no file {file}: expected one of its own; see its page on the Hub")
+    return path
+
+
+def _is_data(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").endswith(DATA_ENDINGS) and path.name != "dataset_infos.json"
 
 
 def _exists(path: Path) -> bool:
@@ -66,7 +111,7 @@ def _looks_like_hub_id(name: str) -> bool:
     return len(parts) == 2 and all(part and part not in (".", "..", "~") for part in parts) and " " not in name
 
 
-def _snapshot(repo: str, kind: str, patterns: list[str]) -> Path:
+def _snapshot(repo: str, kind: str, patterns: list[str], revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils import OfflineModeIsEnabled
@@ -74,7 +119,7 @@ def _snapshot(repo: str, kind: str, patterns: list[str]) -> Path:
     # Caught by what they mean: no such repository, no network, a broken connection.
     failures = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
     try:
-        return Path(snapshot_download(repo, repo_type=kind, allow_patterns=patterns))
+        return Path(snapshot_download(repo, repo_type=kind, allow_patterns=patterns, revision=revision))
     except failures as error:
         option = " --repo-type dataset" if kind == "dataset" else ""
         raise InputError(

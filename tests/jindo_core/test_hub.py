@@ -11,7 +11,7 @@ from jindo_core import hub
 def test_older_weights_only_without_safetensors(tmp_path, monkeypatch, published, calls):
     asked = []
 
-    def snapshot(repo, *, repo_type, allow_patterns):
+    def snapshot(repo, *, repo_type, allow_patterns, revision):
         asked.append(allow_patterns)
         if published.endswith(".safetensors") or "pytorch_model*.bin" in allow_patterns:
             (tmp_path / published).touch()
