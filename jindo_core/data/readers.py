@@ -117,7 +117,7 @@ class RowSource:
         for path in self.paths:
             try:
                 with path.open("rb") as file:
-                    whole.update(_kind(path).encode() + hashlib.file_digest(file, "sha256").digest())
+                    whole.update(kind_of(path).encode() + hashlib.file_digest(file, "sha256").digest())
             except OSError as error:
                 raise InputError(f"{path} can't be read ({error.strerror}): expected a data file") from error
         return whole.hexdigest()
@@ -134,7 +134,7 @@ class RowSource:
 
     def _rows(self, path: Path) -> Iterator[tuple[str, Any]]:
         """Where each row stands, and the row."""
-        kind = _kind(path)
+        kind = kind_of(path)
         try:
             if kind == "parquet":
                 yield from self._parquet_rows(path)
@@ -190,20 +190,20 @@ def open_rows(path: str | Path) -> RowSource:
         place = resolve_data(str(path))
     if place.is_dir():
         entries = sorted(place.iterdir(), key=lambda entry: entry.name)
-        files = tuple(e for e in entries if e.is_file() and _kind(e) and e.name not in _METADATA and e.name[0] != ".")
+        files = tuple(e for e in entries if e.is_file() and kind_of(e) and e.name not in _METADATA and e.name[0] != ".")
         if not files:
             raise InputError(f"{place} is a folder that holds no data file: expected {', '.join(DATA_ENDINGS)} in it")
         return RowSource(files, tuple(entry for entry in entries if entry not in files))
     files = (place,) if place.exists() else tuple(Path(found) for found in sorted(glob(str(place))))
     for file in files:
-        if not _kind(file):
+        if not kind_of(file):
             raise InputError(f"{file}: its ending is not known, expected {', '.join(DATA_ENDINGS)}; rename it")
         if not file.is_file():
             raise InputError(f"{file} is no plain file: expected one that can be read more than once")
     return RowSource(files)
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
     """ "json", "csv", …; "" for what is no data file."""
     name = path.name.lower().removesuffix(".gz")
     ending = next((ending for ending in DATA_ENDINGS if name.endswith(ending)), "")
