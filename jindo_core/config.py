@@ -205,6 +205,14 @@ class GenerateConfig:
         empty_is_none=True,
         metavar="TEXT",
     )
+    system: str | None = setting(
+        None,
+        "the request",
+        "a system message, for a template that has one; left out: the template's own",
+        verbatim=True,
+        empty_is_none=True,
+        metavar="TEXT",
+    )
     prompt_template_name: str | None = setting(
         None, "the request", "a template's name or file; left out: the adapter's, else alpaca", metavar="NAME"
     )

@@ -231,7 +231,7 @@ def held_out_examples(
         _, records, _ = split_records(records, size, settings.get("seed", 42))
         told = "rows held out" if settings.get("val_set_size") else "rows (perhaps trained on: its run held none out)"
         said = f"{told} of {'the bundled Korean instructions' if data is None else Path(data).name}"
-    template = load_template("alpaca" if run is None else run.prompt_template_name)
+    template = load_template("alpaca" if run is None else run.prompt_template_name, tokenizer)
     whole = bool(settings.get("train_on_inputs", False))  # as the run's own loss counted
     examples, _ = encode_all(records[:rows], tokenizer, template, cutoff_len=cutoff, train_on_inputs=whole)
     if not examples:

@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 def generate(
     model: CausalLM,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int | None = None,
+    ends: frozenset[int] = frozenset(),
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """Continue `prompt`.
+    """Continue `prompt`: text as the tokenizer takes it, special tokens' names included, or ids as they are.
 
     Args:
         max_new_tokens: tokens at most; less where the model's context ends or it says EOS.
@@ -39,6 +40,7 @@ def generate(
         top_k: sample among the k likeliest (0: all). top_p: among the likeliest that hold that much
             probability (Holtzman et al. 2020, arXiv:1904.09751).
         seed: of the sampling; None draws on torch's generator.
+        ends: ids that end the text, beside the model's own (`data.examples.end_ids` of a template).
         on_text: called with each piece of text as soon as it is certain.
     Returns:
         The new text, without the prompt and without special tokens.
@@ -48,8 +50,8 @@ def generate(
     from jindo_core.tokenizer import StreamDecoder
 
     decoder, pieces = StreamDecoder(tokenizer), []
-    ids = tokenizer.encode(prompt)
-    stops = stop_ids(model, tokenizer)
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    stops = stop_ids(model, tokenizer) | ends
     tokens = generate_ids(
         model,
         ids,
@@ -138,6 +140,8 @@ def run_generate(config: GenerateConfig) -> str:
     from rich.console import Console
 
     from jindo_core.adapters import base_of, load_adapter
+    from jindo_core.data.examples import end_ids, prompt_ids
+    from jindo_core.data.records import Record, Round
     from jindo_core.data.templates import load_template
     from jindo_core.hub import resolve_model
     from jindo_core.loader import load_model
@@ -153,9 +157,11 @@ def run_generate(config: GenerateConfig) -> str:
     run = read_run(config.lora_weights)
     base = config.base_model or (run.base_model if run else base_of(config.lora_weights))
     template_name = config.prompt_template_name or (run.prompt_template_name if run else "alpaca")
-    template = load_template(template_name)
     path = resolve_model(base)
     tokenizer = load_tokenizer(path)
+    template = load_template(template_name, tokenizer)
+    asked = Record((Round(config.instruction, config.input or ""),), system=config.system or "", row=1)
+    prompt = prompt_ids(tokenizer, template, asked)
     if config.offload_folder is not None:
         PageStore(config.offload_folder).close()  # one that can't be written to is an error before anything is loaded
     console = Console(stderr=True)  # standard output is the answer's
@@ -180,12 +186,13 @@ def run_generate(config: GenerateConfig) -> str:
     answer = generate(
         model,
         tokenizer,
-        template.prompt(config.instruction, config.input),
+        prompt,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
         seed=config.seed,
+        ends=end_ids(tokenizer, template),
         on_text=show if config.stream else None,
     )
     show("\n" if config.stream else answer + "\n")

@@ -14,7 +14,7 @@ import torch
 from jindo_core import embedded
 from jindo_core.causal_lm import CausalLM, ModelConfig
 from jindo_core.config import TrainConfig
-from jindo_core.data.examples import Example, encode_all
+from jindo_core.data.examples import Example, encode_all, prompt_ids
 from jindo_core.data.records import Record, bundled_path, read_records, split_records
 from jindo_core.data.templates import Template, load_template
 from jindo_core.errors import InputError
@@ -76,7 +76,6 @@ def prepare(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -
     """
     if config.base_model is None:
         view.say(f"Base model: {embedded.NAME}, embedded default (135M weights; it was made for English)")
-    template = load_template(config.prompt_template_name)
     if config.data_path is None:
         view.notice("no --data_path: the bundled Korean instructions are used")
     records = read_records(bundled_path() if config.data_path is None else resolve_data(config.data_path))
@@ -87,6 +86,7 @@ def prepare(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -
         PageStore(config.offload_folder).close()  # one that can't be written to is an error now
     path = resolve_model(config.base_model)
     tokenizer = load_tokenizer(path)
+    template = load_template(config.prompt_template_name, tokenizer)
     architecture = open_checkpoint(path).config
     tokenizer.check(architecture.vocab_size)
     given = config.lora_target_modules
@@ -228,7 +228,7 @@ def _choose_probe(
     """The first row whose prompt is no longer than what is trained on, and leaves room for an answer within the model's
     context; None if there is none."""
     for record in records[:100]:
-        prompt = len(tokenizer.encode(template.prompt(record.instruction, record.input)))
+        prompt = len(prompt_ids(tokenizer, template, record))
         if prompt <= cutoff and (context is None or prompt + ANSWER_TOKENS <= context):
             return record
     return None

@@ -8,11 +8,14 @@ brings its tokenizer along.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,15 @@ REPLACEMENT = "\ufffd"
 """What bytes that are no UTF-8 decode to."""
 
 
+@dataclass(frozen=True, slots=True)
+class SpecialToken:
+    """A token that no text becomes by itself. takes_left, takes_right: white space beside it belongs to it."""
+
+    id: int
+    takes_left: bool = False
+    takes_right: bool = False
+
+
 class Tokenizer(ABC):
     """Text to ids and back. Made by `load_tokenizer`.
 
@@ -34,10 +46,22 @@ class Tokenizer(ABC):
         adds_bos: whether it puts BOS before a text by itself.
         pad_id: filler for padding, always an id that exists (its own pad token, else EOS, else 0). It says
             nothing about where padding is: that is known from lengths alone.
+        special_tokens: those that the model has an embedding for, by their text.
+        chat_template: Jinja source of the model's own form of a conversation, None where it brings none.
+        special_texts: of bos_token, eos_token, unk_token and pad_token, as a chat template asks for them.
     """
 
     def __init__(
-        self, *, vocab_size: int, bos_id: int | None, eos_id: int | None, pad_id: int | None, adds_bos: bool
+        self,
+        *,
+        vocab_size: int,
+        bos_id: int | None,
+        eos_id: int | None,
+        pad_id: int | None,
+        adds_bos: bool,
+        special_tokens: dict[str, SpecialToken],
+        chat_template: str | None = None,
+        special_texts: dict[str, str] | None = None,
     ) -> None:
         self.vocab_size = vocab_size
         self.bos_id = bos_id
@@ -47,6 +71,9 @@ class Tokenizer(ABC):
             self.pad_id = pad_id
         else:
             self.pad_id = 0 if eos_id is None else eos_id
+        self.special_tokens = special_tokens
+        self.chat_template = chat_template
+        self.special_texts = special_texts or {}
 
     def encode(self, text: str, *, bos: bool | None = None) -> list[int]:
         """Ids of `text`, without EOS.
@@ -66,6 +93,32 @@ class Tokenizer(ABC):
     @abstractmethod
     def _encode(self, text: str) -> list[int]:
         """Ids of the text alone."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str], *, opens: bool = True) -> list[list[int]]:
+        """Ids of each text, without BOS and EOS, on the library's own threads.
+
+        Text is only text: a special token's name inside it becomes ordinary tokens.
+
+        Args:
+            opens: the texts begin a row; False: a special token stands before them. Some tokenizers put a space
+                before a row's first word alone.
+        """
+
+    @abstractmethod
+    def encode_spans(self, texts: Sequence[str], *, opens: bool = True) -> list[tuple[list[int], list[int]]]:
+        """As `encode_batch`, and for each token where the last character that it stands for lies in its text.
+
+        Bytes of one character all lie where it does; a token that the tokenizer itself puts before a text, at 0.
+        """
+
+    @abstractmethod
+    def piece(self, token: int) -> str:
+        """A token as the vocabulary writes it."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """sha256 of what decides the ids: the vocabulary, its rules, the library's version, BOS and EOS."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -161,6 +214,23 @@ class _SentencePiece(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return list(self._processor.encode(text))
 
+    def encode_batch(self, texts: Sequence[str], *, opens: bool = True) -> list[list[int]]:
+        return [list(ids) for ids in self._processor.encode(list(texts))] if texts else []
+
+    def encode_spans(self, texts: Sequence[str], *, opens: bool = True) -> list[tuple[list[int], list[int]]]:
+        if not texts:
+            return []
+        found = self._processor.encode(list(texts), return_type="offset_mapping")
+        return [(list(row["ids"]), _last_characters(row["offsets"])) for row in found]
+
+    def piece(self, token: int) -> str:
+        return str(self._processor.id_to_piece(token)) if 0 <= token < self._pieces else f"<{token}>"
+
+    def digest(self) -> str:
+        import sentencepiece
+
+        return _digest(self, self._processor.serialized_model_proto(), sentencepiece.__version__)
+
     def decode(self, ids: Sequence[int]) -> str:
         kept = [int(i) for i in ids if i < self._pieces and i not in self._silent]
         return str(self._processor.decode(kept)) if kept else ""
@@ -218,13 +288,23 @@ def _load_sentencepiece(folder: Path) -> Tokenizer:
         if pad is None and candidate is not None and 0 <= candidate < size:
             pad = candidate
     adds_bos = config.get("add_bos_token")
+    vocab_size = max(size, *(token + 1 for token in (bos, eos) if token is not None), 1)
+    control = {processor.id_to_piece(i): i for i in range(size) if processor.is_control(i)}
+    names = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    for name, token in (("bos_token", bos), ("eos_token", eos)):
+        if names[name] is None and token is not None and token < size:
+            names[name] = str(processor.id_to_piece(token))
     return _SentencePiece(
         processor,
-        vocab_size=max(size, *(token + 1 for token in (bos, eos) if token is not None), 1),
+        vocab_size=vocab_size,
         bos_id=bos,
         eos_id=eos,
         pad_id=pad,
         adds_bos=adds_bos is None or bool(adds_bos),  # LLaMA's tokenizer adds it unless it is told not to
+        # Tokens added later have rows in the embedding only as far as the vocabulary is known to reach.
+        special_tokens={text: SpecialToken(i) for text, i in (control | added).items() if i < vocab_size},
+        chat_template=_chat_template(folder, config),
+        special_texts={name: text for name, text in names.items() if text is not None},
     )
 
 
@@ -256,6 +336,15 @@ class _Fast(Tokenizer):
             eos_id=eos,
             pad_id=tokenizer.pad_token_id,
             adds_bos=bool(probe) and probe[0] == bos,
+            special_tokens={
+                token.content: SpecialToken(i, token.lstrip, token.rstrip)
+                for i, token in tokenizer.added_tokens_decoder.items()
+                if token.special
+            },
+            chat_template=_default_template(tokenizer.chat_template),
+            special_texts={
+                name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)
+            },
         )
         self._backend = tokenizer.backend_tokenizer
         # Files written by trainers carry their cutoff and padding; neither belongs to the tokenizer.
@@ -264,6 +353,40 @@ class _Fast(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _plain(self) -> tuple[Any, Any]:
+        """Copies of the backend for which special tokens in a text are text: at a row's start, and further on."""
+        from tokenizers import Tokenizer as Backend
+
+        settings = json.loads(self._backend.to_str())
+        settings["post_processor"] = None  # ByteLevel's takes white space out of a token's offsets
+        first = Backend.from_str(json.dumps(settings))
+        first.encode_special_tokens = True
+        if '"prepend_scheme": "first"' not in json.dumps(settings["pre_tokenizer"]):
+            return first, first
+        rules = json.dumps(settings["pre_tokenizer"])
+        settings["pre_tokenizer"] = json.loads(rules.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"'))
+        later = Backend.from_str(json.dumps(settings))
+        later.encode_special_tokens = True
+        return first, later
+
+    def encode_batch(self, texts: Sequence[str], *, opens: bool = True) -> list[list[int]]:
+        backend = self._plain[0 if opens else 1]
+        return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_spans(self, texts: Sequence[str], *, opens: bool = True) -> list[tuple[list[int], list[int]]]:
+        backend = self._plain[0 if opens else 1]
+        found = backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(row.ids, _last_characters(row.offsets)) for row in found]
+
+    def piece(self, token: int) -> str:
+        return str(self._backend.id_to_token(token) or f"<{token}>")
+
+    def digest(self) -> str:
+        import tokenizers
+
+        return _digest(self, self._backend.to_str().encode(), tokenizers.__version__)
 
     def decode(self, ids: Sequence[int]) -> str:
         kept = [int(i) for i in ids if i not in (self.bos_id, self.eos_id)]
@@ -303,7 +426,17 @@ def _load_gguf(file: Path) -> Tokenizer:
     return _Fast(tokenizer)
 
 
-# --- the small JSON files beside a tokenizer ----------------------------------------------------------------
+def _last_characters(offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """A character whose bytes are several tokens ends in the last of them: the others' offsets are empty."""
+    return [end - 1 if end > begin else begin for begin, end in offsets]
+
+
+def _digest(tokenizer: Tokenizer, rules: bytes, version: str) -> str:
+    rest = (version, tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos, sorted(tokenizer.special_tokens.items()))
+    return hashlib.sha256(rules + repr(rest).encode()).hexdigest()
+
+
+# --- the small files beside a tokenizer ------------------------------------------------------------------
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -317,6 +450,25 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{file} holds a {type(value).__name__}, expected a JSON object")
     return value
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file} is no UTF-8 (byte {error.start}): copy it again from the model's source") from error
+    return _default_template(config.get("chat_template"))
+
+
+def _default_template(found: object) -> str | None:
+    """One template, or the one called default among several."""
+    if isinstance(found, list):
+        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+    if isinstance(found, dict):
+        found = found.get("default")
+    return found if isinstance(found, str) else None
 
 
 def _token_text(value: object) -> str | None:

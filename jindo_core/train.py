@@ -20,7 +20,7 @@ from torch import Tensor
 from jindo_core import embedded
 from jindo_core.adapters import CONFIG, WEIGHTS, save_adapter
 from jindo_core.config import TrainConfig
-from jindo_core.data.examples import Example, collate, epoch_batches
+from jindo_core.data.examples import Example, collate, end_ids, epoch_batches, prompt_ids
 from jindo_core.data.records import Record
 from jindo_core.errors import InputError, TrainingError
 from jindo_core.evaluate import held_out_loss
@@ -301,9 +301,10 @@ def _answer(job: TrainingJob, view: TrainingView) -> str:
     """A greedy answer to the probe; empty where no row serves as one, or no memory is left for it."""
     if job.probe is None:
         return ""
-    prompt = job.template.prompt(job.probe.instruction, job.probe.input)
+    prompt = prompt_ids(job.tokenizer, job.template, job.probe)
+    ends = end_ids(job.tokenizer, job.template)
     try:
-        return generate(job.model, job.tokenizer, prompt, max_new_tokens=ANSWER_TOKENS)
+        return generate(job.model, job.tokenizer, prompt, max_new_tokens=ANSWER_TOKENS, ends=ends)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -90,8 +90,10 @@ def test_eos_is_supervised_where_it_fits_and_never_twice(smollm2):
     assert smollm2.decode([i for i in whole.labels if i != -100]) == "서울"
     cut = encode_example(smollm2, template, record, cutoff_len=length - 1, train_on_inputs=False)
     assert cut.input_ids == whole.input_ids[:-1]
-    told = Record.single("수도는?", "", "서울<|im_end|>", 1)
-    assert encode_example(smollm2, template, told, cutoff_len=256, train_on_inputs=False) == whole
+    told = Record.single("수도는?", "", "서울<|im_end|>", 1)  # text, not the token: EOS still comes behind it
+    ids = encode_example(smollm2, template, told, cutoff_len=256, train_on_inputs=False).input_ids
+    assert ids.count(smollm2.eos_id) == 1
+    assert smollm2.decode(ids) == "수도는?\n→서울<|im_end|>"
 
 
 def test_a_tokenizer_without_eos(smollm2, monkeypatch):
