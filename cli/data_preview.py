@@ -20,7 +20,7 @@ def run(argv: list[str]) -> int:
     given = parse_flags(PreviewConfig, argv, prog="jindo-core data preview", description=_DESCRIPTION, epilog=_EPILOG)
     config = PreviewConfig(**given)
 
-    from jindo_core.data.preview import run_preview
+    from jindo_core.refinery.preview import run_preview
 
     run_preview(config)
     return 0

@@ -16,8 +16,6 @@ _WORK, _CHECKS, _SAMPLING, _MEMORY = "the work", "checks of a rewritten text", "
 _SEED_LIMIT = 2**63 - 1
 OUTPUT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 """What rows can be written as."""
-CONVERT_TO = ("alpaca", "sharegpt", "orca", "koalpaca", "messages", "prompt-completion")
-"""Formats that `data convert` writes."""
 
 
 def _data_setting() -> Any:
@@ -66,7 +64,11 @@ class DataConvertConfig:
     data_path: str | None = _data_setting()
     dataset_format: str | None = _format_setting()
     output_path: str | None = _output_setting()
-    to: str | None = setting(None, _OUTPUT, "format to write: " + ", ".join(CONVERT_TO), metavar="NAME")
+    to: str | None = setting(
+        None, _OUTPUT, "format: alpaca, sharegpt, messages, orca, koalpaca, qa, self-instruct (prompt/completion), …",
+        metavar="NAME",
+    )  # fmt: skip
+    keep_columns: bool = setting(False, _OUTPUT, "take columns along that the rows' format does not know (id, …)")
     rounds: Literal["split", "first", "refuse"] = setting(
         "refuse", _WORK, "what the target can't hold of a conversation: a row for each round, the first round, an error"
     )

@@ -56,8 +56,8 @@ class Sampled:
     Attributes:
         rows, of: sampled, of so many readable ones.
         languages: field -> language -> texts. scripts: letters by script, of all fields.
-        tokens: (field, language) -> count; row_tokens: of whole rows in the template, as trained on. Empty without a
-            tokenizer.
+        tokens: (field, language) -> count; row_tokens: of whole rows in the template, as trained on; misfits: rows that
+            the template has no place for, which are in none of it. Empty without a tokenizer.
         near_rows, near: rows compared with each other by their answers; those like an earlier one, and not equal to it.
         dirt: what each step of the refinery would do by itself.
     """
@@ -68,6 +68,7 @@ class Sampled:
     scripts: Counter[str] = field(default_factory=Counter)
     tokens: dict[tuple[str, str], TokenCount] = field(default_factory=dict)
     row_tokens: Lengths = field(default_factory=Lengths)
+    misfits: int = 0
     near_rows: int = 0
     near: int = 0
     dirt: list[StepCounts] = field(default_factory=list)
@@ -125,6 +126,7 @@ class Inspection:
                 ],
                 "row_tokens": sample.row_tokens.as_json() if sample.tokens else None,
                 "rows_above": {str(limit): sample.row_tokens.above(limit) for limit in LIMITS} if sample.tokens else None,
+                "rows_without_place_in_template": sample.misfits,
                 "near_duplicates": {"rows": sample.near_rows, "found": sample.near},
                 "dirt": [_dirt_as_json(counts) for counts in sample.dirt if _finds(counts)],
             },
@@ -278,7 +280,7 @@ class _Tokens:
     """Counts tokens of fields and rows, a batch at a time."""
 
     def __init__(self, tokenizer: Tokenizer, template: Template, sampled: Sampled) -> None:
-        self._tokenizer, self._sampled = tokenizer, sampled
+        self._tokenizer, self._template, self._sampled = tokenizer, template, sampled
         self._encoder = Encoder(tokenizer, template, cutoff_len=_NO_LIMIT, train_on_inputs=True)
         self._waiting: list[Record] = []
 
@@ -295,8 +297,15 @@ class _Tokens:
 
     def finish(self) -> None:
         """What is waiting."""
-        for encoded in self._encoder.encode(self._waiting):
-            self._sampled.row_tokens.add(len(encoded.example.input_ids) if encoded.example is not None else 0)
+        fitting = []
+        for record in self._waiting:
+            try:
+                self._template.render(record)
+                fitting.append(record)
+            except InputError:  # a system message, where the template has none
+                self._sampled.misfits += 1
+        for layout in self._encoder.lay_out(fitting):
+            self._sampled.row_tokens.add(len(layout.example.input_ids))
         self._waiting.clear()
 
 

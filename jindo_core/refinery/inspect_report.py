@@ -158,6 +158,8 @@ def _show_sample(found: Inspection, template_name: str, console: Console, say) -
             f"{limit}: {over:,} ({over / rows:.1%})" for limit in LIMITS if (over := sample.row_tokens.above(limit))
         )
         say(f"rows longer than cutoff_len, in template {template_name}: {above or 'none'}")
+        if sample.misfits:
+            say(f"{sample.misfits:,} rows not counted there: the template has no place for a system message")
         say("\n".join(text_histogram(sample.row_tokens)))
     say(f"near duplicates: {sample.near:,} answers of {sample.near_rows:,} are like an earlier one and not equal to it")
     dirty = [counts for counts in sample.dirt if counts.changed or counts.rejected or counts.flagged or counts.found]
