@@ -14,10 +14,13 @@ from typing import Any, NoReturn
 
 from jindo_core.config import PROFILES, TrainConfig, did_you_mean, read_config_file
 from jindo_core.errors import InputError
-from jindo_core.settings import Config, Setting, settings, show
+from jindo_core.settings import SEPARATOR, Config, Setting, settings, show
 
 HELP = ("-h", "--help")
 _DASHES = "-‐‑‒–—−"  # web pages and word processors turn "--" into these
+
+_LISTS = {"names": " ", "numbers": " ", "paths": SEPARATOR}
+"""Kinds of settings that take several words, and what joins them."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,7 +66,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> No
     None has a default here: what stays unset is filled in once the profile is known.
     """
     groups: dict[str, Any] = {}
-    columns = list(PROFILES.values()) if config_class is TrainConfig else []
+    columns = [PROFILES["alpaca"], PROFILES["embedded"]] if config_class is TrainConfig else []
     for setting in settings(config_class).values():
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.group)
@@ -135,9 +138,10 @@ def _canonical(config_class: type[Config], argv: Sequence[str], prog: str) -> It
             setting = known.get(name)
             if not equals:
                 value = _take_value(setting, name, words, known, prog)
-            elif setting is not None and setting.kind == "names":
-                value = " ".join([value, *_take_list(words)])
-            yield f"--{name}={value if setting is not None and setting.verbatim else _unquoted(value)}"
+            elif setting is not None and setting.kind in _LISTS:
+                value = _LISTS[setting.kind].join([value, *_take_list(words)])
+            parts = [value] if _verbatim(setting) else [_unquoted(part) for part in value.split(SEPARATOR)]
+            yield f"--{name}={SEPARATOR.join(parts)}"
         elif name in known:
             if not equals:
                 value = words.pop(0) if words and not words[0].startswith("-") else "True"
@@ -170,10 +174,10 @@ def _take_value(
     setting: Setting | None, name: str, words: list[str], known: Mapping[str, Setting], prog: str
 ) -> str:
     """Removes the value of `--name` from the front of `words`. Free text may begin with dashes."""
-    if setting is not None and setting.kind == "names":
+    if setting is not None and setting.kind in _LISTS:
         parts = list(_take_list(words))
         if parts:
-            return " ".join(parts)
+            return _LISTS[setting.kind].join(parts)
     elif words and (not words[0].startswith("--") or (_verbatim(setting) and not _is_flag(words[0], known))):
         return words.pop(0)
     got = f"the flag {words[0]}" if words else "nothing"

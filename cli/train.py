@@ -6,8 +6,8 @@ from jindo_core.cli.flags import parse_flags
 from jindo_core.config import TrainConfig, resolve_train_config
 
 _DESCRIPTION = """\
-Fine-tune a language model with LoRA on its 4-bit weights.
-Without flags: SmolLM2-135M on bundled Korean rows.
+Fine-tune a language model with LoRA on its 4-bit weights; without flags,
+SmolLM2-135M on bundled Korean rows. qlora.py's flags work too: docs/qlora.md.
 [a / b]: the default with --base_model / without. Switches take --x, --x False
 or --no_x. In a flag's name - and _ are the same."""
 
@@ -19,9 +19,9 @@ example:
 def run(argv: list[str]) -> int:
     """Trains as `argv` says and returns 0. Raises InputError for wrong input."""
     given = parse_flags(TrainConfig, argv, prog="jindo-core train", description=_DESCRIPTION, epilog=_EPILOG)
-    config, explicit = resolve_train_config(given)
+    config, explicit, notices = resolve_train_config(given)
 
     from jindo_core.train import train
 
-    train(config, explicit)
+    train(config, explicit, notices)
     return 0

@@ -83,7 +83,7 @@ def _profiled(name: str, group: str, help: str, **more: Any) -> Any:
 
 
 _MODEL, _RUN, _DATA, _LORA = "model and files", "the run", "data and prompts", "LoRA"
-_MEMORY, _LOGS, _SAMPLING = "memory and device", "logging", "sampling"
+_MEMORY, _LOGS, _SAMPLING, _MMLU = "memory and device", "logging", "sampling", "logging"
 _SEED_LIMIT = 2**32 - 1  # numpy's; torch would take more
 
 
@@ -95,12 +95,19 @@ class TrainConfig:
     """
 
     base_model: str | None = setting(
-        None, _MODEL, "folder, .gguf file or Hub id; left out: SmolLM2-135M", path=True, metavar="MODEL"
+        None, _MODEL, "folder, .gguf or Hub id; else SmolLM2-135M", path=True, metavar="MODEL"
     )
-    data_path: str | None = setting(
-        None, _MODEL, "alpaca-format .json or .jsonl, or Hub id; left out: bundled", path=True, metavar="DATA"
+    data_path: tuple[str, ...] | None = setting(
+        None, _MODEL, "files, folders or Hub ids; else bundled rows", path=True, metavar="DATA..."
     )
-    output_dir: str = _profiled("output_dir", _MODEL, "for the adapter and logs", path=True, metavar="DIR")
+    data_weights: tuple[float, ...] | None = setting(
+        None, _MODEL, "how often an epoch sees each, say 1,0.5", above=0, metavar="X,X"
+    )
+    dataset_format: str | None = setting(None, _MODEL, "of the rows; left out: by their columns", metavar="NAME")
+    profile: Literal["alpaca", "qlora", "embedded"] | None = setting(
+        None, _MODEL, "alpaca, qlora or embedded: whose defaults", metavar="NAME"
+    )
+    output_dir: str = _profiled("output_dir", _MODEL, "for all output", path=True, metavar="DIR")
     overwrite_output_dir: bool = setting(False, _MODEL, "replace another run's output")
 
     batch_size: int = _profiled("batch_size", _RUN, "rows to one optimizer step", at_least=1)
@@ -115,23 +122,28 @@ class TrainConfig:
     weight_decay: float = setting(0.0, _RUN, "AdamW's weight decay", at_least=0)
     max_grad_norm: float = setting(1.0, _RUN, "clip the gradient's norm (0: off)", at_least=0)
     optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch"] = setting(
-        "paged_adamw_32bit", _RUN, "paged_adamw_32bit, paged_adamw_8bit (moments) or adamw_torch", metavar="NAME"
+        "paged_adamw_32bit", _RUN, "also …_8bit or adamw_torch", metavar="NAME"
     )
     seed: int = setting(42, _RUN, "of split, order and LoRA", at_least=0, at_most=_SEED_LIMIT)
 
     cutoff_len: int = setting(256, _DATA, "longest row in tokens", at_least=2)
+    source_max_len: int | None = setting(None, _DATA, "instead: longest prompt by itself,", at_least=1)
+    target_max_len: int | None = setting(None, _DATA, "and longest answer (both or neither)", at_least=1)
+    max_train_samples: int | None = setting(None, _DATA, "train on the first N rows", at_least=1)
+    max_eval_samples: int | None = setting(None, _DATA, "measure on the first N held out", at_least=1, hidden=True)
     val_set_size: int = _profiled("val_set_size", _DATA, "rows held out (0: none)", at_least=0)
     train_on_inputs: bool = _profiled("train_on_inputs", _DATA, "count the prompt in the loss too")
     group_by_length: bool = _profiled("group_by_length", _DATA, "batch rows of similar length")
-    prompt_template_name: str = _profiled(
-        "prompt_template_name", _DATA, "a template's name or file", metavar="NAME"
-    )
+    packing: bool = setting(False, _DATA, "several rows to a sequence, kept apart")
+    prompt_template_name: str = _profiled("prompt_template_name", _DATA, "name or file", metavar="NAME")
+    preview: int = setting(0, _DATA, "show N rows as they are learnt, and stop", at_least=0)
+    tokenized_cache: bool = setting(True, _DATA, "keep tokenized rows on disk for the next run", hidden=True)
 
     lora_r: int = setting(8, _LORA, "rank", at_least=1)
     lora_alpha: float = setting(16.0, _LORA, "scale: alpha / r", above=0)
     lora_dropout: float = setting(0.05, _LORA, "dropout before A", at_least=0, below=1)
     lora_target_modules: tuple[str, ...] = _profiled(
-        "lora_target_modules", _LORA, "layers to adapt, or all-linear", metavar="A,B"
+        "lora_target_modules", _LORA, "layers to adapt", metavar="A,B"
     )
     use_rslora: bool = setting(False, _LORA, "scale by alpha / sqrt(r)")
 
@@ -158,9 +170,16 @@ class TrainConfig:
     logging_steps: int = _profiled("logging_steps", _LOGS, "log every N steps", at_least=1)
     eval_steps: int = setting(200, _LOGS, "held-out loss every N steps", at_least=1)
 
+    do_mmlu_eval: bool = setting(False, _MMLU, "measure on MMLU's questions too")
+    mmlu_path: str | None = setting(None, _MMLU, "a file of them", path=True, metavar="FILE", hidden=True)
+    mmlu_split: Literal["eval", "test"] = setting("eval", _MMLU, "which of them", hidden=True)
+    max_mmlu_samples: int | None = setting(None, _MMLU, "the first N", at_least=1, hidden=True)
+    mmlu_source_max_len: int = setting(2048, _MMLU, "longest question in tokens", at_least=2, hidden=True)
+
     def __post_init__(self) -> None:
         read_fields(self)
         check_device(self.device)
+        _check_rows(self)
         if self.micro_batch_size > self.batch_size:
             raise InputError(
                 f"--micro_batch_size: got {self.micro_batch_size}, expected at most --batch_size "
@@ -242,6 +261,19 @@ class GenerateConfig:
             # Bytes on a command line that are no UTF-8 arrive as lone surrogates, which no tokenizer takes.
             if text is not None and not text.isascii() and re.search("[\ud800-\udfff]", text):
                 raise InputError(f"--{name}: got bytes that are no UTF-8, expected text in UTF-8")
+
+
+def _check_rows(config: TrainConfig) -> None:
+    """What the settings of the data say about each other. Raises InputError."""
+    paths, weights = len(config.data_path or ()), config.data_weights
+    if weights is not None and len(weights) != paths:
+        raise InputError(
+            f"--data_weights: got {len(weights)} for {paths} of --data_path, expected one for each, in their order"
+        )
+    lengths = {"source_max_len": config.source_max_len, "target_max_len": config.target_max_len}
+    for one, other in (lengths, list(lengths)[::-1]):
+        if lengths[one] is None and lengths[other] is not None:
+            raise InputError(f"--{other}: got it alone, expected --{one} beside it: a row is cut by both or neither")
 
 
 def read_fields(config: Config) -> None:
@@ -338,8 +370,8 @@ def _read_given(given: Mapping[str, Any], config_class: type[Config]) -> dict[st
     return {name: known[name].read(value) for name, value in given.items() if value is not None}
 
 
-def resolve_train_config(given: Mapping[str, Any]) -> tuple[TrainConfig, frozenset[str]]:
-    """The whole config from the settings that a person gave (flags over file), and the names of those.
+def resolve_train_config(given: Mapping[str, Any]) -> tuple[TrainConfig, frozenset[str], tuple[str, ...]]:
+    """The whole config from the settings that a person gave (flags over file), their names, and notices for the person.
 
     A named base model takes the `alpaca` profile's defaults, none the `embedded` one's. A None counts as not
     given. A default never contradicts what was given: of batch_size and micro_batch_size, the one left out
@@ -351,7 +383,7 @@ def resolve_train_config(given: Mapping[str, Any]) -> tuple[TrainConfig, frozens
         values["micro_batch_size"] = min(values["micro_batch_size"], values["batch_size"])
     elif "batch_size" not in explicit:
         values["batch_size"] = max(values["micro_batch_size"], values["batch_size"])
-    return TrainConfig(**values), frozenset(explicit)
+    return TrainConfig(**values), frozenset(explicit), ()
 
 
 def resolve_generate_config(given: Mapping[str, Any]) -> GenerateConfig:

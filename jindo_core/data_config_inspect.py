@@ -44,7 +44,7 @@ class InspectConfig:
     tokenizer: str | None = setting(None, _MODEL, "or with this one: a folder or .gguf file", path=True, metavar="PATH")
     prompt_template_name: str = setting("alpaca", _MODEL, "template of the rows counted in tokens", metavar="NAME")
     sample: int = setting(
-        20_000, _WORK, "rows for languages, tokens and dirt; a quarter of them for near duplicates (0: all)", at_least=0
+        20_000, _WORK, "rows for languages, tokens, near duplicates and dirt, drawn at random (0: all)", at_least=0
     )
     seed: int = setting(42, _WORK, "of the sample", at_least=0, at_most=_SEED_LIMIT)
     output_dir: str | None = setting(None, _OUTPUT, "folder for lengths.png and report.json", path=True, metavar="DIR")

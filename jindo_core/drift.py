@@ -223,14 +223,17 @@ def held_out_examples(
         records, said = read_records(eval_text), f"rows of {Path(eval_text).name}"
     else:
         data = settings.get("data_path")
+        data = [data] if isinstance(data, str) else data  # older runs wrote one path
         try:
-            records = read_records(bundled_path() if data is None else resolve_data(data))
+            paths = [bundled_path()] if data is None else [resolve_data(path) for path in data]
+            records = [record for path in paths for record in read_records(path)]
         except InputError as error:
             raise InputError(f"{error}; or give --eval_text FILE") from None
         size = settings.get("val_set_size") or rows
         _, records, _ = split_records(records, size, settings.get("seed", 42))
         told = "rows held out" if settings.get("val_set_size") else "rows (perhaps trained on: its run held none out)"
-        said = f"{told} of {'the bundled Korean instructions' if data is None else Path(data).name}"
+        names = "the bundled Korean instructions" if data is None else ", ".join(Path(path).name for path in data)
+        said = f"{told} of {names}"
     template = load_template("alpaca" if run is None else run.prompt_template_name, tokenizer)
     whole = bool(settings.get("train_on_inputs", False))  # as the run's own loss counted
     examples, _ = encode_all(records[:rows], tokenizer, template, cutoff_len=cutoff, train_on_inputs=whole)

@@ -78,7 +78,8 @@ def prepare(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -
         view.say(f"Base model: {embedded.NAME}, embedded default (135M weights; it was made for English)")
     if config.data_path is None:
         view.notice("no --data_path: the bundled Korean instructions are used")
-    records = read_records(bundled_path() if config.data_path is None else resolve_data(config.data_path))
+    paths = [bundled_path()] if config.data_path is None else [resolve_data(path) for path in config.data_path]
+    records = [record for path in paths for record in read_records(path)]
     training, held_out, warning = split_records(records, config.val_set_size, config.seed)
     if warning:
         view.notice(warning)

@@ -26,7 +26,7 @@ class Setting:
     """What is known of one field of a config: enough to read a value, make a flag of it and explain it."""
 
     name: str
-    kind: Literal["int", "float", "bool", "text", "names"]
+    kind: Literal["int", "float", "bool", "text", "names", "paths", "numbers"]
     help: str
     group: str
     default: Any
@@ -50,11 +50,18 @@ class Setting:
             return "True or False"
         if self.kind == "names":
             return "a list of module names such as q_proj,v_proj"
+        if self.kind == "paths":
+            return "one path or several, none blank"
+        if self.kind == "numbers":
+            return f"{self._bounded('a number')}, or several such as 1,0.5"
         if self.kind == "text":
             return "a path, not blank" if self.path else "text, not blank"
+        return self._bounded("a whole number" if self.kind == "int" else "a number")
+
+    def _bounded(self, what: str) -> str:
         bounds = [("of at least", self.at_least), ("above", self.above), ("at most", self.at_most)]
         said = [f"{word} {bound:g}" for word, bound in [*bounds, ("below", self.below)] if bound is not None]
-        return " ".join(["a whole number" if self.kind == "int" else "a number", " and ".join(said)]).strip()
+        return " ".join([what, " and ".join(said)]).strip()
 
     def read(self, value: object, label: str | None = None) -> Any:
         """The value in this setting's own type, from text (a flag) or from a typed value (a file, Python).
@@ -70,13 +77,18 @@ class Setting:
             example = f", for example {show(self.default)}" if self.kind in ("int", "float") else ""
             raise InputError(f"{label or '--' + self.name}: got {got}, expected {self.expected()}{example}")
         # The shell expands no ~ in --output_dir=~/x, and nobody does in a file.
+        if self.kind == "paths":
+            return tuple(os.path.expanduser(path) for path in found)
         return os.path.expanduser(str(found)) if self.path else found
 
     def _within(self, value: Any) -> bool:
         if self.choices:
             return value in self.choices
-        if self.kind not in ("int", "float"):
+        if self.kind not in ("int", "float", "numbers"):
             return True
+        return all(self._in_bounds(number) for number in (value if self.kind == "numbers" else (value,)))
+
+    def _in_bounds(self, value: float) -> bool:
         return (
             (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
@@ -88,7 +100,7 @@ class Setting:
 def show(value: Any) -> str:
     """A setting's value as it would be typed after its flag."""
     if isinstance(value, tuple):
-        return ",".join(value)
+        return ",".join(part if isinstance(part, str) else show(part) for part in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -140,6 +152,28 @@ def _names(value: object) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(parts))
 
 
+SEPARATOR = "\0"
+"""What joins several paths on their way through argparse: the one character that no path and no argument holds."""
+
+
+def _paths(value: object) -> tuple[str, ...] | None:
+    """A path (a comma or a space is part of it), a list of them, or several joined by `SEPARATOR`."""
+    if isinstance(value, str):
+        value = value.split(SEPARATOR)
+    parts = [_text(part) for part in value] if isinstance(value, list | tuple) else [_text(value)]
+    found = tuple(part for part in parts if part is not None)
+    return found if found and len(found) == len(parts) else None
+
+
+def _numbers(value: object) -> tuple[float, ...] | None:
+    """`1,0.5`, `1 0.5`, `[1, 0.5]`, a number or a list of them."""
+    if isinstance(value, str):
+        value = [part for part in re.split(r"[,\s]+", value.strip().strip("[]()").strip()) if part]
+    parts = [_number(part) for part in (value if isinstance(value, list | tuple) else [value])]
+    found = tuple(part for part in parts if part is not None)
+    return found if found and len(found) == len(parts) else None
+
+
 def size_in_bytes(text: str) -> int | None:
     """`4GB`, `400MB` (powers of 1000), `2GiB` (of 1024) or plain bytes; None where it is none of these, or zero."""
     found = _SIZE.fullmatch(text.strip())
@@ -155,6 +189,8 @@ _READERS: dict[str, Callable[[object], Any]] = {
     "bool": _boolean,
     "text": _text,
     "names": _names,
+    "paths": _paths,
+    "numbers": _numbers,
 }
 
 
@@ -187,7 +223,7 @@ def _describe(name: str, hint: Any, default: Any, metadata: dict[str, Any]) -> S
     if typing.get_origin(hint) is Literal:
         choices, kind = typing.get_args(hint), "text"
     elif typing.get_origin(hint) is tuple:
-        kind = "names"
+        kind = "numbers" if typing.get_args(hint)[0] is float else "paths" if metadata.get("path") else "names"
     else:
         kind = {int: "int", float: "float", bool: "bool", str: "text"}[hint]
     metadata.setdefault("metavar", "|".join(choices) or {"int": "N", "float": "X"}.get(kind, "TEXT"))

@@ -54,17 +54,22 @@ class TrainResult:
     peak_bytes: int
 
 
-def train(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> TrainResult:
+def train(
+    config: TrainConfig, explicit: frozenset[str] = frozenset(), notices: Sequence[str] = ()
+) -> TrainResult:
     """Run a training job as `config` says.
 
     Args:
         explicit: names of the settings that the user gave; an output_dir among them is never renamed.
+        notices: what reading the settings has to tell the user; said first.
     Raises:
         InputError: a path, file, row or setting that can't be used; nothing was written.
         TrainingError: the loss or a gradient stopped being finite; no adapter was written, and one that the
             folder held is as it was. metrics.jsonl.part shows how far the run came.
     """
     view = TrainingView()
+    for notice in notices:
+        view.notice(notice)
     output_dir = choose_output_dir(config, "output_dir" in explicit)
     job = prepare(config, explicit, view)
     try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from jindo_core.data.readers import Row, RowSource
 from jindo_core.data.records import Record
 from jindo_core.data.templates import Template
 from jindo_core.errors import InputError
+from jindo_core.refinery.duplicate_steps import NearDuplicates
 from jindo_core.refinery.languages import language, scripts
 from jindo_core.refinery.lengths import Lengths
 from jindo_core.refinery.pipeline import Item, Passing, RowStep, StepCounts, run_row_steps
@@ -31,7 +31,7 @@ from jindo_core.tokenizer import Tokenizer
 FIELDS = ("system", "instruction", "input", "output")
 LIMITS = (256, 512, 1024, 2048, 4096, 8192)
 """Values of cutoff_len that rows are held against."""
-_NEAR_ALIKE, _NEAR_SHARE, _SHINGLE, _PERMUTATIONS = 0.8, 4, 5, 64
+_NEAR_ROWS = 50_000  # rows compared with each other, at most: 256 bytes each, and the pairs
 _BATCH = 256  # rows tokenized together
 _TOLD = 5  # unreadable rows that are named
 _MOST_COLUMNS = 200
@@ -58,7 +58,8 @@ class Sampled:
         languages: field -> language -> texts. scripts: letters by script, of all fields.
         tokens: (field, language) -> count; row_tokens: of whole rows in the template, as trained on; misfits: rows that
             the template has no place for, which are in none of it. Empty without a tokenizer.
-        near_rows, near: rows compared with each other by their answers; those like an earlier one, and not equal to it.
+        near_rows, near: rows compared with each other; those that step near_duplicates of `data clean` would reject, rows
+            that equal an earlier one aside.
         dirt: what each step of the refinery would do by itself.
     """
 
@@ -156,14 +157,14 @@ def inspect(
 
     Args:
         tokenizer, template: both or neither; without them no tokens are counted.
-        sample: rows for languages, tokens and dirt, a quarter of them for near duplicates; 0: all.
+        sample: rows for languages, tokens, dirt and near duplicates (of those at most 50,000); 0: all.
         on_progress: called with (bytes read, bytes to read), both passes together.
     """
     found = Inspection([(path.name, path.stat().st_size) for path in source.paths], form.name, form.becomes)
     readable = _count(source, form, found, on_progress)
     chosen = _chosen(readable, sample, seed)
     found.sample.of = readable
-    _look_closer(source, form, found.sample, chosen, tokenizer, template, seed, on_progress)
+    _look_closer(source, form, found.sample, chosen, tokenizer, template, on_progress)
     return found
 
 
@@ -243,14 +244,13 @@ def _chosen(count: int, sample: int, seed: int) -> np.ndarray:
 
 def _look_closer(
     source: RowSource, form: Format, sampled: Sampled, chosen: np.ndarray, tokenizer: Tokenizer | None,
-    template: Template | None, seed: int, on_progress: Progress,
+    template: Template | None, on_progress: Progress,
 ) -> None:  # fmt: skip
     """The second pass, over the chosen rows."""
     steps = [kind() for kind in STEPS.values() if issubclass(kind, RowStep)]
     sampled.dirt = [StepCounts(step.name) for step in steps]
-    near = _NearDuplicates(seed)
-    # All of a small sample; of a large one as many as take seconds.
-    every = _NEAR_SHARE if len(chosen) >= 1000 * _NEAR_SHARE else 1
+    near = _NearDuplicates()
+    every = -(-len(chosen) // _NEAR_ROWS) or 1
     tokens = None if tokenizer is None or template is None else _Tokens(tokenizer, template, sampled)
     numbers = iter(chosen.tolist())
     wanted = next(numbers, None)
@@ -267,13 +267,13 @@ def _look_closer(
             for _ in run_row_steps([Passing(item)], [step], [counts]):
                 pass  # only the counts are wanted
         if sampled.rows % every == 0:
-            near.add("\n".join(each.output for each in record.rounds))
+            near.add(item)
         if tokens is not None:
             tokens.add(record, named)
         sampled.rows += 1
     if tokens is not None:
         tokens.finish()
-    sampled.near_rows, sampled.near = near.rows, near.found
+    sampled.near_rows, sampled.near = near.rows, near.count()
 
 
 class _Tokens:
@@ -310,29 +310,23 @@ class _Tokens:
 
 
 class _NearDuplicates:
-    """Texts like an earlier one: estimated Jaccard similarity of their five-character shingles at least 0.8 (MinHash with
-    locality-sensitive hashing; Broder 1997)."""
+    """What the refinery's step finds among some of the rows."""
 
-    def __init__(self, seed: int) -> None:
-        from datasketch import MinHashLSH
-
-        self.rows, self.found, self._seed = 0, 0, seed % (1 << 32)
-        self._index = MinHashLSH(threshold=_NEAR_ALIKE, num_perm=_PERMUTATIONS)
+    def __init__(self) -> None:
+        self.rows, self._step = 0, NearDuplicates()
+        self._keys: list[bytes] = []
         self._equal: set[int] = set()
-        self._hashes: dict[int, Any] = {}
 
-    def add(self, text: str) -> None:
-        from datasketch import MinHash
-
+    def add(self, item: Item) -> None:
         self.rows += 1
-        plain = " ".join(text.split())
-        equal = _digest([plain])
-        if len(plain) < _SHINGLE or equal in self._equal:  # an equal one is counted as repeated already
-            return
-        self._equal.add(equal)
-        made = MinHash(num_perm=_PERMUTATIONS, seed=self._seed, hashfunc=zlib.crc32)
-        made.update_batch({plain[i : i + _SHINGLE].encode() for i in range(len(plain) - _SHINGLE + 1)})
-        alike = self._index.query(made)
-        self.found += any(made.jaccard(self._hashes[key]) >= _NEAR_ALIKE for key in alike)
-        self._hashes[self.rows] = made
-        self._index.insert(self.rows, made)
+        equal = _digest([text for _, text in _texts(item.record)])
+        if equal not in self._equal and (key := self._step.key(item)):
+            self._equal.add(equal)
+            self._keys.append(key)
+
+    def count(self) -> int:
+        """Rows like an earlier one."""
+        if not self._keys:
+            return 0
+        keys = np.frombuffer(b"".join(self._keys), dtype=np.uint8).reshape(len(self._keys), -1)
+        return sum(1 for _ in self._step.decide(keys, np.arange(len(keys))))

@@ -125,7 +125,7 @@ def _lengths_table(found: Inspection) -> Table:
     rows = [(f"{name}, characters", found.characters[name]) for name in FIELDS if found.characters[name].count]
     rows.append(("row, characters", found.row_characters))
     if found.sample.row_tokens.count:
-        rows.append(("row, tokens*", found.sample.row_tokens))
+        rows.append(("row, tokens (sampled)", found.sample.row_tokens))
     for title, lengths in rows:
         told = lengths.as_json()
         table.add_row(title, *(f"{told[name]:,.0f}" for name in names))
@@ -134,7 +134,7 @@ def _lengths_table(found: Inspection) -> Table:
 
 def _show_sample(found: Inspection, template_name: str, console: Console, say) -> None:  # type: ignore[no-untyped-def]
     sample = found.sample
-    which = "all rows" if sample.rows == sample.of else f"* a seeded sample of {sample.rows:,} of {sample.of:,} rows"
+    which = "all rows" if sample.rows == sample.of else f"a seeded sample of {sample.rows:,} of {sample.of:,} rows"
     say(f"\nof {which}:")
     letters = max(sample.scripts.total(), 1)
     say("letters: " + (", ".join(f"{name} {n / letters:.1%}" for name, n in sample.scripts.most_common()) or "none"))
@@ -161,7 +161,7 @@ def _show_sample(found: Inspection, template_name: str, console: Console, say) -
         if sample.misfits:
             say(f"{sample.misfits:,} rows not counted there: the template has no place for a system message")
         say("\n".join(text_histogram(sample.row_tokens)))
-    say(f"near duplicates: {sample.near:,} answers of {sample.near_rows:,} are like an earlier one and not equal to it")
+    say(f"near duplicates: {sample.near:,} of {sample.near_rows:,} rows are like an earlier one and not equal to it")
     dirty = [counts for counts in sample.dirt if counts.changed or counts.rejected or counts.flagged or counts.found]
     if not dirty:
         say("dirt: none that the refinery's steps know")

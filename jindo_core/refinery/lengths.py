@@ -57,11 +57,12 @@ class Lengths:
         return {"count": self.count, "mean": round(self.mean, 2), **told, "max": self.longest}
 
     def bins(self, most: int = 16) -> list[tuple[int, int, int]]:
-        """(from, below, how many) of at most so many bins, wider by a factor each, that hold all of them."""
+        """(from, below, how many) of at most so many bins, wider by a factor each, from the shortest to the longest."""
         if not self.count:
             return []
-        low, high = max(self.percentile(0), 1), self.longest + 1
-        edges = sorted({0, *(round(low * (high / low) ** (i / most)) for i in range(1, most)), high})
+        shortest, high = self.percentile(0), self.longest + 1
+        low = max(shortest, 1)
+        edges = sorted({shortest, *(round(low * (high / low) ** (i / most)) for i in range(1, most)), high})
         sums = [*(self.count - self.above(edge - 1) for edge in edges[1:-1]), self.count]
         return [
             (start, end, upto - before)

@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from jindo_core.errors import InputError, nearest
-from jindo_core.refinery import personal, text_steps
+from jindo_core.refinery import (
+    conversation_steps,
+    duplicate_steps,
+    korean_steps,
+    personal,
+    text_steps,
+    translation_steps,
+)
 from jindo_core.refinery.pipeline import RawStep, Step
 from jindo_core.settings import settings
 
 STEPS: dict[str, type[Step]] = {
     step.name: step
-    for module in (text_steps, personal)
+    for module in (text_steps, conversation_steps, translation_steps, korean_steps, duplicate_steps, personal)
     for step in module.STEPS
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from jindo_core.cli.flags import add_flags, parse_flags
 from jindo_core.config import GenerateConfig, TrainConfig, resolve_train_config
 from jindo_core.errors import InputError
+from jindo_core.settings import settings
 
 # alpaca-lora's README, with `python finetune.py` replaced.
 SEED_SPACES = """
@@ -65,7 +67,7 @@ def seed_argv(command):
 def test_the_seeds_command_with_spaces():
     assert parse_flags(TrainConfig, seed_argv(SEED_SPACES)) == {
         "base_model": "decapoda-research/llama-7b-hf",
-        "data_path": "yahma/alpaca-cleaned",
+        "data_path": ("yahma/alpaca-cleaned",),
         "output_dir": "./lora-alpaca",
         "batch_size": 128,
         "micro_batch_size": 4,
@@ -94,7 +96,7 @@ def test_the_seeds_command_with_equals_signs():
         "lora_r": 16,
         "micro_batch_size": 8,
     }
-    config, _ = resolve_train_config(given)
+    config, _, _ = resolve_train_config(given)
     assert (config.data_path, config.batch_size, config.accumulation_steps) == (None, 128, 16)
 
 
@@ -160,6 +162,23 @@ def test_lists(value, joint, rest):
     given = parse(f"--lora_target_modules{joint}{value}{rest}")
     assert given["lora_target_modules"] == ("q_proj", "v_proj")
     assert len(given) == (2 if rest else 1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--data_path a.json 'b c,d.json' --seed 1",
+        "--data-path=a.json 'b c,d.json' --seed=1",
+        "--data_path x --seed 1 --data_path \"'a.json'\" \"'b c,d.json'\"",
+    ],
+)
+def test_several_paths(line):
+    assert parse(line) == {"data_path": ("a.json", "b c,d.json"), "seed": 1}
+
+
+@pytest.mark.parametrize("line", ["1,0.5", "1 0.5", "1, 0.5", "[1,0.5]"])
+def test_several_numbers(line):
+    assert parse(f"--data_weights {line}") == {"data_weights": (1.0, 0.5)}
 
 
 @pytest.mark.parametrize("word", ["'x'", '"x"', "x"])
@@ -283,7 +302,7 @@ def test_flags_win_over_the_file(tmp_path, order):
     path.write_text("lora_r: 16\nbase_model: m\n")
     given = parse(order.format(path))
     assert given == {"lora_r": 4, "base_model": "m"}
-    config, explicit = resolve_train_config(given)
+    config, explicit, _ = resolve_train_config(given)
     assert (config.batch_size, explicit) == (128, {"lora_r", "base_model"})
 
 
@@ -309,6 +328,6 @@ def test_every_field_is_a_flag(config_class):
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_flags(parser, config_class)
     text = parser.format_help()
-    for name in config_class.__dataclass_fields__:
-        assert f"--{name}" in text
+    for name, known in settings(config_class).items():
+        assert (re.search(rf"--{name}\s", text) is None) is known.hidden
     assert vars(parser.parse_args([])) == {}

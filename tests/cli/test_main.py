@@ -216,14 +216,14 @@ def test_the_installed_command_exits_with_the_code(tmp_path):
 
 def test_train_hands_over_the_config_and_what_was_given(engine):
     assert main(["train", "--base-model", "m", "--no_train_on_inputs"]) == 0
-    ((config, explicit),) = engine.calls
+    ((config, explicit, _),) = engine.calls
     assert (config.base_model, config.train_on_inputs, config.batch_size) == ("m", False, 128)
     assert explicit == {"base_model", "train_on_inputs"}
 
 
 def test_train_without_flags_is_the_embedded_job(engine):
     assert main(["train"]) == 0
-    ((config, explicit),) = engine.calls
+    ((config, explicit, _),) = engine.calls
     assert (config.base_model, config.data_path, explicit) == (None, None, frozenset())
 
 

@@ -33,7 +33,7 @@ def message(function, *args, **kwargs):
 
 
 def test_a_named_model_takes_alpaca_loras_defaults():
-    config, explicit = resolve_train_config({"base_model": "m"})
+    config, explicit, _ = resolve_train_config({"base_model": "m"})
     assert explicit == {"base_model"}
     assert (config.output_dir, config.batch_size, config.micro_batch_size) == ("./lora-alpaca", 128, 4)
     assert (config.num_epochs, config.learning_rate, config.cutoff_len) == (3.0, 3e-4, 256)
@@ -47,7 +47,7 @@ def test_a_named_model_takes_alpaca_loras_defaults():
 
 
 def test_without_a_model_the_embedded_job_is_meant():
-    config, explicit = resolve_train_config({})
+    config, explicit, _ = resolve_train_config({})
     assert explicit == frozenset()
     assert config.base_model is None
     assert (config.prompt_template_name, config.lora_target_modules) == ("korean_short", ("all-linear",))
@@ -57,7 +57,7 @@ def test_without_a_model_the_embedded_job_is_meant():
 
 
 def test_what_is_given_wins_over_the_profile_and_is_named():
-    config, explicit = resolve_train_config({"lora_r": 4, "train_on_inputs": True, "data_path": None})
+    config, explicit, _ = resolve_train_config({"lora_r": 4, "train_on_inputs": True, "data_path": None})
     assert (config.lora_r, config.train_on_inputs, config.data_path) == (4, True, None)
     assert explicit == {"lora_r", "train_on_inputs"}
 
@@ -78,7 +78,7 @@ def test_a_profile_names_only_settings_and_the_two_name_the_same(profile):
     ],
 )
 def test_a_default_batch_gives_way_to_a_given_one(given, batch, micro):
-    config, _ = resolve_train_config(given)
+    config, _, _ = resolve_train_config(given)
     assert (config.batch_size, config.micro_batch_size) == (batch, micro)
 
 
@@ -339,3 +339,41 @@ def test_nothing_heavy_is_imported():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+# Data -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["a b,c.json", ["a b,c.json"], ("a b,c.json",), Path("a b,c.json")])
+def test_a_path_keeps_its_commas_and_spaces(value):
+    assert TrainConfig(data_path=value).data_path == ("a b,c.json",)
+
+
+def test_several_paths_and_a_weight_for_each(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = TrainConfig(data_path=["~/a.json", "b"], data_weights="1, 0.5")
+    assert (config.data_path, config.data_weights) == (("/home/someone/a.json", "b"), (1.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"data_path": []}, "--data_path: got [], expected one path or several, none blank"),
+        ({"data_path": ["a", " "]}, "--data_path: got ['a', ' '], expected one path"),
+        ({"data_path": [1]}, "--data_path: got [1]"),
+        ({"data_path": "a", "data_weights": 0}, "--data_weights: got 0, expected a number above 0, or several"),
+        ({"data_path": "a", "data_weights": [1, True]}, "--data_weights: got [1, True]"),
+        ({"data_path": "a", "data_weights": "1,x"}, "--data_weights: got '1,x'"),
+        ({"data_path": "a", "data_weights": ""}, "--data_weights: got ''"),
+        ({"data_path": "a", "data_weights": [1, 1]}, "--data_weights: got 2 for 1 of --data_path"),
+        ({"data_weights": 1}, "--data_weights: got 1 for 0 of --data_path"),
+        ({"source_max_len": 16}, "--source_max_len: got it alone, expected --target_max_len beside it"),
+        ({"target_max_len": 16}, "--target_max_len: got it alone, expected --source_max_len beside it"),
+        ({"preview": -1}, "--preview: got -1, expected a whole number of at least 0"),
+        ({"max_train_samples": 0}, "--max_train_samples: got 0"),
+        ({"profile": "lora"}, "--profile: got 'lora', expected one of alpaca, qlora, embedded"),
+        ({"mmlu_split": "train"}, "--mmlu_split: got 'train', expected eval or test"),
+    ],
+)
+def test_what_is_wrong_with_the_data_is_said(given, part):
+    assert part in message(TrainConfig, **given)

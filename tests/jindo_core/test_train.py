@@ -159,10 +159,10 @@ def test_output_dir_of_another_run_is_refused_unless_told(stories260k, rows, tmp
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     training.train(*settings(stories260k, rows, out, max_steps=3, overwrite_output_dir=True))
     assert len([row for row in metrics(out) if "loss" in row]) == 3
-    config, _ = settings(stories260k, rows, out)
+    config, _, _ = settings(stories260k, rows, out)
     assert training.choose_output_dir(config, named=False) == tmp_path / "out-2"
     (tmp_path / "file").touch()
-    config, _ = settings(stories260k, rows, tmp_path / "file")
+    config, _, _ = settings(stories260k, rows, tmp_path / "file")
     with pytest.raises(InputError, match="is a file, expected a folder"):
         training.choose_output_dir(config, named=True)
 
@@ -476,7 +476,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(stories260k, rows, tmp_path, mo
 
 
 def test_bundled_data_serves_where_none_is_named(stories260k, tmp_path, capsys):
-    config, explicit = resolve_train_config(
+    config, explicit, _ = resolve_train_config(
         {
             "base_model": str(stories260k), "output_dir": str(tmp_path / "out"), "max_steps": 1, "device": "cpu",
             "batch_size": 2, "cutoff_len": 512, "lora_target_modules": "[q_proj,k_proj,v_proj,o_proj]",

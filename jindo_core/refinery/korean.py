@@ -1,0 +1,115 @@
+"""What the steps need to know of Korean: shares of Hangul, particles that fit a word, and a sentence's speech level."""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections import Counter
+from typing import Literal
+
+import numpy as np
+
+Level = Literal["해요체", "합쇼체", "반말", "-세요"]
+
+HANGUL = "가-힣ㄱ-ㆎ"
+_OTHER, _LETTER, _HANGUL = 0, 1, 2
+
+# Fenced code (an open fence lasts to the end), code within a line, addresses. A fence comes first: it holds backticks.
+_CODE = re.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]+`|\b(?:https?|ftp)://[^\s)\]>\"'가-힣]+|\bwww\.[^\s)\]>\"'가-힣]+", re.DOTALL
+)
+_QUOTED = re.compile(r'"[^"\n]*"|“[^”\n]*”|‘[^’\n]*’|(?<!\w)\'[^\'\n]*\'|「[^」\n]*」|『[^』\n]*』|«[^»\n]*»')
+
+# A sentence's last Hangul: before its punctuation, or at a line's end, where chat puts ㅎㅎ, ^^ and emoji instead.
+_SENTENCE_END = re.compile(r"([가-힣]{1,6})(?:[.!?…~。]+(?=[\s)\]*_]|$)|[ \tㅋㅎㅠㅜ^;*_)\]]*$)", re.MULTILINE)
+
+# Nouns in 요: a heading or a telegraphic line ends in them, not a 해요체 sentence.
+_NOUN_IN_YO = re.compile(r"(?:필|중|주|개|수|소|강|긴|민|동|청|당|빈|고)요$")
+_REQUEST = re.compile(r"(?:세|셔)요$")
+# 해체 by endings that nouns don't have. A lone 어, 지 or 야 would take 단어, 이미지 and 분야 for verbs.
+_INTIMATE = re.compile(
+    r"(?:[었았였했겠됐갔왔봤졌렸쳤켰썼]|있|없|싶|같|많|맞|좋|괜찮|않)(?:어|아|지|네|냐|니|구나|거든|는데|더라|잖아)$"
+    r"|(?:거|아니|이|뭐|게)야$|(?:해|돼|줘|봐|몰라|그래|마)$|(?:할|갈|줄|볼|올|될)(?:게|래|까|걸)$|잖아$|거든$"
+    r"|(?:하|가|보|먹)자$|(?:해|가|와|봐|어|아)라$|(?:하|있|없|되)(?:냐|니)$"
+)
+_NOUN_IN_HAE = re.compile(r"(?:이|오|피|방|재|침|분|견|상|손|유|저|올|새|동|서|남|북|양|곤|화|음|공|잔|무)해$|[^지]마$")
+_TENSE = frozenset("었았였했겠됐갔왔봤졌렸쳤켰썼있없")
+
+
+@functools.cache
+def _classes() -> np.ndarray:
+    """uint8 [65536]: what each character of the basic plane is; all beyond count as no letter (emoji, for the most)."""
+    table = np.array([unicodedata.category(chr(code))[0] == "L" for code in range(0x10000)], dtype=np.uint8)
+    table[0xD800:0xE000] = _OTHER
+    for first, last in ((0xAC00, 0xD7A3), (0x3131, 0x318E), (0x1100, 0x11FF), (0xA960, 0xA97C), (0xD7B0, 0xD7FB)):
+        table[first : last + 1] = _HANGUL
+    return table
+
+
+def letters(text: str) -> tuple[int, int]:
+    """How many letters of Hangul, and of all other scripts, a text holds."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    found = np.bincount(_classes()[codes[codes < 0x10000]], minlength=3)
+    return int(found[_HANGUL]), int(found[_LETTER])
+
+
+def prose(text: str) -> str:
+    """A text without code (fenced, or within a line) and without addresses."""
+    return _CODE.sub(" ", text) if "`" in text or "://" in text or "www." in text else text
+
+
+def hangul_share(text: str) -> float | None:
+    """Hangul's share of the letters of a text's prose, from 0 to 1; None where that has no letters."""
+    hangul, other = letters(prose(text))
+    return hangul / (hangul + other) if hangul + other else None
+
+
+def ends_in_consonant(syllable: str) -> bool:
+    """Whether a syllable (각) or the Korean name of a Latin letter (L: 엘) ends in a consonant, which decides between
+    은 and 는, 이 and 가, 을 and 를, 과 and 와."""
+    if "가" <= syllable <= "힣":
+        return (ord(syllable) - 0xAC00) % 28 != 0
+    return syllable.lower() in "lmnr"
+
+
+def speech_levels(text: str) -> Counter[Level]:
+    """How many sentences of a text's prose end in each speech level; quoted speech is not the writer's and is left out.
+
+    해요체 (…요, …죠), 합쇼체 (…ㅂ니다, …십시오), 반말 (해체 and 해라체: …했어, …한다). "-세요" are polite requests, which
+    stand beside 합쇼체 in most written Korean; `Honorifics` says what they count as. Sentences that end in a noun, or
+    in none of these, are not counted: endings are told by their form alone, and doubtful ones are left out.
+    """
+    counts: Counter[Level] = Counter()
+    for ending in _SENTENCE_END.findall(_QUOTED.sub(" ", prose(text))):
+        level = _level(ending)
+        if level is not None:
+            counts[level] += 1
+    return counts
+
+
+def _level(ending: str) -> Level | None:
+    """The speech level of a sentence by its last word's end, up to six syllables of it."""
+    if ending.endswith("요"):
+        if _NOUN_IN_YO.search(ending):
+            return None
+        return "-세요" if _REQUEST.search(ending) else "해요체"
+    if ending.endswith("죠"):
+        return "해요체"
+    if ending.endswith(("니다", "니까", "시다")) and len(ending) > 2 and _final(ending[-3]) == "ㅂ":
+        return "합쇼체"
+    if ending.endswith("시오"):
+        return "합쇼체"
+    if ending.endswith("다") and len(ending) > 1:
+        before = ending[-2]
+        return (
+            "반말" if before in _TENSE or _final(before) == "ㄴ" or ending.endswith(("이다", "않다", "같다")) else None
+        )
+    if _INTIMATE.search(ending) and not _NOUN_IN_HAE.search(ending):
+        return "반말"
+    return None
+
+
+def _final(syllable: str) -> str:
+    """The consonant that a syllable ends in, of the two that endings are told by; else ""."""
+    return {4: "ㄴ", 17: "ㅂ"}.get((ord(syllable) - 0xAC00) % 28, "")
