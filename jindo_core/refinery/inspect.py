@@ -21,6 +21,7 @@ from jindo_core.data.readers import Row, RowSource
 from jindo_core.data.records import Record
 from jindo_core.data.templates import Template
 from jindo_core.errors import InputError
+from jindo_core.refinery import korean_steps, translation_steps
 from jindo_core.refinery.duplicate_steps import NearDuplicates
 from jindo_core.refinery.languages import language, scripts
 from jindo_core.refinery.lengths import Lengths
@@ -32,6 +33,8 @@ FIELDS = ("system", "instruction", "input", "output")
 LIMITS = (256, 512, 1024, 2048, 4096, 8192)
 """Values of cutoff_len that rows are held against."""
 _NEAR_ROWS = 50_000  # rows compared with each other, at most: 256 bytes each, and the pairs
+_KOREAN = {step.name for module in (korean_steps, translation_steps) for step in module.STEPS}
+_KOREAN_SHARE = 10  # one row in so many has to hold Korean, for these steps to be told of
 _BATCH = 256  # rows tokenized together
 _TOLD = 5  # unreadable rows that are named
 _MOST_COLUMNS = 200
@@ -56,11 +59,11 @@ class Sampled:
     Attributes:
         rows, of: sampled, of so many readable ones.
         languages: field -> language -> texts. scripts: letters by script, of all fields.
-        tokens: (field, language) -> count; row_tokens: of whole rows in the template, as trained on; misfits: rows that
-            the template has no place for, which are in none of it. Empty without a tokenizer.
+        tokens: (field, language) -> count; row_tokens: of whole rows in the template, as trained on; misfits: rows
+            that the template has no place for, which are in none of it. Empty without a tokenizer.
         near_rows, near: rows compared with each other; those that step near_duplicates of `data clean` would reject, rows
             that equal an earlier one aside.
-        dirt: what each step of the refinery would do by itself.
+        dirt: what each step of the refinery would do by itself; those for Korean only where there is Korean.
     """
 
     rows: int = 0
@@ -125,8 +128,8 @@ class Inspection:
                 "tokens": [
                     {"field": name, "language": code, **vars(count)} for (name, code), count in sample.tokens.items()
                 ],
-                "row_tokens": sample.row_tokens.as_json() if sample.tokens else None,
-                "rows_above": {str(limit): sample.row_tokens.above(limit) for limit in LIMITS} if sample.tokens else None,
+                "row_tokens": sample.row_tokens.as_json(),
+                "rows_above": {str(limit): sample.row_tokens.above(limit) for limit in LIMITS},
                 "rows_without_place_in_template": sample.misfits,
                 "near_duplicates": {"rows": sample.near_rows, "found": sample.near},
                 "dirt": [_dirt_as_json(counts) for counts in sample.dirt if _finds(counts)],
@@ -247,12 +250,12 @@ def _look_closer(
     template: Template | None, on_progress: Progress,
 ) -> None:  # fmt: skip
     """The second pass, over the chosen rows."""
-    steps = [kind() for kind in STEPS.values() if issubclass(kind, RowStep)]
+    steps = list(_row_steps())
     sampled.dirt = [StepCounts(step.name) for step in steps]
     near = _NearDuplicates()
     every = -(-len(chosen) // _NEAR_ROWS) or 1
     tokens = None if tokenizer is None or template is None else _Tokens(tokenizer, template, sampled)
-    numbers = iter(chosen.tolist())
+    korean, numbers = 0, iter(chosen.tolist())
     wanted = next(numbers, None)
     for index, (row, record) in enumerate(_records(source, form, None, on_progress, source.size_bytes)):
         if index != wanted:
@@ -262,6 +265,7 @@ def _look_closer(
         for name, text, code in named:
             sampled.languages[name][code] += 1
             sampled.scripts += scripts(text)
+        korean += any(code == "ko" for *_, code in named)
         item = Item(record, row.values, index + 1)
         for step, counts in zip(steps, sampled.dirt, strict=True):
             for _ in run_row_steps([Passing(item)], [step], [counts]):
@@ -273,7 +277,19 @@ def _look_closer(
         sampled.rows += 1
     if tokens is not None:
         tokens.finish()
+    if korean * _KOREAN_SHARE < sampled.rows:
+        sampled.dirt = [counts for counts in sampled.dirt if counts.name not in _KOREAN]
     sampled.near_rows, sampled.near = near.rows, near.count()
+
+
+def _row_steps() -> Iterator[RowStep]:
+    """The refinery's steps on a row at a time, with their defaults; without those that ask for a file of the user's."""
+    for kind in STEPS.values():
+        if issubclass(kind, RowStep):
+            try:
+                yield kind()
+            except InputError:  # contamination: against nothing
+                continue
 
 
 class _Tokens:

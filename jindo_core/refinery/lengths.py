@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -99,9 +99,11 @@ def text_histogram(lengths: Lengths, width: int = 40) -> list[str]:
     return lines
 
 
-def draw_lengths(panels: Sequence[tuple[str, dict[str, Lengths]]], limits: Sequence[int], path: Path) -> None:
-    """Draw distributions as PNG, one panel below another: (title of the axis, name -> lengths); the last panel has lines
-    at `limits`."""
+def draw_lengths(
+    panels: Sequence[tuple[str, Mapping[str, Lengths]]], limits: Sequence[int], path: Path
+) -> None:
+    """Draw distributions as PNG, one panel below another: (title of the axis, name -> lengths); the last has lines at
+    `limits`."""
     import matplotlib
 
     matplotlib.use("Agg")
