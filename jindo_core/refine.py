@@ -245,9 +245,7 @@ def _digest(
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _worker(
-    config: RefineConfig, view: ConversionView, path: Path, tokenizer: Tokenizer, template: Template
-) -> Worker:
+def _worker(config: RefineConfig, view: ConversionView, path: Path, tokenizer: Tokenizer, template: Template) -> Worker:
     with loading_bar(view.console) as on_progress:
         model = load_model(
             path, quantize=config.quantize, double_quant=config.double_quant, dtype=config.dtype, device=config.device,

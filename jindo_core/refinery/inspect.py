@@ -61,8 +61,8 @@ class Sampled:
         languages: field -> language -> texts. scripts: letters by script, of all fields.
         tokens: (field, language) -> count; row_tokens: of whole rows in the template, as trained on; misfits: rows
             that the template has no place for, which are in none of it. Empty without a tokenizer.
-        near_rows, near: rows compared with each other; those that step near_duplicates of `data clean` would reject, rows
-            that equal an earlier one aside.
+        near_rows, near: rows compared with each other; those that step near_duplicates of `data clean` would reject,
+            without those that equal an earlier one.
         dirt: what each step of the refinery would do by itself; those for Korean only where there is Korean.
     """
 

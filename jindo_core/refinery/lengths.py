@@ -99,9 +99,7 @@ def text_histogram(lengths: Lengths, width: int = 40) -> list[str]:
     return lines
 
 
-def draw_lengths(
-    panels: Sequence[tuple[str, Mapping[str, Lengths]]], limits: Sequence[int], path: Path
-) -> None:
+def draw_lengths(panels: Sequence[tuple[str, Mapping[str, Lengths]]], limits: Sequence[int], path: Path) -> None:
     """Draw distributions as PNG, one panel below another: (title of the axis, name -> lengths); the last has lines at
     `limits`."""
     import matplotlib
