@@ -25,6 +25,7 @@ commands:
   quantize    write a model in 4 bits, for us or for transformers
   merge       add an adapter to its base model's weights, and say what that costs
   export      write a model for Hugging Face, Meta's code or llama.cpp
+  data        inspect, convert, clean and split instruction data
   plan        what a training step will take in memory, and what makes it fit
   doctor      what is there, and whether this machine can train
   tune        measure on this machine where one kernel beats another
@@ -66,6 +67,12 @@ def _export(argv: list[str]) -> int:
     return export.run(argv)
 
 
+def _data(argv: list[str]) -> int:
+    from jindo_core.cli import data
+
+    return data.run(argv)
+
+
 def _plan(argv: list[str]) -> int:
     from jindo_core.cli import plan
 
@@ -86,7 +93,7 @@ def _tune(argv: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train, "generate": _generate, "quantize": _quantize, "merge": _merge, "export": _export,
-    "plan": _plan, "doctor": _doctor, "tune": _tune,
+    "data": _data, "plan": _plan, "doctor": _doctor, "tune": _tune,
 }  # fmt: skip
 
 

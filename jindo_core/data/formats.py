@@ -112,7 +112,8 @@ def detect_format(source: RowSource, name: str | None = None) -> Format:
     found = [next((f.name for f in FORMATS.values() if f.fits(rows)), None) for rows in heads]
     if None in found:
         raise _unknown(heads[found.index(None)])
-    other = next(index for index, format_name in enumerate(found) if format_name != found[0])
+    apart = (i for i, rows in enumerate(heads) if not any(f.fits(heads[0]) and f.fits(rows) for f in FORMATS.values()))
+    other = next(apart, next(i for i, format_name in enumerate(found) if format_name != found[0]))
     raise InputError(
         f"{source.paths[0]} is {found[0]} and {source.paths[other]} is {found[other]}: expected files of one format; "
         "give them one by one, or --dataset_format"
@@ -416,7 +417,14 @@ def _unknown(rows: Sequence[Row]) -> InputError:
     candidates = [FORMATS["alpaca"], *(f for f in FORMATS.values() if f.detected)]
     required = {f.name: [c for c in f.columns if not c.endswith("?")] for f in candidates}
     near = max(candidates, key=lambda f: sum(any(n in columns for n in c.split("|")) for c in required[f.name]))
-    column = near.missing(columns) or near.columns[0]
+    column = near.missing(columns)
+    if column is None:
+        beside = next((name for name in near.without if name in columns), near.name)
+        return InputError(
+            f"{rows[0].place} has {beside!r} beside the columns of {near.name}, which would leave it out: its keys are "
+            f"{_keys(columns)}; say --dataset_format {near.name} if it may be, or tell what is what: "
+            "--dataset_format alpaca:instruction=…,input=…,output=…"
+        )
     example = ",".join(f"{c.split('|')[0]}=…" for c in required[near.name])
     return InputError(
         f"{rows[0].place} lacks {column!r}: its keys are {_keys(columns)}; expected {', '.join(near.columns)}, or the "

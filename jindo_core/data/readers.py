@@ -142,7 +142,7 @@ class RowSource:
             packed = path.name.lower().endswith(".gz")
             with path.open("rb") as raw, gzip.open(raw) if packed else contextlib.nullcontext(raw) as file:
                 self._position = lambda: 0 if raw.closed else raw.tell()
-                if not kind.startswith("json"):
+                if kind in ("csv", "tsv"):
                     yield from _table_rows(path, file, "\t" if kind == "tsv" else ",")
                 elif _first_byte(path, file) == b"[":
                     yield from _list_rows(_Window(path, file))
@@ -158,7 +158,8 @@ class RowSource:
         import pyarrow.parquet as pq
 
         try:
-            with pq.ParquetFile(path) as file:
+            # Otherwise the whole file is read ahead, and without a buffer a row group's columns are read whole.
+            with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
                 names = file.schema_arrow.names
                 _check_names(f"{path}", names)
                 total, size, number = file.metadata.num_rows, path.stat().st_size, 0

@@ -79,8 +79,8 @@ class EvaluationIndex:
             signatures.append(signature(hashes, _PLACES))
         if not self.places:
             raise InputError(
-                f"{', '.join(paths)}: no text of at least {min_chars} letters to compare with; give another file, other "
-                "columns or a smaller min_chars"
+                f"{', '.join(paths)}: no text of at least {min_chars} letters to compare with; give another file, "
+                "other columns or a smaller min_chars"
             )
         self._gram_counts = np.array([len(each) for each in grams])
         self._grams = np.concatenate(grams)

@@ -1,4 +1,4 @@
-"""Steps for conversations: turns that alternate, a least length, and long ones split between rounds (FastChat's rules)."""
+"""Steps for conversations: turns that alternate, a least length, long ones split between rounds (FastChat's rules)."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class ExactDuplicates(SetStep):
 
     name: ClassVar[str] = "exact_duplicates"
 
-    of: Part = option("row", _OF)
+    of: Literal["row", "question", "answer"] = option("row", _OF)
     letters_only: bool = option(False, "compare letters and digits only, without punctuation and blanks")
 
     def key(self, item: Item) -> bytes:
@@ -69,7 +69,7 @@ class NearDuplicates(SetStep):
     name: ClassVar[str] = "near_duplicates"
 
     threshold: float = option(0.8, "Jaccard similarity from which on two rows are duplicates", at_least=0.3, at_most=1)
-    of: Part = option("row", _OF)
+    of: Literal["row", "question", "answer"] = option("row", _OF)
     shingle: int = option(4, "characters in a run, letters and digits only", at_least=1, at_most=32)
     permutations: int = option(128, "places of a signature: more are more exact and slower", at_least=16, at_most=1024)
     min_chars: int = option(20, "rows with fewer letters and digits are not judged", at_least=1)

@@ -27,14 +27,16 @@ _SENTENCE_END = re.compile(r"([가-힣]{1,6})(?:[.!?…~。]+(?=[\s)\]*_]|$)|[ \
 # Nouns in 요: a heading or a telegraphic line ends in them, not a 해요체 sentence.
 _NOUN_IN_YO = re.compile(r"(?:필|중|주|개|수|소|강|긴|민|동|청|당|빈|고)요$")
 _REQUEST = re.compile(r"(?:세|셔)요$")
-# 해체 by endings that nouns don't have. A lone 어, 지 or 야 would take 단어, 이미지 and 분야 for verbs.
+# 해체 by endings that nouns don't have. A lone 어, 지 or 야 would take 단어, 이미지 and 분야 for verbs: those count
+# behind a syllable in ㅆ, ㅄ or ㄶ (했어, 없지, 많네) and a few others.
+_BEHIND_TENSE = re.compile(r"[가-힣](?:어|아|지|네|냐|니|구나|거든|는데|더라|잖아)$")
 _INTIMATE = re.compile(
-    r"(?:[었았였했겠됐갔왔봤졌렸쳤켰썼]|있|없|싶|같|많|맞|좋|괜찮|않)(?:어|아|지|네|냐|니|구나|거든|는데|더라|잖아)$"
-    r"|(?:거|아니|이|뭐|게)야$|(?:해|돼|줘|봐|몰라|그래|마)$|(?:할|갈|줄|볼|올|될)(?:게|래|까|걸)$|잖아$|거든$"
-    r"|(?:하|가|보|먹)자$|(?:해|가|와|봐|어|아)라$|(?:하|있|없|되)(?:냐|니)$"
+    r"(?:싶|같|맞|좋)(?:어|아|지|네|냐|니|구나|거든|은데|더라)$|(?:거|아니|이|뭐|게)야$|잖아$|거든$"
+    r"|(?:해|돼|줘|봐|몰라|그래|마)$|(?:할|갈|줄|볼|올|될)(?:게|래|까|걸)$"
+    r"|(?:하|가|보|먹)자$|(?:해|가|와|봐|어|아)라$|(?:하|되)(?:냐|니)$"
 )
 _NOUN_IN_HAE = re.compile(r"(?:이|오|피|방|재|침|분|견|상|손|유|저|올|새|동|서|남|북|양|곤|화|음|공|잔|무)해$|[^지]마$")
-_TENSE = frozenset("었았였했겠됐갔왔봤졌렸쳤켰썼있없")
+_NIEUN_HIEUT, _BIEUP, _BIEUP_SIOT, _SSANG_SIOT = 6, 17, 18, 20
 
 
 @functools.cache
@@ -69,16 +71,16 @@ def ends_in_consonant(syllable: str) -> bool:
     """Whether a syllable (각) or the Korean name of a Latin letter (L: 엘) ends in a consonant, which decides between
     은 and 는, 이 and 가, 을 and 를, 과 and 와."""
     if "가" <= syllable <= "힣":
-        return (ord(syllable) - 0xAC00) % 28 != 0
+        return _final(syllable) != 0
     return syllable.lower() in "lmnr"
 
 
 def speech_levels(text: str) -> Counter[Level]:
     """How many sentences of a text's prose end in each speech level; quoted speech is not the writer's and is left out.
 
-    해요체 (…요, …죠), 합쇼체 (…ㅂ니다, …십시오), 반말 (해체 and 해라체: …했어, …한다). "-세요" are polite requests, which
-    stand beside 합쇼체 in most written Korean; `Honorifics` says what they count as. Sentences that end in a noun, or
-    in none of these, are not counted: endings are told by their form alone, and doubtful ones are left out.
+    해요체 (…요, …죠), 합쇼체 (…ㅂ니다, …십시오), 반말 (해체 and 해라체: …했어, …한다). "-세요" are polite requests,
+    which stand beside 합쇼체 in most written Korean; `Honorifics` says what they count as. Sentences that end in a
+    noun, or in none of these, are not counted: endings are told by their form alone, doubtful ones are left out.
     """
     counts: Counter[Level] = Counter()
     for ending in _SENTENCE_END.findall(_QUOTED.sub(" ", prose(text))):
@@ -96,20 +98,21 @@ def _level(ending: str) -> Level | None:
         return "-세요" if _REQUEST.search(ending) else "해요체"
     if ending.endswith("죠"):
         return "해요체"
-    if ending.endswith(("니다", "니까", "시다")) and len(ending) > 2 and _final(ending[-3]) == "ㅂ":
+    if ending.endswith(("니다", "니까", "시다")) and len(ending) > 2 and _final(ending[-3]) == _BIEUP:
         return "합쇼체"
     if ending.endswith("시오"):
         return "합쇼체"
     if ending.endswith("다") and len(ending) > 1:
-        before = ending[-2]
-        return (
-            "반말" if before in _TENSE or _final(before) == "ㄴ" or ending.endswith(("이다", "않다", "같다")) else None
-        )
+        # 한다, 했다, 높다; of the words without a consonant there only the copula: the rest may be 바다 and 소다.
+        return "반말" if _final(ending[-2]) or ending.endswith("이다") else None
+    behind = _BEHIND_TENSE.search(ending)
+    if behind and _final(behind[0][0]) in (_NIEUN_HIEUT, _BIEUP_SIOT, _SSANG_SIOT):
+        return "반말"
     if _INTIMATE.search(ending) and not _NOUN_IN_HAE.search(ending):
         return "반말"
     return None
 
 
-def _final(syllable: str) -> str:
-    """The consonant that a syllable ends in, of the two that endings are told by; else ""."""
-    return {4: "ㄴ", 17: "ㅂ"}.get((ord(syllable) - 0xAC00) % 28, "")
+def _final(syllable: str) -> int:
+    """Unicode's number of the consonants that a syllable ends in, 0 for none."""
+    return (ord(syllable) - 0xAC00) % 28

@@ -193,7 +193,7 @@ def _artefact(text: str, source: str | None) -> int:
         return found.end()
     if (found := _MAYBE_A_WORD.match(text)) and _is_particle(text[0], text[found.end() :], source):
         return found.end()
-    if (found := _LETTER.match(text)) and _is_stray(found[1], text[found.end() :], source):
+    if (found := _LETTER.match(text)) and _is_stray(found[1], text[1:], source):
         return found.end()
     return 0
 
@@ -212,7 +212,7 @@ def _is_particle(syllable: str, rest: str, source: str) -> bool:
 
 
 def _is_stray(letter: str, rest: str, source: str) -> bool:
-    """Whether a letter at the beginning is the second one of the source, and no word of its own."""
+    """Whether a letter at the beginning, with `rest` after it, is the source's second one, and no word of its own."""
     second = _SECOND_LETTER.match(source)
     if second is None or second[1].lower() != letter.lower():
         return False
@@ -256,7 +256,9 @@ class LengthRatio(RowStep):
 
 _MARK = re.compile(r"`{3}")
 # What a translator makes of ```: quotes for accents, accents apart, full-width ones, two with a language's name.
-_BROKEN_MARK = re.compile(r"`{3}|^[ \t]*(?:'{3}|‘{3}|’{3}|´{3}|｀{3}|['‘’´]?`{2}(?=[\w가-힣]*\s*$))", re.MULTILINE)
+_BROKEN_MARK = re.compile(
+    r"`{3}|^[ \t]*(?:'{3}|‘{3}|’{3}|´{3}|｀{3}|` ` ?`|` ?` `|['‘’´]?`{2}(?=[\w가-힣]*\s*$))", re.MULTILINE
+)
 _LANGUAGE_LINE = re.compile(
     _BROKEN_MARK.pattern
     + r"|^[ \t]*(?=(?:자바|자바스크립트|파이썬|타입스크립트|코틀린|스위프트|러스트|루비|배시|셸|씨샵)[ \t]*$)",
