@@ -54,7 +54,7 @@ def generate_batch(
         if context is not None and len(ids) >= context:
             raise InputError(f"prompt {number} is {len(ids)} tokens long, the model's context {context}: shorten it")
     rooms = [max_new_tokens if context is None else min(max_new_tokens, context - len(ids)) for ids in prompts]
-    if depends_on_padding(model):
+    if len(prompts) == 1 or depends_on_padding(model):  # one alone decodes faster: `decoding.Decoder`
         singles = []
         for i, ids in enumerate(prompts):
             tokens = list(
@@ -122,6 +122,7 @@ class _Batch:
             self._mask[row, longest - len(prompt) :] = True
         self._mask = self._mask.to(device)
         self._padding = (~self._mask).sum(1, keepdim=True)  # [rows, 1]
+        self._padded = bool(self._padding.any())
         self._cache = KVCache(model.config, len(prompts), longest + room, model.dtype, device)
         self._advance(ids.to(device))
 
@@ -129,7 +130,8 @@ class _Batch:
         """ids [rows, T] to the end of the cache; the logits are then of what follows them."""
         past, end = self._cache.length, self._cache.length + ids.shape[1]
         places = torch.arange(past, end, device=ids.device)[None] - self._padding
-        hidden = self._model.stack(ids, self._mask[:, :end], places.clamp(min=0), self._cache)
+        mask = self._mask[:, :end] if self._padded else None
+        hidden = self._model.stack(ids, mask, places.clamp(min=0), self._cache)
         self.logits = self._model.lm_head(hidden[:, -1]).float()
 
     def keep(self, going: Sequence[bool], tokens: Sequence[int]) -> None:

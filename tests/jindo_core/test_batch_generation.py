@@ -36,6 +36,7 @@ def test_greedy_equals_single_generation(story):
     assert not model.training
 
 
+@pytest.mark.slow
 def test_greedy_of_smollm2_equals_single_generation(smollm2_gguf):
     """No power of two in it, three key/value heads of nine, and an adapter that does something."""
     model, tokenizer = load_model(smollm2_gguf, quantize=None, dtype="fp32", device="cpu"), load_tokenizer(smollm2_gguf)
