@@ -148,7 +148,7 @@ class RefineConfig:
     top_k: int = setting(0, _SAMPLING, "sample from the k likeliest tokens (0: all)", at_least=0)
     seed: int = setting(42, _SAMPLING, "of the sampling, with the row's number", at_least=0, at_most=_SEED_LIMIT)
 
-    batch_size: int = setting(8, _MEMORY, "rows at a time", at_least=1)
+    batch_size: int = setting(16, _MEMORY, "rows at a time", at_least=1)
     quantize: Literal["nf4", "none"] = setting("nf4", _MEMORY, "how the base model is kept")
     double_quant: bool = setting(True, _MEMORY, "quantize NF4's scales too")
     dtype: Literal["auto", "bf16", "fp32"] = setting("auto", _MEMORY, "of the arithmetic")

@@ -165,7 +165,7 @@ its ratio with / without the prompt."""
 @dataclass(frozen=True)
 class Refined:
     """Counts of a run: rows in and out (the same), resumed: rows that an earlier run had done; texts by what became of
-    them ("rewritten", or why the old one stayed; in scoring "scored", "cut", or why not)."""
+    them ("rewritten", "the same again", or why the old one stayed; in scoring "scored", "cut …", or why not)."""
 
     rows: int
     resumed: int
@@ -272,15 +272,22 @@ def _work(
     config: RefineConfig, view: ConversionView, part: PartFile, rows: Iterator[Row], form: Format, worker: Worker,
     total: int,
 ) -> None:  # fmt: skip
-    """What is not in the part file yet, a chunk at a time."""
+    """What is not in the part file yet, a chunk at a time.
+
+    A kill may have cut a chunk: its first rows are done again, and thrown away. In bf16 a row's result depends on its
+    neighbours in the batch, by rounding; so it is the uninterrupted run's.
+    """
     assert config.mode is not None
-    left = itertools.islice(rows, part.done, None)
+    size = config.batch_size * _CHUNK
+    first = part.done - part.done % size
+    left = itertools.islice(rows, first, None)
     with view.bar({"rewrite": "rewriting", "score": "scoring"}[config.mode], total, in_bytes=False) as advance:
         advance(part.done)
-        while chunk := list(itertools.islice(left, config.batch_size * _CHUNK)):
-            first = part.done + 1
-            part.append(worker([(first + i, form.record(row)) for i, row in enumerate(chunk)]))
-            advance(len(chunk))
+        while chunk := list(itertools.islice(left, size)):
+            results = worker([(first + i, form.record(row)) for i, row in enumerate(chunk, 1)])[part.done - first :]
+            part.append(results)
+            first += len(chunk)
+            advance(len(results))
 
 
 def _write(config: RefineConfig, output: Path, source: RowSource, form: Format, part: PartFile) -> Counter[str]:
@@ -294,8 +301,10 @@ def _write(config: RefineConfig, output: Path, source: RowSource, form: Format, 
                 counts["cut at cutoff_len"] += result.get("cut", False)
                 writer.write(row.values | {f"{config.prefix}{name}": result.get(name) for name in SCORE_COLUMNS})
                 continue
-            counts.update("rewritten" if why is None else f"kept: {why}" for why in result["kept"])
             record = form.record(row)
+            for each, text, why in zip(record.rounds, result["texts"], result["kept"], strict=True):
+                same = text == getattr(each, config.field)
+                counts[f"kept: {why}" if why is not None else "the same again" if same else "rewritten"] += 1
             answer = without_copy(Item(record, row.values, result["row"]))
             values = (answer if isinstance(answer, Item) else answer.item).values
             counts["a column text that repeated the row left out"] += values is not row.values

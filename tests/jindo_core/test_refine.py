@@ -227,7 +227,7 @@ def test_sampling_gives_the_same_rows_in_any_batch(ends_sentences, tmp_path):
 # --- going on --------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on_where_it_stopped(ends_sentences, tmp_path):
+def test_a_killed_run_goes_on_where_it_stopped(ends_sentences, tmp_path, monkeypatch):
     data = write(tmp_path / "a.jsonl", [{**ROWS[i % 2], "id": i} for i in range(96)])
     whole, output = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
@@ -253,16 +253,22 @@ def test_a_killed_run_goes_on_where_it_stopped(ends_sentences, tmp_path):
     done = part.read_bytes().count(b"\n") - 1
     assert 32 <= done < 96
     assert not (output / "o.jsonl").exists()
-    with open(part, "ab") as file:  # a line cut short
-        file.write(b'{"row": ')
+    # A kill within a chunk: its first rows are there, and a line cut short.
+    lines = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b"".join(lines[: done - 2]) + lines[done - 2][:9])
+    done -= 3
     # Another run's settings are refused, and what is there stays.
     held = part.read_bytes()
     with pytest.raises(InputError, match="other settings, data or weights"):
         refine(data, output / "o.jsonl", ends_sentences, **{**more, "seed": 1})
     assert part.read_bytes() == held
+    chunks = []
+    work = Rewriter.__call__
+    monkeypatch.setattr(Rewriter, "__call__", lambda self, rows: chunks.append(rows[0][0]) or work(self, rows))
     counts, rows = refine(data, output / "o.jsonl", ends_sentences, **more)
     assert counts.resumed == done
     assert rows == expected
+    assert chunks == list(range(done // 32 * 32 + 1, 97, 32))  # cut as the uninterrupted run's
 
 
 @pytest.mark.parametrize(
