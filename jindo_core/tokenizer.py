@@ -458,7 +458,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         try:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(f"{file} is no UTF-8 (byte {error.start}): copy it again from the model's source") from error
+            raise InputError(f"{file} is no UTF-8 (byte {error.start}): copy it again from its source") from error
     return _default_template(config.get("chat_template"))
 
 

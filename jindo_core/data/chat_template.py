@@ -79,7 +79,7 @@ class JinjaTemplate(Template):
                     messages=messages, add_generation_prompt=open, tools=None, documents=None, **self._texts
                 )
             )
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{where}the tokenizer's chat template refuses the conversation ({said})") from error
 

@@ -41,8 +41,9 @@ def preview(
         key = Text("learned", style=_LEARNED[0]) if colour else Text("{}learned{}".format(*_MARKS))
         console.print(Text("Rows as the model sees them; ") + key + Text(" is what the loss counts.\n"))
     for layout in shown:
-        console.rule(_heading(layout, encoder.limit), align="left", characters="-")
+        console.print(Text(f"── {_heading(layout, encoder.limit)}", style="bold"), soft_wrap=True)
         console.print(_row(layout, tokenizer, colour), soft_wrap=True)
+        console.print()
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
@@ -53,8 +54,9 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
         if token is not None:
             special.setdefault(token, tokenizer.piece(token))
     texts: list[str] = []
-    for is_special, run in groupby(ids, key=lambda token: token in special):
-        texts += [special[token] for token in run] if is_special else _run_texts(tokenizer, list(run))
+    for is_special, group in groupby(ids, key=lambda token: token in special):
+        run = list(group)
+        texts += [special[token] for token in run] if is_special else _run_texts(tokenizer, run)
     return texts
 
 

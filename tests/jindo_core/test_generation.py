@@ -151,3 +151,37 @@ def test_top_k_and_top_p_keep_what_they_should():
     assert set(seen(top_p=0.01)) == {0}
     assert set(seen(temperature=0.01)) == {0}
     assert pick_token(logits, 0.0, 1.0, 0, None) == 0
+
+
+def test_a_prompt_as_ids_and_other_ends(story):
+    model, tokenizer = story
+    ids = tokenizer.encode("Once upon a time")
+    text = generate(model, tokenizer, "Once upon a time", max_new_tokens=12)
+    assert generate(model, tokenizer, ids, max_new_tokens=12) == text
+    tokens = list(generate_ids(model, ids, max_new_tokens=12))
+    stopped = generate(model, tokenizer, ids, max_new_tokens=12, ends=frozenset({tokens[4]}))
+    assert stopped == tokenizer.decode([*ids, *tokens[:4]]).removeprefix("Once upon a time")
+
+
+def test_the_command_asks_as_the_template_trains(stories15m, capsys, monkeypatch):
+    """Special tokens in what the user wrote are text; the system message goes where the template has it."""
+    import jindo_core.generation as generation
+
+    asked = {}
+
+    def record(model, tokenizer, prompt, **settings):
+        asked.update(prompt=list(prompt), ends=settings["ends"], tokenizer=tokenizer)
+        return "answer"
+
+    monkeypatch.setattr(generation, "generate", record)
+    flags = ["generate", "--base_model", str(stories15m), "--quantize", "none", "--device", "cpu", "--dtype", "fp32"]
+    told = ["--system", "Be kind."]
+    assert main([*flags, "--prompt_template_name", "vicuna_v1.1", *told, "--instruction", "a </s>"]) == 0
+    tokenizer = asked["tokenizer"]
+    assert asked["prompt"] == tokenizer.encode("Be kind. USER: a </s> ASSISTANT:")
+    assert asked["ends"] == {2}
+    assert main([*flags, "--prompt_template_name", "alpaca", *told, "--instruction", "a"]) == 2
+    assert main([*flags, "--prompt_template_name", "chat", "--instruction", "a"]) == 2
+    errors = capsys.readouterr().err
+    assert "has a system message, for which template alpaca has no place" in errors
+    assert "this model's tokenizer brings no chat template" in errors

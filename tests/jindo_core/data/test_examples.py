@@ -11,7 +11,6 @@ import torch
 from jindo_core.data.examples import Example, collate, encode_all, encode_example, epoch_batches
 from jindo_core.data.records import Record, bundled_path, read_records
 from jindo_core.data.templates import load_template
-from jindo_core.tokenizer import load_tokenizer
 
 CUTOFFS = [1, 2, 7, 16, 40, 256]
 
@@ -30,25 +29,11 @@ def alpaca_lora(tokenize, eos, template, record, cutoff_len, train_on_inputs):
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_gguf):
-    return load_tokenizer(smollm2_gguf)
-
-
-@pytest.fixture(scope="module")
-def smollm2_calls(smollm2_gguf):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(smollm2_gguf.parent), gguf_file=smollm2_gguf.name)
-
+def smollm2_calls(smollm2_peer):
     def tokenize(text, cutoff_len):
-        return tokenizer(text, truncation=True, max_length=cutoff_len, padding=False).input_ids
+        return smollm2_peer(text, truncation=True, max_length=cutoff_len, padding=False).input_ids
 
     return tokenize
-
-
-@pytest.fixture(scope="module")
-def llama(stories15m):
-    return load_tokenizer(stories15m)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +47,7 @@ def llama_calls(stories15m):
 @pytest.fixture(scope="module")
 def rows(assets):
     real = read_records(assets / "data/ko/ko_sharegpt_deepl_translate_cleaned_v2.json")
-    odd = [Record.single("질문", "", "", 1), Record.single("", "", "", 2), Record.single("{input}", "{instruction}", "x", 3)]
+    odd = [Record.single("질문"), Record.single(""), Record.single("{input}", "{instruction}", "x")]
     return odd + read_records(bundled_path())[:25] + real[:10]
 
 
