@@ -19,11 +19,9 @@ _TRAINING_FILES = {
     "laion/OIG": ("unified_chip2.jsonl", None),
     "yizhongw/self_instruct": ("self_instruct/train/*.parquet", "refs/convert/parquet"),
     "Anthropic/hh-rlhf": ("*/train.jsonl.gz", None),
-    "akoksal/LongForm": ("dataset/train.json", None),
-    "timdettmers/openassistant-guanaco": ("openassistant_best_replies_train.jsonl", None),
 }
-"""Data sets of several files: the ones to train on, and the branch they are in (one that is a script has its rows only
-in the Hub's own conversion)."""
+"""qlora's data sets of files whose names don't say which to train on, and the branch they are in (one that is a script
+has its rows only in the Hub's own conversion)."""
 
 
 def resolve_model(name: str | None) -> Path:
@@ -77,7 +75,7 @@ def resolve_data(name: str) -> Path:
         return found[0]
     shards = [p for p in found if re.search(r"(^|[-_.])train([-_.]|$)", p.name)]
     if shards and {(p.parent, p.suffix) for p in shards} == {(shards[0].parent, shards[0].suffix)}:
-        pattern = shards[0].parent / f"*train*{shards[0].suffix}"
+        pattern = Path(glob.escape(str(shards[0].parent))) / f"*train*{shards[0].suffix}"
         if sorted(glob.glob(str(pattern))) == [str(p) for p in shards]:
             return pattern
     listed = ", ".join(str(p.relative_to(folder)) for p in found[:5]) or "none"
@@ -89,10 +87,12 @@ def resolve_data(name: str) -> Path:
 
 def _chosen(repo: str, file: str, revision: str | None) -> Path:
     folder = _snapshot(repo, "dataset", [file], revision)
-    path = folder / file
-    if not (path.is_file() or glob.glob(str(path))):
+    if (folder / file).is_file():
+        return folder / file
+    pattern = Path(glob.escape(str(folder))) / file
+    if not glob.glob(str(pattern)):
         raise InputError(f"data set {repo} has no file {file}: expected one of its own; see its page on the Hub")
-    return path
+    return pattern
 
 
 def _is_data(path: Path) -> bool:

@@ -65,7 +65,12 @@ class Format:
             for _, own in self.mapped:
                 if own not in row.values:
                     raise _lacks(row, own, self)
-            row = replace(row, values={**row.values, **{ours: row.values[own] for ours, own in self.mapped}})
+            told = {ours: row.values[own] for ours, own in self.mapped}
+            # What was told comes before another name for the same column that the file has too.
+            groups = [column.rstrip("?").split("|") for column in self.columns]
+            others = {name for names in groups if not told.keys().isdisjoint(names) for name in names}
+            kept = {name: value for name, value in row.values.items() if name not in others}
+            row = replace(row, values=kept | told)
         return self.read(row)
 
     def missing(self, columns: Sequence[str]) -> str | None:

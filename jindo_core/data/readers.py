@@ -74,6 +74,7 @@ class RowSource:
     def __init__(self, paths: tuple[Path, ...], passed_over: tuple[Path, ...] = ()) -> None:
         self.paths = paths
         self.passed_over = passed_over
+        self._sizes = tuple(_size(path) for path in paths)
         self._before = 0  # bytes of the files that are done
         self._position: Callable[[], int] = lambda: 0
 
@@ -85,7 +86,7 @@ class RowSource:
                 a row that is no object, has a key twice, or is longer than LONGEST_ROW.
         """
         self._before = 0
-        for path in self.paths:
+        for path, size in zip(self.paths, self._sizes, strict=True):
             found = False
             for number, (where, values) in enumerate(self._rows(path), 1):
                 found = True
@@ -95,7 +96,7 @@ class RowSource:
             if not found:
                 raise InputError(f"{path} has no rows: expected at least one {DATA_FORM}")
             self._position = lambda: 0
-            self._before += path.stat().st_size
+            self._before += size
 
     def parts(self) -> Iterator[RowSource]:
         """A source for each file."""
@@ -125,7 +126,7 @@ class RowSource:
     @property
     def size_bytes(self) -> int:
         """All files, as they lie on the disk."""
-        return sum(path.stat().st_size for path in self.paths)
+        return sum(self._sizes)
 
     @property
     def bytes_read(self) -> int:
@@ -162,7 +163,7 @@ class RowSource:
             with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
                 names = file.schema_arrow.names
                 _check_names(f"{path}", names)
-                total, size, number = file.metadata.num_rows, path.stat().st_size, 0
+                total, size, number = file.metadata.num_rows, _size(path), 0
                 self._position = lambda: size * number // max(total, 1)
                 for batch in file.iter_batches(batch_size=256):
                     for values in batch.to_pylist():
@@ -202,6 +203,13 @@ def open_rows(path: str | Path) -> RowSource:
         if not file.is_file():
             raise InputError(f"{file} is no plain file: expected one that can be read more than once")
     return RowSource(files)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}): expected a data file") from error
 
 
 def kind_of(path: Path) -> str:
@@ -266,7 +274,8 @@ class _Window:
     """A stretch of a file's text that moves on: JSON's own parser is asked for the next value, and again with more text
     where the value goes beyond the stretch.
 
-    As fast as parsing a whole file, with the parser's own messages, which ijson's events are not (docs/log.md).
+    ijson, whose C library is faster, says neither line nor column, and without a word keeps one of two equal keys and
+    makes "?" of half a surrogate pair; json.load holds the whole file (docs/log.md).
     """
 
     def __init__(self, path: Path, file: BufferedIOBase) -> None:
@@ -322,9 +331,8 @@ class _Window:
             except (ValueError, RecursionError) as error:
                 raise _refused(self.path, f"{where}, line {self.position(self.at)[0]}", error) from error
             else:
-                if end < len(self.text) or self.ended:  # a number may go on behind the stretch
-                    self.at = end
-                    return value
+                self.at = end  # of a number perhaps not the end, but that is no row
+                return value
             if len(self.text) - self.at > LONGEST_ROW:
                 raise InputError(_too_long(self.path, self.position(self.at)[0]))
             self.more(size)

@@ -232,6 +232,8 @@ def test_a_files_own_names(write):
     found = read_records(path, "alpaca:instruction=Question, input = Text,output=Answer")
     assert found == [one("물음?", "지문", "True")]
     assert read_records(path, "qa:question=Question,answer=Answer") == [one("물음?", "", "True")]
+    both = write({"Q": "no", "A": "a", "other": "yes"}, name="b.jsonl")
+    assert read_records(both, "qa:question=other") == [one("yes", "", "a")]
     with pytest.raises(InputError, match="lacks 'Antwort', which format alpaca needs"):
         read_records(path, "alpaca:instruction=Question,output=Antwort")
     with pytest.raises(InputError, match="lacks 'Answer': its keys are 'Question'"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import os
 import subprocess
@@ -33,8 +34,6 @@ def write_rows(path, rows=ROWS):
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
         return path
     if name.endswith((".csv", ".tsv")):
-        import io
-
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, list(rows[0]), delimiter="\t" if name.endswith("tsv") else ",")
         writer.writeheader()

@@ -8,7 +8,7 @@ import unicodedata
 
 import pytest
 
-from jindo_core.data.records import Record, bundled_path, read_records, split_records
+from jindo_core.data.records import Record, bundled_path, read_records, split_indices, split_records, stream_records
 from jindo_core.errors import InputError
 
 ROWS = [
@@ -109,6 +109,13 @@ def test_invalid_utf8_is_found_to_the_byte(write, mark):
         read_records(write(data))
 
 
+def test_a_stream_gives_rows_before_it_meets_what_is_broken(write):
+    rows = stream_records(write("\n".join([GOOD] * 20 + ["{]"])))
+    assert [next(rows).row for _ in range(20)] == list(range(1, 21))
+    with pytest.raises(InputError, match="line 21, column 2: broken JSON"):
+        next(rows)
+
+
 def test_paths_that_are_no_file(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         read_records(tmp_path / "none.json")
@@ -139,6 +146,13 @@ def test_a_split_depends_on_the_seed_alone():
     assert split_records(many(50), 10, 42) != split_records(many(50), 10, 43)
     # Pinned: a later version must not move held-out rows into training.
     assert [r.row for r in split_records(many(12), 4, 42)[1]] == [8, 6, 3, 9]
+
+
+def test_indices_are_split_as_rows_are():
+    rows = many(50)
+    training, held_out, warning = split_indices(50, 10, 42)
+    assert ([rows[i] for i in training], [rows[i] for i in held_out], warning) == split_records(rows, 10, 42)
+    assert split_indices(12, 4, 42)[1] == [7, 5, 2, 8]
 
 
 @pytest.mark.parametrize(("count", "size", "became"), [(987, 2000, 98), (10, 6, 1), (3, 2, 1), (2, 5, 1), (1, 1, 0)])
