@@ -1,4 +1,4 @@
-"""`jindo-core data <command>`: finds the command of the refinery. Each is a module of its own, imported when it runs."""
+"""`jindo-core data <command>`: finds the command, a module of its own that is imported when it runs."""
 
 from __future__ import annotations
 

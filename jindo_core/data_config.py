@@ -61,7 +61,7 @@ class SplitConfig:
         _need(self, "data_path")
         _need(self, "output_dir")
         if self.test_size >= 1 and self.test_size != int(self.test_size):
-            raise InputError(f"--test_size: got {self.test_size:g}, expected a whole number of rows, or a share below 1")
+            raise InputError(f"--test_size: got {self.test_size:g}, expected a number of rows, or a share below 1")
 
 
 def _need(config: Config, name: str) -> None:

@@ -163,6 +163,8 @@ def test_the_wheel_holds_everything_once(repo_root, wheel):
     assert "jindo_core/data/bundled/korean_instructions.jsonl" in names
     for template in (repo_root / "jindo_core/data/templates").glob("*.yaml"):
         assert f"jindo_core/data/templates/{template.name}" in names
+    for recipe in (repo_root / "jindo_core/refinery/recipes").glob("*.yaml"):
+        assert f"jindo_core/refinery/recipes/{recipe.name}" in names
     assert {"jindo_core/py.typed", "jindo_core/kernels/crossovers.json"} <= names
 
 

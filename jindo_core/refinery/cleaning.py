@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,18 +15,17 @@ from typing import Any
 import numpy as np
 
 from jindo_core.data.formats import detect_format
-from jindo_core.data.readers import RowSource, open_rows
+from jindo_core.data.readers import RowSource, kind_of, open_rows
 from jindo_core.data.writers import RowWriter
 from jindo_core.data_config import CleanConfig
 from jindo_core.errors import InputError
 from jindo_core.files import write_atomically
-from jindo_core.refinery.pipeline import Item, JoinStep, Passing, Rejected, RowStep, SetStep, StepCounts
+from jindo_core.refinery.pipeline import Item, JoinStep, Passing, Rejected, SetStep, StepCounts
 from jindo_core.refinery.recipe import load_recipe
 from jindo_core.refinery.segments import (
     Plan,
     Result,
     Source,
-    Workers,
     chunked,
     columns_of,
     make_plan,
@@ -42,6 +42,8 @@ CHUNK_ROWS, CHUNK_SIZE = 500, 1 << 20
 """Rows, and characters or bytes, of a chunk: what goes to a worker at once."""
 SMALL_FILE = 8 << 20
 """Bytes: below, starting processes takes longer than the work."""
+MOST_WORKERS = 8
+"""Reading and writing are this process's own: more can't be kept busy."""
 
 
 @dataclass
@@ -103,7 +105,8 @@ def clean(config: CleanConfig, on_progress: Progress | None = None) -> Report:
     """Cleans a file by a recipe.
 
     Memory is bounded: a few chunks, and what a step that needs all rows says it takes. The output comes to be when all
-    is well; whatever ends the run earlier leaves what was there.
+    is well; whatever ends the run earlier leaves what was there. Worker processes import the calling script: there call
+    it under `if __name__ == "__main__":`, or with workers=1.
 
     Args:
         on_progress: told of each chunk.
@@ -141,10 +144,14 @@ def clean(config: CleanConfig, on_progress: Progress | None = None) -> Report:
 
 
 def _check_places(config: CleanConfig) -> None:
-    paths = {"output": config.output_path, "rejected": config.rejected_path, "flagged": config.flagged_path}
-    for name, path in ({} if config.dry_run else paths).items():
+    notices = {"rejected": config.rejected_path, "flagged": config.flagged_path}
+    rows = {} if config.dry_run else {"output": config.output_path, **notices}
+    for name, path in {**rows, "report": config.report_path}.items():
         if path is not None and Path(path).exists() and not config.overwrite:
             raise InputError(f"--{name}_path: {path} is there already: give another name, or --overwrite to replace it")
+    for name, path in notices.items():
+        if path is not None and not kind_of(Path(path)).startswith("json"):
+            raise InputError(f"--{name}_path: got {path}, expected a name that ends in .jsonl or .json")
     if config.report_path is not None and not Path(config.report_path).parent.is_dir():
         raise InputError(f"--report_path: the folder of {config.report_path} is missing: make it first")
 
@@ -157,6 +164,9 @@ class _Run:
         self.counts = [StepCounts(label) for label in plan.labels]
         self.rows_in = self.rows_out = 0
         self.rejected = self.flagged = self.output = None
+        # What a barrier rejected before a chunk waits for that chunk's result: the file's order is no worker's.
+        self.pending: list[dict[str, Any]] = []
+        self.held: deque[list[dict[str, Any]]] = deque()
         if not config.dry_run:
             # The last to be entered is the first to be renamed: with the output in place, all are.
             self.output = stack.enter_context(RowWriter(str(config.output_path)))
@@ -176,14 +186,14 @@ class _Run:
                     break
                 spill = Spill()
                 self.stack.callback(spill.close)
-                for result in results:
-                    self._take(result)
+                for result in self._taken(results):
                     spill.append(result.rows, result.keys, result.numbers)
                 spill.finish()
                 label = segment.first + len(segment.steps)
-                chunks = (self._judged if isinstance(segment.barrier, SetStep) else self._joined)(
-                    spill, segment.barrier, label
-                )
+                if isinstance(segment.barrier, SetStep):
+                    chunks = self._judged(spill, segment.barrier, label)
+                else:
+                    chunks = self._joined(spill, segment.barrier, label)
         report = Report(recipe, self.plan.format.name, self.config.dry_run, self.counts, self.rows_in, self.rows_out)
         report.check()
         if not self.rows_out and not self.config.dry_run:
@@ -197,17 +207,31 @@ class _Run:
             yield chunk
             self.on_progress("reading", source.bytes_read, source.size_bytes)
 
-    def _take(self, result: Result) -> None:
-        for place, counts in result.counts.items():
-            self.counts[place].add(counts)
-        for rows, writer in ((result.rejected, self.rejected), (result.flagged, self.flagged)):
-            if writer is not None:
-                for row in rows:
-                    writer.write(row)
+    def _taken(self, results: Iterator[Result]) -> Iterator[Result]:
+        """The results of a pass, with their counts added and their notices written."""
+        for result in results:
+            for place, counts in result.counts.items():
+                self.counts[place].add(counts)
+            before = self.held.popleft() if self.held else []
+            for rows, writer in ((before + result.rejected, self.rejected), (result.flagged, self.flagged)):
+                if writer is not None:
+                    for row in rows:
+                        writer.write(row)
+            yield result
+        if self.rejected is not None:
+            for row in self.pending:
+                self.rejected.write(row)
+        self.pending = []
+
+    def _sent(self, rows: list[bytes]) -> Iterator[list[bytes]]:
+        """A chunk that a barrier leaves; an empty one only where notices would gather."""
+        if rows or len(self.pending) >= CHUNK_ROWS:
+            self.held.append(self.pending)
+            self.pending = []
+            yield rows
 
     def _write(self, results: Iterator[Result]) -> None:
-        for result in results:
-            self._take(result)
+        for result in self._taken(results):
             self.rows_out += result.out
             if self.output is not None:
                 for row in result.rows:
@@ -219,7 +243,7 @@ class _Run:
         self.counts[label].rejected += 1
         self.counts[label].give_reason(reason)
         if self.rejected is not None:
-            self.rejected.write(notice_row(self.plan, row.item.number, label, reason, columns_of(self.plan, row)))
+            self.pending.append(notice_row(self.plan, row.item.number, label, reason, columns_of(self.plan, row)))
 
     def _judged(self, spill: Spill, step: SetStep, label: int) -> Iterator[list[bytes]]:
         """What a set step leaves."""
@@ -237,8 +261,7 @@ class _Run:
             rows += chunk[kept - start :]
             counts.rows_in += len(chunk)
             counts.rows_out += len(rows)
-            if rows:
-                yield rows
+            yield from self._sent(rows)
             self.on_progress(name, stop, len(spill))
 
     def _joined(self, spill: Spill, step: JoinStep, label: int) -> Iterator[list[bytes]]:
@@ -266,8 +289,7 @@ class _Run:
                     counts.changed += joined is not before[0].item
             counts.rows_in += len(chunk)
             counts.rows_out += len(rows)
-            if rows:
-                yield rows
+            yield from self._sent(rows)
             self.on_progress(name, start + len(chunk), len(spill))
 
     def _notes(self, source: RowSource) -> list[str]:
@@ -323,7 +345,7 @@ class _Groups:
 def _worker_count(config: CleanConfig, source: RowSource) -> int:
     if config.workers:
         return config.workers
-    return 1 if source.size_bytes < SMALL_FILE else max(len(os.sched_getaffinity(0)), 1)
+    return 1 if source.size_bytes < SMALL_FILE else min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
 def _most(counts: list[StepCounts]) -> str:

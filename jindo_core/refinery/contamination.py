@@ -88,14 +88,9 @@ class EvaluationIndex:
         self._owners = np.repeat(np.arange(len(grams)), self._gram_counts)[order]
         self._grams = self._grams[order]
         self._bands = bands(threshold, _PLACES)
-        table = np.stack(signatures)
-        self._tables = [self._table(table, band) for band in range(self._bands[0])]
-
-    def _table(self, signatures: np.ndarray, band: int) -> tuple[np.ndarray, np.ndarray]:
-        """A band's hashes, sorted, and whose they are."""
-        hashes = band_hashes(signatures, band * self._bands[1], self._bands[1])
-        order = np.argsort(hashes, kind="stable")
-        return hashes[order], order
+        hashes = band_hashes(np.stack(signatures), 0, self._bands[1], self._bands[0])
+        order = np.argsort(hashes, axis=None, kind="stable")
+        self._band_hashes, self._band_owners = hashes.ravel()[order], order // self._bands[0]
 
     def equal(self, codes: np.ndarray) -> int | None:
         """The evaluation text that is the same but for case, blanks and punctuation."""
@@ -107,14 +102,9 @@ class EvaluationIndex:
         Three shared runs are needed, or all of an evaluation text that has fewer.
         """
         grams = _grams(text, self._ngram)
-        if not len(grams) or not len(self._grams):
+        spots = _spots(self._grams, grams)
+        if not len(spots):
             return None
-        first = np.searchsorted(self._grams, grams, "left")
-        counts = np.searchsorted(self._grams, grams, "right") - first
-        if not counts.any():
-            return None
-        ends = np.cumsum(counts)
-        spots = np.repeat(first - (ends - counts), counts) + np.arange(ends[-1])
         owners, shared = np.unique(self._owners[spots], return_counts=True)
         whole = self._gram_counts[owners]
         shares = shared / np.minimum(whole, len(grams))
@@ -126,20 +116,31 @@ class EvaluationIndex:
         """The evaluation text with the highest Jaccard similarity of character runs, from the threshold on."""
         hashes = shingles(codes, _SHINGLE)
         ours = signature(hashes, _PLACES)[None]
-        candidates: set[int] = set()
-        for band, (sorted_hashes, owners) in enumerate(self._tables):
-            key = band_hashes(ours, band * self._bands[1], self._bands[1])[0]
-            first, last = np.searchsorted(sorted_hashes, key, "left"), np.searchsorted(sorted_hashes, key, "right")
-            candidates.update(owners[first:last].tolist())
+        keys = band_hashes(ours, 0, self._bands[1], self._bands[0])[0]
+        candidates = self._band_owners[_spots(self._band_hashes, keys)]
+        if not len(candidates):
+            return None
         own = np.unique(hashes)
         best: tuple[int, float] | None = None
-        for candidate in sorted(candidates):
+        for candidate in np.unique(candidates).tolist():
             theirs = self._shingles[candidate]
             both = len(np.intersect1d(own, theirs, assume_unique=True))
             similarity = both / (len(own) + len(theirs) - both)
             if similarity >= self._threshold and (best is None or similarity > best[1]):
                 best = candidate, similarity
         return best
+
+
+def _spots(table: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """The places in a sorted table that hold one of `keys`."""
+    first = np.searchsorted(table, keys, "left")
+    found = np.flatnonzero(table[np.minimum(first, len(table) - 1)] == keys) if len(table) else first[:0]
+    if not len(found):
+        return found
+    first = first[found]
+    counts = np.searchsorted(table, keys[found], "right") - first
+    ends = np.cumsum(counts)
+    return np.repeat(first - (ends - counts), counts) + np.arange(ends[-1])
 
 
 def _texts_of(paths: tuple[str, ...], columns: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -168,11 +169,11 @@ def _index(
 
 @dataclass(frozen=True)
 class Contamination(RowStep):
-    """Reject rows that hold a text of an evaluation set: the same, a great part of it, or nearly it."""
+    """Rejects rows that hold a text of an evaluation set: the same, a great part of it, or nearly it."""
 
     name: ClassVar[str] = "contamination"
 
-    against: tuple[str, ...] = option((), "evaluation files or folders, of any format that is read", path=True)
+    against: tuple[str, ...] = option(None, "evaluation files or folders, of any format that is read", path=True)
     columns: tuple[str, ...] = option((), "columns of theirs to compare with (all that hold text where left out)")
     ngram: int = option(8, "words in a run", at_least=2, at_most=64)
     overlap: float = option(0.5, "share of the shorter text's runs of words that makes an overlap", above=0, at_most=1)

@@ -13,7 +13,7 @@ from jindo_core.refinery.pipeline import Flagged, Item, RawStep, Rejected, RowSt
 
 @dataclass(frozen=True)
 class ConversationRoles(RawStep):
-    """Make a conversation's turns alternate: drop a leading answer and a trailing question, join or reject the rest."""
+    """Makes turns alternate: a leading answer and a trailing question go, others are joined or the row is rejected."""
 
     name: ClassVar[str] = "conversation_roles"
 
@@ -99,7 +99,7 @@ def _length(each: Round, tokenizer: str | None, per_turn: int) -> int:
 
 @dataclass(frozen=True)
 class ConversationLength(RowStep):
-    """Reject rows with too few rounds or too little text."""
+    """Rejects rows with too few rounds or too little text."""
 
     name: ClassVar[str] = "conversation_length"
 
@@ -121,7 +121,7 @@ class ConversationLength(RowStep):
 
 @dataclass(frozen=True)
 class SplitConversations(RowStep):
-    """Split a conversation between rounds into rows of at most a number of tokens or characters."""
+    """Splits a conversation between rounds into rows of at most a number of tokens or characters."""
 
     name: ClassVar[str] = "split_conversations"
 
@@ -161,7 +161,7 @@ class SplitConversations(RowStep):
 
 @dataclass(frozen=True)
 class SeparateRounds(RowStep):
-    """Make each round of a row a row of its own: for translations, whose rounds don't refer to each other."""
+    """Makes each round of a row a row of its own: for translations, whose rounds don't refer to each other."""
 
     name: ClassVar[str] = "separate_rounds"
 

@@ -41,7 +41,7 @@ def first_of_group(keys: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ExactDuplicates(SetStep):
-    """Reject rows that say the same as an earlier one, but for case and blanks."""
+    """Rejects rows that say the same as an earlier one, but for case and blanks."""
 
     name: ClassVar[str] = "exact_duplicates"
 
@@ -64,7 +64,7 @@ class ExactDuplicates(SetStep):
 
 @dataclass(frozen=True)
 class NearDuplicates(SetStep):
-    """Reject rows that nearly repeat an earlier one (MinHash over runs of characters)."""
+    """Rejects rows that nearly repeat an earlier one (MinHash over runs of characters)."""
 
     name: ClassVar[str] = "near_duplicates"
 

@@ -19,7 +19,10 @@ _OTHER, _LETTER, _HANGUL = 0, 1, 2
 _CODE = re.compile(
     r"```.*?(?:```|\Z)|`[^`\n]+`|\b(?:https?|ftp)://[^\s)\]>\"'가-힣]+|\bwww\.[^\s)\]>\"'가-힣]+", re.DOTALL
 )
-_QUOTED = re.compile(r'"[^"\n]*"|“[^”\n]*”|‘[^’\n]*’|(?<!\w)\'[^\'\n]*\'|「[^」\n]*」|『[^』\n]*』|«[^»\n]*»')
+# Up to the next quote of either side: quotes that are never closed must not cost a search to the end each.
+_QUOTED = re.compile(
+    r'"[^"\n]*"|“[^“”\n]*”|‘[^‘’\n]*’|(?<!\w)\'[^\'\n]*\'|「[^「」\n]*」|『[^『』\n]*』|«[^«»\n]*»'
+)
 
 # A sentence's last Hangul: before its punctuation, or at a line's end, where chat puts ㅎㅎ, ^^ and emoji instead.
 _SENTENCE_END = re.compile(r"([가-힣]{1,6})(?:[.!?…~。]+(?=[\s)\]*_]|$)|[ \tㅋㅎㅠㅜ^;*_)\]]*$)", re.MULTILINE)
@@ -35,7 +38,8 @@ _INTIMATE = re.compile(
     r"|(?:해|돼|줘|봐|몰라|그래|마)$|(?:할|갈|줄|볼|올|될)(?:게|래|까|걸)$"
     r"|(?:하|가|보|먹)자$|(?:해|가|와|봐|어|아)라$|(?:하|되)(?:냐|니)$"
 )
-_NOUN_IN_HAE = re.compile(r"(?:이|오|피|방|재|침|분|견|상|손|유|저|올|새|동|서|남|북|양|곤|화|음|공|잔|무)해$|[^지]마$")
+# 이해, 올해; …에 대해, …을 통해; 엄마.
+_NOUN_IN_HAE = re.compile(r"[이오피방재침분견상손유저올새동서남북양곤화음공잔무]해$|[대위의인관향통]해$|[^지]마$")
 _NIEUN_HIEUT, _BIEUP, _BIEUP_SIOT, _SSANG_SIOT = 6, 17, 18, 20
 
 

@@ -11,17 +11,28 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
+from jindo_core.data.records import Round
 from jindo_core.errors import InputError
 from jindo_core.refinery.korean import Level, hangul_share, letters, prose, speech_levels
 from jindo_core.refinery.pipeline import Counted, Flagged, Item, Rejected, RowStep, Step, option
+from jindo_core.refinery.translation_steps import direction, source_of
 
-_LATIN_RUN = re.compile(r"[A-Za-z][A-Za-z'’-]*(?:[,;:]?[ \t]+[A-Za-z][A-Za-z'’-]*){3,}")
+# From a word's beginning, and without going back: a line of Base64 is one long word.
+_LATIN_RUN = re.compile(r"(?<![A-Za-z'’-])[A-Za-z][A-Za-z'’-]*+(?:[,;:]?[ \t]++[A-Za-z][A-Za-z'’-]*+){3,}+")
+_ASKS_FOREIGN = re.compile(
+    r"영어|영문|일본어|일어|중국어|프랑스어|불어|독일어|스페인어|외국어"
+    r"|\b(?:in|into|to) (?:english|japanese|chinese|french|german|spanish)\b",
+    re.IGNORECASE,
+)
 _SPACES = re.compile(r"\s+")
 
 
 @dataclass(frozen=True)
 class HangulRatio(RowStep):
-    """Reject rows whose answers hold too little Hangul, code and addresses not counted."""
+    """Rejects rows whose answers hold too little Hangul, code and addresses not counted.
+
+    Not judged are translations from Korean, and answers to a question that names another language.
+    """
 
     name: ClassVar[str] = "hangul_ratio"
 
@@ -31,15 +42,24 @@ class HangulRatio(RowStep):
     def __call__(self, item: Item) -> Item | Rejected:
         for number, each in enumerate(item.record.rounds, 1):
             hangul, other = letters(prose(each.output))
-            if hangul + other >= self.min_letters and hangul < self.at_least * (hangul + other):
+            if hangul + other < self.min_letters or hangul >= self.at_least * (hangul + other):
+                continue
+            if not self._may_be_foreign(each):
                 share = hangul / (hangul + other)
                 return Rejected(f"answer {number} is {share:.2f} Hangul, expected at least {self.at_least:g}")
         return item
 
+    def _may_be_foreign(self, each: Round) -> bool:
+        source = source_of(each)
+        if source is not None:
+            # Whatever the instruction says: `pair_direction` has set it, where the two are a pair.
+            return direction(source, each.output) == "foreign"
+        return _ASKS_FOREIGN.search(each.instruction) is not None
+
 
 @dataclass(frozen=True)
 class UntranslatedResidue(RowStep):
-    """Reject rows whose Korean answer keeps whole English sentences, or that only repeat their source."""
+    """Rejects rows whose Korean answer keeps whole English sentences, or that only repeat their source."""
 
     name: ClassVar[str] = "untranslated_residue"
 
@@ -109,7 +129,7 @@ def _refusal_patterns(path: str | None) -> tuple[re.Pattern[str], re.Pattern[str
 
 @dataclass(frozen=True)
 class Refusals(RowStep):
-    """Reject rows whose answer is a refusal ("As an AI language model …") or an error page ("Too many requests")."""
+    """Rejects rows whose answer is a refusal ("As an AI language model …") or an error page ("Too many requests")."""
 
     name: ClassVar[str] = "refusals"
 
@@ -138,7 +158,7 @@ class Refusals(RowStep):
 
 @dataclass(frozen=True)
 class Honorifics(RowStep):
-    """Report answers that mix speech levels (해요체, 합쇼체, 반말), quotes and code not counted."""
+    """Reports answers that mix speech levels (해요체, 합쇼체, 반말), quotes and code not counted."""
 
     name: ClassVar[str] = "honorifics"
 

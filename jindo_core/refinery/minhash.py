@@ -112,16 +112,21 @@ def bands(threshold: float, count: int, recall: float = 0.95) -> tuple[int, int]
     return best
 
 
-def band_hashes(signatures: np.ndarray, first: int, rows: int) -> np.ndarray:
-    """uint64 [n]: a hash of the places first … first + rows - 1 of each signature [n, count]."""
-    hashes = np.empty(len(signatures), dtype=np.uint64)
-    for start in range(0, len(signatures), _CHUNK):
-        part = signatures[start : start + _CHUNK, first : first + rows].astype(np.uint64)
-        value = np.full(len(part), first + 1, dtype=np.uint64)
+def band_hashes(signatures: np.ndarray, first: int, rows: int, number: int = 1) -> np.ndarray:
+    """uint64 [n, number]: a hash of each of `number` bands of `rows` places from `first` on, of signatures [n, count].
+
+    The same places' values in another band hash to something else, so that all bands may lie in one table.
+    """
+    hashes = np.empty((len(signatures), number), dtype=np.uint64)
+    seeds = np.arange(first, first + number * rows, rows, dtype=np.uint64) + np.uint64(1)
+    for start in range(0, len(signatures), _CHUNK // number):
+        part = signatures[start : start + _CHUNK // number, first : first + number * rows]
+        part = part.reshape(len(part), number, rows).astype(np.uint64)
+        value = np.broadcast_to(seeds, (len(part), number))
         for place in range(rows):
-            value = (value ^ part[:, place]) * _MULTIPLIER
+            value = (value ^ part[:, :, place]) * _MULTIPLIER
             value ^= value >> np.uint64(29)
-        hashes[start : start + _CHUNK] = value
+        hashes[start : start + len(part)] = value
     return hashes
 
 
@@ -164,11 +169,11 @@ def _similar_pairs(signatures: np.ndarray, rows: np.ndarray, threshold: float) -
     chosen = signatures if len(rows) == len(signatures) else None
     for band in range(number):
         if chosen is not None:
-            hashes = band_hashes(chosen, band * places, places)
+            hashes = band_hashes(chosen, band * places, places)[:, 0]
         else:
             hashes = np.concatenate(
                 [
-                    band_hashes(signatures[rows[start : start + _CHUNK]], band * places, places)
+                    band_hashes(signatures[rows[start : start + _CHUNK]], band * places, places)[:, 0]
                     for start in range(0, len(rows), _CHUNK)
                 ]
                 or [np.empty(0, dtype=np.uint64)]

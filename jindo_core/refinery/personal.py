@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from jindo_core.refinery.pipeline import Counted, Flagged, Item, Rejected, RowStep, map_texts, option, texts
+from jindo_core.refinery.pipeline import Counted, Flagged, Item, Rejected, RowStep, map_texts, option
 
 # Nothing that would make it part of a longer number or name. Hangul may follow: a particle.
 _BEFORE, _AFTER = r"(?<![A-Za-z0-9_+%-])(?<![0-9]\.)", r"(?![A-Za-z0-9_@]|[-.][A-Za-z0-9])"
@@ -43,7 +43,10 @@ _NETWORKS = re.compile(
 _ABOUT_RESIDENT = re.compile(r"주민|등록 ?번호|외국인|resident|RRN", re.IGNORECASE)
 _ABOUT_CARD = re.compile(r"카드|card|결제|visa|master", re.IGNORECASE)
 # What ends like a name of the internet and is none: a file's ending, an attribute in code.
-_NO_DOMAIN = frozenset("png jpg jpeg gif svg webp css js ts py json html xml txt md pdf zip csv log test invalid".split())
+_NO_DOMAIN = frozenset(
+    ("png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "ts", "py", "json", "html", "xml", "txt", "md", "pdf",
+     "zip", "csv", "log", "transpose", "test", "invalid")
+)  # fmt: skip
 _EXAMPLES = re.compile(r"@(?:[\w-]+\.)*example(?:\.(?:com|org|net))?\Z", re.IGNORECASE)  # RFC 2606
 
 MASKS = {

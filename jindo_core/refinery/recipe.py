@@ -1,4 +1,4 @@
-"""A recipe: which steps run, in which order, with which options; from a YAML file or one that comes with the package."""
+"""A recipe: which steps run, in which order, with which options; a YAML file or one of the package."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def load_recipe(name_or_path: str | Path, seed: int = 42) -> Recipe:
 
 
 def make_recipe(name: str, steps: list[Any], seed: int = 42, *, where: str = "recipe") -> Recipe:
-    """A recipe from what its YAML list holds: names, and {name: {option: value}}. Raises InputError as `load_recipe`."""
+    """A recipe from its YAML list: names, and {name: {option: value}}. Raises InputError as `load_recipe`."""
     made: list[Step] = []
     for number, entry in enumerate(steps, 1):
         step = _make_step(entry, seed, f"{where}, step {number}")
@@ -119,7 +119,10 @@ def _make_step(entry: Any, seed: int, where: str) -> Step:
             has = f"its options are {', '.join(known)}." if known else "it has no options."
             raise InputError(f"{where} ({name}): got the unknown option {option!r}, {has}{nearest(str(option), known)}")
         values[option] = known[option].read(value, label=f"{where} ({name}): {option}")
-    return step(**values)
+    try:
+        return step(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def _short(value: object) -> str:
@@ -143,7 +146,7 @@ def _read(path: Path) -> list[Any]:
         raise InputError(f"recipe {path}: got broken YAML{line} ({said}), {_FORM}") from None
     if not isinstance(content, dict) or not isinstance(content.get("steps"), list):
         raise InputError(f"recipe {path} has no list `steps`: {_FORM}")
-    unknown = set(content) - {"steps", "description"}
+    unknown = sorted(str(key) for key in content if key not in ("steps", "description"))
     if unknown:
-        raise InputError(f"recipe {path}: got the unknown key {sorted(map(str, unknown))[0]!r}, expected steps, description")
+        raise InputError(f"recipe {path}: got the unknown key {unknown[0]!r}, expected steps, description")
     return list(content["steps"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 
 from jindo_core.data.formats import Format, RowError
 from jindo_core.data.readers import Row
-from jindo_core.errors import TrainingError
+from jindo_core.errors import InputError, TrainingError
 from jindo_core.refinery.pipeline import (
     Item,
     JoinStep,
@@ -115,17 +116,25 @@ class Source:
 
 def columns_of(plan: Plan, row: Passing) -> dict[str, Any]:
     """A row's columns as they are written."""
-    item = row.item
-    return written_back(item.record, item.values, plan.format) if row.rewritten else item.values
+    if not row.rewritten:
+        return row.item.values
+    try:
+        return written_back(row.item.record, row.item.values, plan.format)
+    except InputError as error:
+        raise InputError(f"row {row.item.number}: {error}") from None
 
 
 def notice_row(plan: Plan, number: int, step: int, reason: str, values: dict[str, Any]) -> dict[str, Any]:
-    """A line of the file of rejected or flagged rows."""
+    """A line of the file of rejected or flagged rows: what no file of JSON can say stands there as escaped text."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, TypeError):  # half a surrogate pair; a date of Parquet
+        values = {"json": json.dumps(values, default=str)}
     return {"row": number, "step": plan.labels[step], "reason": reason, "values": values}
 
 
 def work(plan: Plan, place: int, chunk: Source | list[bytes]) -> Result:
-    """Takes a chunk through segment number `place`: rows of the source through the first, packed ones through others."""
+    """Takes a chunk through segment number `place`: the source's rows through the first, packed ones through others."""
     segment = plan.segments[place]
     before = range(len(plan.raw) + 1) if isinstance(chunk, Source) else range(0)
     own = range(segment.first, segment.first + len(segment.steps))
@@ -186,7 +195,7 @@ def _raw(plan: Plan, values: dict[str, Any], start: int, number: int, result: Re
         count.rows_out += len(several)
         if isinstance(answer, list):
             if len(answer) < 2:
-                raise RuntimeError(f"step {plan.raw[step].name} gave a list of {len(answer)}: expected at least two rows")
+                raise RuntimeError(f"step {plan.raw[step].name} gave {len(answer)} rows: expected at least two")
             for each in answer:
                 yield from _raw(plan, each, step + 1, number, result)
             return

@@ -32,7 +32,7 @@ class _Table:
     """Rows of bytes, all as wide, appended and then mapped."""
 
     def __init__(self) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile()
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         self._size = 0
 
     def append(self, data: bytes) -> None:
@@ -59,7 +59,7 @@ class Spill:
     """
 
     def __init__(self) -> None:
-        self._rows: IO[bytes] = tempfile.TemporaryFile()
+        self._rows: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         self._ends, self._keys, self._places, self._numbers = _Table(), _Table(), _Table(), _Table()
         self._end = 0
         self._count = 0

@@ -36,8 +36,8 @@ def split(config: SplitConfig, on_progress: Callable[[str, int, int], None] | No
     """Writes `train` and `test` files with the source's ending; each row goes to one of them, in the source's order.
 
     Which rows are held out is decided as they pass (selection sampling; Knuth, The Art of Computer Programming, 3.4.2,
-    algorithm S): every set of that size is as likely, and no list of rows is kept. Each file comes to be whole or not at
-    all, one after the other.
+    algorithm S): every set of that size is as likely, and no list of rows is kept. Each file comes to be whole or not
+    at all, one after the other.
 
     Raises:
         InputError: a source or folder that doesn't serve, files of several kinds, or a size that leaves a file empty.
@@ -91,4 +91,4 @@ def _check_folder(folder: Path, files: tuple[Path, ...], source: RowSource, over
         if path.resolve() in {each.resolve() for each in source.paths}:
             raise InputError(f"--output_dir: {path} is what is split: expected another folder")
         if path.exists() and not overwrite:
-            raise InputError(f"--output_dir: {path} is there already: give another folder, or --overwrite to replace it")
+            raise InputError(f"--output_dir: {path} is there already: give another folder, or --overwrite")

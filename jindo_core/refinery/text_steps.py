@@ -15,12 +15,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jindo_core.data.records import Record
-from jindo_core.refinery.pipeline import Counted, Flagged, Item, Rejected, RowStep, map_outputs, map_texts, option, texts
+from jindo_core.refinery.pipeline import (
+    Counted,
+    Flagged,
+    Item,
+    Rejected,
+    RowStep,
+    map_outputs,
+    map_texts,
+    option,
+    texts,
+)
 
 _LINE_ENDS = re.compile("\r\n?|\u2028|\u2029")
 
-# Joiners are letters' business in these scripts: Arabic (and Syriac, Thaana, N'Ko, Mandaic), the Indic ones and Sinhala,
-# Tibetan, Myanmar, Khmer, Mongolian, and those of the extended blocks.
+# Joiners are letters' business in these scripts: Arabic (and Syriac, Thaana, N'Ko, Mandaic), the Indic ones and
+# Sinhala, Tibetan, Myanmar, Khmer, Mongolian, and those of the extended blocks.
 _JOINING = "\u0600-\u08ff\u0900-\u0dff\u0f00-\u0fff\u1000-\u109f\u1780-\u18af\ua840-\uabff\ufb50-\ufdff\ufe70-\ufefc"
 _JOINING += "\U00010a00-\U00011fff"
 # What an emoji of several is made of: pictographs, dingbats, arrows, skin tones, variation selector, keycap, tags.
@@ -81,7 +91,7 @@ class RenderedText(RowStep):
             return item
         rendered = rest = _squeezed(text)
         own = 0
-        for part in map(_squeezed, texts(item.record)):
+        for part in filter(None, map(_squeezed, texts(item.record))):
             _, found, rest = rest.partition(part)
             own += len(part)
             if not found:
@@ -226,12 +236,15 @@ class Mojibake(RowStep):
         if self.euc_kr and (korean := _as_euc_kr(text)) is not None:
             return korean
         import ftfy
+        from ftfy.badness import is_bad
 
-        return ftfy.fix_encoding(text, replace_lossy_sequences=False)
+        # ftfy also changes pairs of letters in what was EUC-KR: a text that stays bad is left as it was.
+        fixed = ftfy.fix_encoding(text, replace_lossy_sequences=False)
+        return text if is_bad(fixed) else fixed
 
 
-# What every text that ftfy finds bad holds (its categories lie in these ranges; the tests hold the two together): ftfy's
-# own search takes twenty times as long, and Hangul has none of it.
+# What every text that ftfy finds bad holds (its categories lie in these ranges; a test holds the two together):
+# ftfy's own search takes nine times as long, and Hangul has none of it.
 _MOJIBAKE = re.compile("[\x80-\x9f\u00c2\u00c3\u0152\u0153]|[\xa0-\u05ff\u1e00-\u2bff\uf8ff\ufb01\ufb02\ufffd]{2}")
 
 
@@ -316,8 +329,8 @@ class Html(RowStep):
 
 def _character(match: re.Match[str], found: Counter[str]) -> str:
     character = html.unescape(match[0]).replace("\u00a0", " ")
-    if character != "\n" and not character.isprintable():
-        return match[0]  # &#0;
+    if character == "\ufffd" or (character != "\n" and not character.isprintable()):
+        return match[0]  # &#0; and the like
     found["entities"] += 1
     return character
 

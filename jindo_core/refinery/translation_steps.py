@@ -45,7 +45,7 @@ def source_of(each: Round) -> str | None:
 
 @dataclass(frozen=True)
 class PairDirection(RowStep):
-    """Set a translation instruction's direction from the Hangul in input and output."""
+    """Sets a translation instruction's direction from the Hangul in input and output."""
 
     name: ClassVar[str] = "pair_direction"
 
@@ -75,7 +75,7 @@ class PairDirection(RowStep):
 
 @dataclass(frozen=True)
 class PairById(JoinStep):
-    """Join a row and the row of the same id in the other language into translations, a round for each text."""
+    """Joins a row and the row of the same id in the other language into translations, a round for each text."""
 
     name: ClassVar[str] = "pair_by_id"
 
@@ -146,7 +146,7 @@ _GLUED_WORD = re.compile(r"스포츠|메일|북|커머스|러닝|티켓|팝|셔�
 
 @dataclass(frozen=True)
 class LeadingArtefacts(RowStep):
-    """Remove what a machine translator left before an answer's first sentence, never a part of a word."""
+    """Removes what a machine translator left before an answer's first sentence, never a part of a word."""
 
     name: ClassVar[str] = "leading_artefacts"
 
@@ -230,7 +230,7 @@ def _is_stray(letter: str, rest: str, source: str) -> bool:
 
 @dataclass(frozen=True)
 class LengthRatio(RowStep):
-    """Reject translations far shorter or longer than their source, in characters outside code."""
+    """Rejects translations far shorter or longer than their source, in characters outside code."""
 
     name: ClassVar[str] = "length_ratio"
 
@@ -268,7 +268,7 @@ _LANGUAGE_LINE = re.compile(
 
 @dataclass(frozen=True)
 class CodeFences(RowStep):
-    """Put the source's fenced code in the place of the translation's, where both have as many blocks."""
+    """Puts the source's fenced code in the place of the translation's, where both have as many blocks."""
 
     name: ClassVar[str] = "code_fences"
 
@@ -302,6 +302,9 @@ def restore_fences(output: str, source: str) -> str | None:
         return output if not marks else None
     blocks = [source[start : end + 3].replace("\r\n", "\n") for start, end in zip(marks[::2], marks[1::2], strict=True)]
     text = output.replace("\r\n", "\n")
+    plain = list(_MARK.finditer(text))
+    if len(plain) == 2 * len(blocks) == len(_BROKEN_MARK.findall(text)) and _put(text, plain, blocks) == text:
+        return output  # as it should be
     # A cleaner that restored fences put one block, mostly the first, in the place of all marks; code that the
     # translator left alone is the same text, and must not be taken back with it: so each block is tried by itself.
     readings = [reading for block in dict.fromkeys(blocks) if (reading := _take_back(text, block)) != text]

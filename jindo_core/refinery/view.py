@@ -81,7 +81,8 @@ def step_lines() -> Iterator[str]:
         yield f"{name}: {step_help(step)}"
         for option in settings(step).values():
             choices = f" ({' | '.join(option.choices)})" if option.choices else ""
-            default = "" if option.default is None else f" [{show(option.default)}]"
+            typed = show(option.default)
+            default = "" if option.default in (None, ()) else f" [{typed if typed.isprintable() else repr(typed)}]"
             yield f"    {option.name}: {option.help}{choices}{default}"
 
 

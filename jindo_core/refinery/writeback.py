@@ -53,7 +53,8 @@ def written_back(record: Record, values: dict[str, Any], format: Format) -> dict
     if len(record.rounds) != 1:
         raise InputError(f"a row of {len(record.rounds)} rounds can't be written as {format.name}, which has one")
     table = _ALPACA if format.name == "wizard" else _TABLES[format.name]
-    texts = {"system": record.system, **{key: getattr(record.rounds[0], key) for key in ("instruction", "input", "output")}}
+    (one,) = record.rounds
+    texts = {"system": record.system, "instruction": one.instruction, "input": one.input, "output": one.output}
     written = dict(values)
     for key, columns in table.items():
         column = _column(columns, values, own)

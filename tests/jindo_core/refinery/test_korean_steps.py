@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -54,6 +55,14 @@ def test_hangul_ratio():
     english = answer("This is an answer in English, all of it, and nothing else.")
     assert step(english) == Rejected("answer 1 is 0.00 Hangul, expected at least 0.3")
     assert HangulRatio(at_least=0)(english) is english
+    for row in (  # the first is a translation into English, whatever it says
+        answer("The kettle is on the stove.", "주전자가 불 위에 있습니다.", "Translate into Korean"),
+        answer("The kettle is on the stove.", "", "주전자를 영어로 묘사하세요."),
+        answer("The kettle is on the stove.", "", "Describe a kettle in English"),
+    ):
+        assert step(row) is row
+    turkish = answer("Su isitici ocagin uzerinde duruyor.", "The kettle is on the stove.", "Translate into English")
+    assert isinstance(step(turkish), Rejected)
     rounds = Round("가", "", "네, 알겠습니다."), Round("나", "", "No, this will never be translated")
     assert step(Item(Record(rounds), {}, 1)).reason.startswith("answer 2 ")
 
@@ -168,6 +177,7 @@ def test_patterns_of_ones_own(tmp_path):
         ("비가 온다. 우산을 챙겼다. 하늘은 회색이다.", {"반말": 3}),
         ("우산을 챙기세요. 문을 닫아 주세요!", {"-세요": 2}),
         ("우산이 필요. 제품 개요\n가격과 수요\n첫째 단어\n사용자\n큰 이미지\n새로운 분야\n깊은 이해", {}),  # nouns
+        ("바다에 대해\n이를 위해\n엄마\n바다", {}),
         ('그는 "비가 와"라고 했습니다. “우산 있어?”라고도 했습니다.', {"합쇼체": 2}),
         ("`print('비가 왔어')`를 실행합니다.\n```\n# 비가 왔어.\n```", {"합쇼체": 1}),
         ("좋아요 ㅎㅎ\n알겠어요^^\n고마워요~", {"해요체": 3}),
@@ -212,8 +222,21 @@ def test_steps_can_be_sent_to_workers(step):
     assert pickle.loads(pickle.dumps(step())) == step()
 
 
+LONG = ["a", "a ", "가", "가 ", "ㅋ", "“", "'", "「", "```", "`", "www.", ". ", "가.", "\n가 ", "o "]
+
+
+@pytest.mark.parametrize("piece", LONG)
+def test_long_texts_take_time_by_their_length(piece):
+    """No expression that goes over 400 KB again from each of its places: that would take minutes."""
+    row = answer(piece * (400_000 // len(piece)), piece * 1000, "Translate into English")
+    start = time.perf_counter()
+    for step in (*STEPS, *translation_steps.STEPS[1:]):
+        step()(row)
+    assert time.perf_counter() - start < 10
+
+
 PIECES = st.sampled_from(
-    ["은 ", "는", "물론, ", "o ", "이 코드", "```", "```python\n", "'''", "\r\n", " ", "니다.", "요?", '"', "\u200b"]
+    ["은 ", "는", "물론, ", "o ", "이 코드", "```", "```python\n", "'''", "\r\n", " ", "니다.", "요?", "\u200b"]
 )
 TEXT = st.lists(PIECES | st.text(max_size=8), max_size=12).map("".join)
 
