@@ -165,6 +165,7 @@ def test_the_wheel_holds_everything_once(repo_root, wheel):
         assert f"jindo_core/data/templates/{template.name}" in names
     for recipe in (repo_root / "jindo_core/refinery/recipes").glob("*.yaml"):
         assert f"jindo_core/refinery/recipes/{recipe.name}" in names
+    assert "jindo_core/refinery/refusals.yaml" in names
     assert {"jindo_core/py.typed", "jindo_core/kernels/crossovers.json"} <= names
 
 

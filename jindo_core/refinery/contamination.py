@@ -169,7 +169,10 @@ def _index(
 
 @dataclass(frozen=True)
 class Contamination(RowStep):
-    """Rejects rows that hold a text of an evaluation set: the same, a great part of it, or nearly it."""
+    """Rejects rows that hold a text of an evaluation set: the same, a great part of it, or nearly it.
+
+    Each worker reads the evaluation files once and holds their index: some 20 bytes a character of theirs.
+    """
 
     name: ClassVar[str] = "contamination"
 

@@ -12,7 +12,6 @@ import numpy as np
 
 Level = Literal["해요체", "합쇼체", "반말", "-세요"]
 
-HANGUL = "가-힣ㄱ-ㆎ"
 _OTHER, _LETTER, _HANGUL = 0, 1, 2
 
 # Fenced code (an open fence lasts to the end), code within a line, addresses. A fence comes first: it holds backticks.

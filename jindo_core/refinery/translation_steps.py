@@ -137,7 +137,7 @@ _AFFIRMS = re.compile(
     re.IGNORECASE,
 )
 _COMMA = re.compile(r"[,;、，][ \t]*(?=[가-힣])|\.[ \t]+(?=[가-힣])")
-_CLOSING = re.compile(r"[:)\]}][ \t]+(?=[가-힣])")
+_CLOSING = re.compile(r"[:)\]}!?][ \t]+(?=[가-힣])")
 _LETTER = re.compile(r"([A-Za-z])(?:[ \t]+(?=\S)|(?=[가-힣\"'“‘`]))")
 _SECOND_LETTER = re.compile(r"\W*[^\W\d_]([A-Za-z])")
 _PARTICLE = re.compile(r"[은는이가을를과와](?![가-힣])")
@@ -199,7 +199,7 @@ def _artefact(text: str, source: str | None) -> int:
 
 
 def _begins_with_sign(source: str | None) -> bool:
-    return source is not None and source.lstrip()[:1] in tuple(",;:.)]}、，")
+    return source is not None and source.lstrip()[:1] in tuple(",;:.)]}!?、，")
 
 
 def _is_particle(syllable: str, rest: str, source: str) -> bool:

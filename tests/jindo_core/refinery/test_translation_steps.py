@@ -93,6 +93,8 @@ def test_other_instructions_stay(instruction, input, output):
         ("It is long.", "물론,그것은 깁니다.", "그것은 깁니다."),  # \b after a comma never matches before a blank
         ("It is long.", ", 깁니다.", "깁니다."),
         ("It is long.", ") 깁니다.", "깁니다."),
+        ("It is long.", "! 깁니다.", "깁니다."),
+        ("It is long.", ". 깁니다.", "깁니다."),
         ("To begin: it rains", "o 는 비가 옵니다.", "비가 옵니다."),  # one after the other
     ],
 )
@@ -129,6 +131,9 @@ def test_artefacts_go(source, output, expected):
         ("Of course!", "물론이죠!"),
         ("The particles", "는 조사이며 받침이 없는 말 뒤에 옵니다."),
         (", he said", ", 그가 말했습니다."),
+        ("! means not", "! 는 아니라는 뜻입니다."),
+        ("... and so on", "... 그리고 계속됩니다."),
+        ("!important", "!중요"),
         (".NET is a framework", ".NET은 프레임워크입니다."),
         ("* one\n* two", "* 하나\n* 둘"),
         ("Return it", "    return x  # 값을 돌려줍니다"),
