@@ -35,7 +35,7 @@ def test_inspect(data, stories260k, tmp_path, capsys):
     flags = ["--data_path", str(data), "--tokenizer", str(stories260k), "--output_dir", str(tmp_path / "r")]
     assert main(["data", "inspect", *flags]) == 0
     said = capsys.readouterr().out
-    for part in ("rows.jsonl: 2 rows", "format: alpaca, by its columns", "tokens/character", "language of output: ko 50.0%"):
+    for part in ("rows.jsonl: 2 rows", "format: alpaca, by its columns", "tokens/character", "of output: ko 50.0%"):
         assert part in said
     assert "\x1b" not in said
     assert "█" in said
@@ -79,7 +79,8 @@ def test_refine_scores(data, stories260k, tmp_path, capsys):
     flags = ["--data_path", str(data), "--base_model", str(stories260k), "--output_path", str(tmp_path / "o.csv")]
     assert main(["data", "refine", "--mode", "score", *flags, "--device", "cpu"]) == 0
     assert "2 rows in, 2 out: 2 scored" in capsys.readouterr().out
-    assert (tmp_path / "o.csv").read_text().splitlines()[0].endswith("score_tokens,score_loss,score_perplexity,score_ifd")
+    header = (tmp_path / "o.csv").read_text().splitlines()[0]
+    assert header.endswith("output,score_tokens,score_loss,score_perplexity,score_ifd")
     fails(capsys, ["refine", "--mode", "score", *flags], "is there already: give another name, or --overwrite")
 
 
@@ -95,17 +96,17 @@ def test_refine_scores(data, stories260k, tmp_path, capsys):
         (["inspect", "--data_path", "rows.jsonl", "--output_dir", "rows.jsonl"], "can't be made"),
         (["convert", "--data_path", "rows.jsonl", "--output_path", "o.json"], "--to: got nothing, expected format"),
         (["convert", "--data_path", "rows.jsonl", "--to", "qa"], "--output_path: got nothing"),
-        (["convert", "--data_path", "rows.jsonl", "--to", "qa", "--output_path", "o.json", "--rounds", "all"], "--rounds"),
+        (["convert", "--data_path", "rows.jsonl", "--to", "qa", "--output_path", "o.json", "--rounds", "x"], "--rounds"),
         (["preview", "--data_path", "rows.jsonl", "--rows", "0"], "--rows: got '0'"),
         (["preview", "--data_path", "rows.jsonl", "--base_model", "nowhere"], "base model nowhere does not exist"),
-        (["refine", "--data_path", "rows.jsonl", "--output_path", "o.json"], "--mode: got nothing, expected rewrite or score"),
+        (["refine", "--data_path", "rows.jsonl", "--output_path", "o.json"], "--mode: got nothing, expected rewrite or"),
         (["refine", "--mode", "rewrite", "--data_path", "rows.jsonl", "--output_path", "o.json"], "--instruction: got"),
         (
             ["refine", "--mode", "score", "--data_path", "rows.jsonl", "--output_path", "o.json", "--device", "tpu"],
             "--device: got 'tpu'",
         ),
         (
-            ["refine", "--mode", "score", "--data_path", "rows.jsonl", "--output_path", "o.json", "--min_length_ratio", "3"],
+            ["refine", "--mode=score", "--data_path", "rows.jsonl", "--output_path", "o.json", "--min_length_ratio", "3"],
             "--min_length_ratio: got 3, expected at most --max_length_ratio 2",
         ),
     ],

@@ -1,4 +1,4 @@
-"""`data refine`: scores as transformers', rewriting that keeps the old text where the new one fails, runs that go on."""
+"""`data refine`: scores as transformers', the old text kept where the new one fails, runs that go on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from jindo_core.tokenizer import load_tokenizer
 
 ROWS = [
     {"instruction": "Tell a story about a dog.", "input": "", "output": "A dog ran to the park and was happy", "id": 7},
-    {"instruction": "Who is it?", "input": "Lily", "output": "She is a girl who likes to play outside all day", "id": 8},
+    {"instruction": "Who is it?", "input": "Lily", "output": "She is a girl who likes to play outside", "id": 8},
     {"instruction": "Say nothing.", "input": "", "output": "", "id": 9},
     {"instruction": "And a cat?", "input": "", "output": "Once upon a time there was a little cat", "id": 10},
 ]

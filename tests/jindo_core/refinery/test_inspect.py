@@ -47,7 +47,7 @@ def test_counts_of_rows_written_here(tmp_path):
         "system": 0, "instruction": 5, "input": 3, "output": 5
     }  # fmt: skip
     assert found.characters["output"].longest == len(ROWS[4]["output"])
-    assert found.row_characters.total == sum(len(str(text)) for row in ROWS for name, text in row.items() if name != "id")
+    assert found.row_characters.total == sum(len(row[name]) for row in ROWS for name in row if name != "id")
     assert found.repeated == {"rows": 1, "prompts": 2, "answers": 1}
     sample = found.sample
     assert (sample.rows, sample.of) == (5, 5)
@@ -96,7 +96,8 @@ def test_a_sample_is_seeded_and_of_its_size(stories260k, tmp_path):
 
 
 def test_tokens_are_the_tokenizer_s_and_the_encoder_s(stories260k, tmp_path):
-    path, tokenizer, template = write(tmp_path / "rows.jsonl", ROWS), load_tokenizer(stories260k), load_template("alpaca")
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    tokenizer, template = load_tokenizer(stories260k), load_template("alpaca")
     sample = look(path, tokenizer=tokenizer, template=template).sample
     texts = {"instruction": [row["instruction"] for row in ROWS], "output": [row["output"] for row in ROWS]}
     for name, expected in texts.items():
@@ -133,7 +134,7 @@ def test_near_duplicates_without_the_equal_ones(tmp_path):
 
 
 def test_steps_for_korean_are_silent_about_english(tmp_path):
-    rows = [{"instruction": f"What is {i}?", "output": f"It is the number {i}, which follows {i - 1}."} for i in range(30)]
+    rows = [{"instruction": f"What is {i}?", "output": f"It is the number {i}, after {i - 1}."} for i in range(30)]
     assert "hangul_ratio" not in {counts.name for counts in look(write(tmp_path / "en.jsonl", rows)).sample.dirt}
     korean = [{"instruction": "무엇인가요?", "output": "그것은 숫자입니다."} for _ in range(5)]
     dirt = {counts.name: counts for counts in look(write(tmp_path / "ko.jsonl", rows + korean)).sample.dirt}
@@ -168,7 +169,8 @@ def test_the_real_korean_set(assets):
             assert told[f"p{percent}"] == int(np.percentile(lengths, percent, method="inverted_cdf"))
     assert found.repeated["answers"] == len(rows) - len({row["output"] for row in rows})
     dirt = {counts.name: counts for counts in found.sample.dirt}
-    assert dirt["line_ends"].changed == sum(any("\r" in row[n] for n in ("instruction", "input", "output")) for row in rows)
+    names = ("instruction", "input", "output")
+    assert dirt["line_ends"].changed == sum(any("\r" in row[name] for name in names) for row in rows)
     assert dirt["rendered_text"].changed == 987
     languages = found.sample.languages
     assert languages["instruction"] == {"en": 987}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -38,7 +39,7 @@ def test_percentiles_and_limits_as_numpy(values):
 def test_bins_hold_every_length_once(values, most):
     bins = filled(values).bins(most)
     assert sum(count for *_, count in bins) == len(values)
-    assert all(before[1] == after[0] for before, after in zip(bins, bins[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(bins))
     assert len(bins) <= most + 1
     for start, end, count in bins:
         if end <= 1 << 14:

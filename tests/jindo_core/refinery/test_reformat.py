@@ -105,8 +105,8 @@ def test_a_row_that_does_not_fit_ends_it_and_nothing_is_written(tmp_path):
     with pytest.raises(InputError, match=r"row 1 has 2 rounds.*\(--rejected_path FILE puts such rows aside\)"):
         convert(source, output, "alpaca", overwrite=True)
     assert output.read_text() == "old"
+    bad = write(tmp_path / "d.json", CHATS[:1])
     with pytest.raises(InputError, match="none of 1 rows can be written as qa"):
-        bad = write(tmp_path / "d.json", CHATS[:1])
         convert(bad, output, "qa", overwrite=True, rejected_path=str(tmp_path / "r.jsonl"))
     assert output.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "d.json", "o.jsonl"]
