@@ -134,7 +134,8 @@ def test_near_duplicates_without_the_equal_ones(tmp_path):
 
 
 def test_steps_for_korean_are_silent_about_english(tmp_path):
-    rows = [{"instruction": f"What is {i}?", "output": f"It is the number {i}, after {i - 1}."} for i in range(30)]
+    answer = "It is the number that follows {}, counted from the first."
+    rows = [{"instruction": f"What is {i}?", "output": answer.format(i - 1)} for i in range(30)]
     assert "hangul_ratio" not in {counts.name for counts in look(write(tmp_path / "en.jsonl", rows)).sample.dirt}
     korean = [{"instruction": "무엇인가요?", "output": "그것은 숫자입니다."} for _ in range(5)]
     dirt = {counts.name: counts for counts in look(write(tmp_path / "ko.jsonl", rows + korean)).sample.dirt}
