@@ -17,6 +17,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from jindo_core.batch_generation import depends_on_padding
 from jindo_core.causal_lm import CausalLM
 from jindo_core.errors import InputError
 from jindo_core.head import StreamedHead
@@ -93,8 +94,7 @@ def batches(requests: Sequence[Request], batch_size: int, model: CausalLM) -> li
     found: list[list[int]] = []
     rows, length = batch_size, 0
     for ids, same in groupby(order, key=lambda i: inputs[i]):
-        # What a LongLLaMA's batch is padded to decides where its windows begin: no padding there.
-        if rows == batch_size or (model.config.memory is not None and len(ids) != length):
+        if rows == batch_size or (depends_on_padding(model) and len(ids) != length):
             found.append([])
             rows, length = 0, len(ids)
         found[-1] += same
@@ -104,15 +104,22 @@ def batches(requests: Sequence[Request], batch_size: int, model: CausalLM) -> li
 
 @torch.no_grad()
 def score(model: CausalLM, requests: Sequence[Request], *, pad_id: int) -> list[Score]:
-    """The requests' scores, all in one batch; in halves where memory runs out.
+    """The requests' scores, all in one batch; in halves where memory runs out, and apart where padding would tell.
 
     A request that is longer than the model's context loses its first tokens. Dropout is off, and the model's mode
     afterwards as it was.
     """
     was_training = model.training
     model.eval()
+    lengths = [len(request.input_ids(model.config.context)) for request in requests]
+    # Equal lengths need no padding; else all are one group.
+    keys = lengths if depends_on_padding(model) else [0] * len(requests)
+    found: dict[int, Score] = {}
     try:
-        return _halving(model, requests, pad_id)
+        for key in dict.fromkeys(keys):
+            group = [i for i, own in enumerate(keys) if own == key]
+            found.update(zip(group, _halving(model, [requests[i] for i in group], pad_id), strict=True))
+        return [found[i] for i in range(len(requests))]
     finally:
         model.train(was_training)
 

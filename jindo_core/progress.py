@@ -57,17 +57,17 @@ def plan_table(plan: Plan, process: str) -> Table:
 
 
 @contextmanager
-def loading_bar(console: Console) -> Iterator[Callable[[int, int], None] | None]:
-    """Shows how far a model is loaded, and how fast; on a terminal only, and gone afterwards.
+def loading_bar(console: Console, what: str = "loading") -> Iterator[Callable[[int, int], None] | None]:
+    """Shows how far a model is loaded, or files are read, and how fast; on a terminal only, and gone afterwards.
 
-    Yields what `load_model` takes as `on_progress`; None where there is no terminal.
+    Yields what `load_model` takes as `on_progress`: (bytes done, bytes in all); None where there is no terminal.
     """
     if not console.is_terminal:
         yield None
         return
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("loading", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, whole: bar.update(task, completed=done, total=whole)
 
 

@@ -15,9 +15,9 @@ import pytest
 PARTS = {"kernels": {"kernels"}, "jindo_core": {"jindo_core", "kernels"}, "cli": {"cli", "jindo_core"}}
 ENGINE_ROWS = [
     {"errors"},
-    {"settings", "plan", "plan_falcon", "files", "config_json"},
+    {"settings", "plan", "plan_falcon", "files", "part_file", "config_json"},
     {"config", "qlora", "families", "long_memory", "rotary"},
-    {"convert_config", "data_config", "eval_config"},
+    {"convert_config", "data_config", "data_config_inspect", "eval_config"},
     {"nf4"},
     {"lora", "pages"},
     {"pager"},
@@ -26,9 +26,9 @@ ENGINE_ROWS = [
     {"model", "falcon"},
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
-    | {"run_record", "decoding", "generation", "progress"},
-    {"evaluate", "mmlu", "tune", "doctor", "merge", "training_data", "refinery", "likelihood"},
-    {"prepare", "drift", "eval_journal", "kobest", "perplexity"},
+    | {"run_record", "decoding", "generation", "batch_generation", "progress"},
+    {"evaluate", "mmlu", "scoring", "tune", "doctor", "merge", "training_data", "refinery", "likelihood"},
+    {"prepare", "drift", "refine", "eval_journal", "kobest", "perplexity"},
     {"train", "convert", "evaluation"},
     {"integrations"},
 ]

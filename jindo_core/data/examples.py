@@ -133,8 +133,9 @@ class Encoder:
         if self._apart:
             return _Plan("apart", [self._script.parts(segments[:first]), self._script.parts(segments[first:])], bos)
         end = next((i for i, segment in enumerate(segments) if segment.kind == "end"), len(segments))
-        pieces = (segments[:first], segments[:end], segments[end:])
         # The prompt's own tokens say what the loss passes over: where its text ends inside the whole is not asked.
+        prompt = [] if self._train_on_inputs else segments[:first]
+        pieces = (prompt, segments[:end], segments[end:])
         return _Plan("alpaca-lora", [self._script.parts(piece, learned=False) for piece in pieces], bos)
 
     def _finish(self, plan: _Plan, row: int) -> Layout:

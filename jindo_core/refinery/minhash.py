@@ -3,7 +3,8 @@
 A text's signature holds for each of k hash functions the least value among its shingles; two texts agree in a place
 with a probability equal to the Jaccard similarity of their sets of shingles (Broder 1997). Signatures cut into b
 bands of r places find pairs that agree in at least one band (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets,
-ch. 3). The hash functions are those of datasketch 2's `affine32` scheme, so that its MinHash gives the same numbers.
+ch. 3). Signatures are datasketch's. Its index, a dictionary a band, takes gigabytes for a million rows: bands are sorted here,
+in arrays.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from __future__ import annotations
 import functools
 import unicodedata
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-_SEED = 1  # datasketch's default
+if TYPE_CHECKING:
+    from datasketch import MinHash
+
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _WINDOW = 8  # rows that share a band are compared with this many after them, and with the first
 _CHUNK = 1 << 16  # rows, or pairs, at a time: a few tens of MB
@@ -67,34 +71,19 @@ def shingles(codes: np.ndarray, size: int) -> np.ndarray:
 
 
 @functools.cache
-def permutations(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The factors (odd) and summands of `count` hash functions h -> a·h + b mod 2^32, uint32 [count, 1] each."""
-    generator = np.random.RandomState(_SEED)
-    factors = generator.randint(0, 1 << 31, count, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
-    summands = generator.randint(0, 1 << 32, count, dtype=np.uint32)
-    return factors[:, None], summands[:, None]
+def _empty(count: int) -> MinHash:
+    """datasketch's signature of nothing; its copies share the hash functions, whose making takes longer than a row."""
+    from datasketch import MinHash
+
+    return MinHash(count, hashfunc=int, scheme="affine32")
 
 
 def signature(hashes: np.ndarray, count: int) -> np.ndarray:
     """uint32 [count]: the least value of each hash function among the shingles; the greatest number without any."""
-    factors, summands = permutations(count)
-    mixed = _mix(hashes)
-    least = np.full(count, 0xFFFFFFFF, dtype=np.uint32)
-    for start in range(0, len(mixed), 2048):  # products that fit the cache
-        products = mixed[start : start + 2048] * factors
-        products += summands
-        np.minimum(least, products.min(axis=1), out=least)
-    return least
-
-
-def _mix(hashes: np.ndarray) -> np.ndarray:
-    """MurmurHash3's finalizer, which datasketch applies before its affine functions."""
-    mixed = hashes ^ (hashes >> np.uint32(16))
-    mixed *= np.uint32(0x85EBCA6B)
-    mixed ^= mixed >> np.uint32(13)
-    mixed *= np.uint32(0xC2B2AE35)
-    mixed ^= mixed >> np.uint32(16)
-    return mixed
+    minhash = _empty(count).copy()
+    for start in range(0, len(hashes), 512):  # products that fit the cache
+        minhash.update_batch(hashes[start : start + 512].tolist())
+    return np.asarray(minhash.hashvalues, dtype=np.uint32)
 
 
 def bands(threshold: float, count: int, recall: float = 0.95) -> tuple[int, int]:

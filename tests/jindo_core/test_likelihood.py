@@ -129,12 +129,24 @@ def test_batches_are_the_longest_first_and_always_the_same(model):
     assert found == batches(asked, 4, model)
 
 
-def test_a_model_with_windows_gets_no_padding(model, monkeypatch):
+def test_a_model_to_which_padding_tells_gets_none(model, monkeypatch):
     asked = requests_of(30)
-    monkeypatch.setattr(type(model.config), "memory", property(lambda self: object()))
+    wanted = score(model, asked, pad_id=0)
+    monkeypatch.setattr(likelihood, "depends_on_padding", lambda model: True)
     found = batches(asked, 4, model)
     assert all(len({len(asked[i]) for i in batch}) == 1 for batch in found)
     assert max(map(len, found)) > 1
+    read, forward = [], type(model.stack).forward
+
+    def watched(self, input_ids, *rest, **more):
+        read.append(tuple(input_ids.shape))
+        return forward(self, input_ids, *rest, **more)
+
+    monkeypatch.setattr(type(model.stack), "forward", watched)
+    apart = score(model, asked, pad_id=0)  # windows of a text come without `batches`
+    assert sorted(length for _, length in read) == sorted({len(request) - 1 for request in asked})
+    assert sum(count for count, _ in read) == 30
+    assert [one.log_probability for one in apart] == pytest.approx([one.log_probability for one in wanted], abs=1e-4)
 
 
 def test_a_batch_that_does_not_fit_is_halved(model, monkeypatch):
