@@ -3,8 +3,8 @@
 A text's signature holds for each of k hash functions the least value among its shingles; two texts agree in a place
 with a probability equal to the Jaccard similarity of their sets of shingles (Broder 1997). Signatures cut into b
 bands of r places find pairs that agree in at least one band (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets,
-ch. 3). Signatures are datasketch's. Its index, a dictionary a band, takes gigabytes for a million rows: bands are sorted here,
-in arrays.
+ch. 3). Signatures are datasketch's. Its index, a dictionary a band, takes gigabytes for a million rows: bands are
+sorted here, in arrays.
 """
 
 from __future__ import annotations
