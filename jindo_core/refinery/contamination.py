@@ -6,13 +6,15 @@ import functools
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from jindo_core.data.readers import open_rows
+from jindo_core.data.formats import Format, RowError, detect_format
+from jindo_core.data.readers import Row, RowSource, open_rows
+from jindo_core.data.records import Record
 from jindo_core.errors import InputError
 from jindo_core.refinery.minhash import band_hashes, bands, folded, shingles, signature
 from jindo_core.refinery.pipeline import Item, Rejected, RowStep, option, texts
@@ -51,6 +53,16 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A text of an evaluation file. question: an instruction and its input, which are only looked for together."""
+
+    text: str
+    place: str
+    row: int
+    question: bool = False
+
+
 class EvaluationIndex:
     """The texts of evaluation files, found by equality, by runs of words, and by likeness.
 
@@ -58,35 +70,40 @@ class EvaluationIndex:
         places: where each text comes from ("dev.tsv, row 3").
     """
 
-    def __init__(self, paths: tuple[str, ...], columns: tuple[str, ...], ngram: int, threshold: float, min_chars: int):
+    def __init__(
+        self, paths: tuple[str, ...], columns: tuple[str, ...], ngram: int, threshold: float, min_chars: int, common: int
+    ):
         self.places: list[str] = []
         self._exact: dict[bytes, int] = {}
+        self._questions: dict[bytes, int] = {}
         self._ngram = ngram
         self._threshold = threshold
         self._shingles: list[np.ndarray] = []
         grams: list[np.ndarray] = []
         signatures: list[np.ndarray] = []
-        for place, text in _texts_of(paths, columns):
-            codes = folded(text)
-            content = codes.tobytes()
-            if len(codes) < min_chars or content in self._exact:
-                continue
-            self._exact[content] = len(self.places)
-            self.places.append(place)
-            grams.append(_grams(text, ngram))
-            hashes = shingles(codes, _SHINGLE)
-            self._shingles.append(np.unique(hashes))
-            signatures.append(signature(hashes, _PLACES))
+        found, often = _looked_for(_texts_of(paths, columns), min_chars, common)
+        for content, each in found:
+            (self._questions if each.question else self._exact)[content] = len(self.places)
+            self.places.append(each.place)
+            hashes = shingles(folded(each.text), _SHINGLE)
+            self._shingles.append(np.unique(hashes if not each.question else hashes[:0]))
+            grams.append(_grams(each.text if not each.question else "", ngram))
+            signatures.append(signature(hashes if not each.question else hashes[:0], _PLACES))
         if not self.places:
             raise InputError(
                 f"{', '.join(paths)}: no text of at least {min_chars} letters to compare with; give another file, "
-                "other columns or a smaller min_chars"
+                "other columns or a smaller min_chars" + (f" (or a greater common: {often} texts repeat)" * bool(often))
             )
+        rows = np.array([each.row for _, each in found])
+        self._common = _in_many(self._shingles, np.arange(len(rows)), max(common, len(rows) // 10))
+        usual = _in_many(grams, rows, _few(common, len(np.unique(rows))))
+        grams = [each[~np.isin(each, usual)] for each in grams] if len(usual) else grams
         self._gram_counts = np.array([len(each) for each in grams])
         self._grams = np.concatenate(grams)
         order = np.argsort(self._grams, kind="stable")
         self._owners = np.repeat(np.arange(len(grams)), self._gram_counts)[order]
         self._grams = self._grams[order]
+        self._usual = usual
         self._bands = bands(threshold, _PLACES)
         hashes = band_hashes(np.stack(signatures), 0, self._bands[1], self._bands[0])
         order = np.argsort(hashes, axis=None, kind="stable")
@@ -96,12 +113,17 @@ class EvaluationIndex:
         """The evaluation text that is the same but for case, blanks and punctuation."""
         return self._exact.get(codes.tobytes())
 
+    def same_question(self, codes: np.ndarray) -> int | None:
+        """The evaluation row whose instruction and input together are the same."""
+        return self._questions.get(codes.tobytes())
+
     def overlap(self, text: str, share: float) -> tuple[int, float] | None:
         """The evaluation text that shares most runs of words, from `share` of the shorter one's on, and that share.
 
         Three shared runs are needed, or all of an evaluation text that has fewer.
         """
         grams = _grams(text, self._ngram)
+        grams = grams[~np.isin(grams, self._usual)] if len(self._usual) else grams
         spots = _spots(self._grams, grams)
         if not len(spots):
             return None
@@ -113,22 +135,68 @@ class EvaluationIndex:
         return (int(owners[best]), float(shares[best])) if shares[best] >= share else None
 
     def near(self, codes: np.ndarray) -> tuple[int, float] | None:
-        """The evaluation text with the highest Jaccard similarity of character runs, from the threshold on."""
+        """The evaluation text with the highest Jaccard similarity of character runs, from the threshold on; runs that
+        many of the evaluation texts have are left out."""
         hashes = shingles(codes, _SHINGLE)
         ours = signature(hashes, _PLACES)[None]
         keys = band_hashes(ours, 0, self._bands[1], self._bands[0])[0]
         candidates = self._band_owners[_spots(self._band_hashes, keys)]
         if not len(candidates):
             return None
-        own = np.unique(hashes)
+        own = self._rare(np.unique(hashes))
         best: tuple[int, float] | None = None
         for candidate in np.unique(candidates).tolist():
-            theirs = self._shingles[candidate]
+            theirs = self._rare(self._shingles[candidate])
+            if not len(theirs):
+                continue
             both = len(np.intersect1d(own, theirs, assume_unique=True))
             similarity = both / (len(own) + len(theirs) - both)
             if similarity >= self._threshold and (best is None or similarity > best[1]):
                 best = candidate, similarity
         return best
+
+    def _rare(self, hashes: np.ndarray) -> np.ndarray:
+        return hashes[~np.isin(hashes, self._common)] if len(self._common) else hashes
+
+
+def _few(common: int, rows: int) -> int:
+    """In how many of an evaluation set's rows a text may be to be looked for: of a few rows, not in most of them."""
+    return min(common, max(1, rows // 2))
+
+
+def _in_many(hashes: list[np.ndarray], rows: np.ndarray, most: int) -> np.ndarray:
+    """The hashes that are in more than `most` different rows."""
+    if not hashes:
+        return np.empty(0, dtype=np.uint64)
+    owners = np.repeat(rows, [len(each) for each in hashes])
+    values = np.concatenate(hashes)
+    order = np.lexsort((owners, values))
+    values, owners = values[order], owners[order]
+    new = np.ones(len(values), dtype=bool)
+    new[1:] = (values[1:] != values[:-1]) | (owners[1:] != owners[:-1])
+    found, counts = np.unique(values[new], return_counts=True)
+    return found[counts > most]
+
+
+def _looked_for(texts: Iterator[_Text], min_chars: int, common: int) -> tuple[list[tuple[bytes, _Text]], int]:
+    """Each text once, folded, with its first place; and how many were left out because too many rows have them: an
+    instruction on all rows says what is to be done, not what the set asks."""
+    first: dict[tuple[bool, bytes], _Text] = {}
+    counts: dict[tuple[bool, bytes], int] = {}
+    last: dict[tuple[bool, bytes], int] = {}
+    rows = set()
+    for each in texts:
+        rows.add(each.row)
+        codes = folded(each.text)
+        if len(codes) < min_chars:
+            continue
+        key = each.question, codes.tobytes()
+        first.setdefault(key, each)
+        counts[key] = counts.get(key, 0) + (last.get(key) != each.row)
+        last[key] = each.row
+    most = _few(common, len(rows))
+    kept = [(key[1], each) for key, each in first.items() if counts[key] <= most]
+    return kept, len(first) - len(kept)
 
 
 def _spots(table: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -143,35 +211,59 @@ def _spots(table: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return np.repeat(first - (ends - counts), counts) + np.arange(ends[-1])
 
 
-def _texts_of(paths: tuple[str, ...], columns: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    for path in paths:
-        source = open_rows(path)
-        for row in source:
+def _format_of(source: RowSource) -> Format | None:
+    try:
+        return detect_format(source)
+    except InputError:
+        return None  # columns of its own, as most evaluation sets have them
+
+
+def _record(form: Format | None, row: Row) -> Record | None:
+    try:
+        return form.record(row) if form else None
+    except RowError:
+        return None
+
+
+def _texts_of(paths: tuple[str, ...], columns: tuple[str, ...]) -> Iterator[_Text]:
+    count = 0
+    for part in (part for path in paths for part in open_rows(path).parts()):
+        form = None if columns else _format_of(part)
+        for row in part:
             absent = [name for name in columns if name not in row.values]
             if absent:
                 raise InputError(
                     f"{row.place} lacks the column {absent[0]!r}: its columns are {', '.join(map(repr, row.values))}"
                 )
+            count += 1
             place = f"{row.path.name}, row {row.number}"
+            record = _record(form, row)
+            tasks = {""}
+            if record is not None:
+                asked = [each for each in record.rounds if each.input]
+                tasks |= {record.system, *(each.instruction for each in asked)}
+                for each in asked:
+                    yield _Text(f"{each.instruction}\n{each.input}", place, count, question=True)
             for name in columns or tuple(row.values):
                 for text in _strings(row.values[name]):
                     # An address is no text, and a dictionary's is in many rows.
-                    if not text.startswith(("http://", "https://")) or " " in text:
-                        yield place, text
+                    if text not in tasks and (not text.startswith(("http://", "https://")) or " " in text):
+                        yield _Text(text, place, count)
 
 
 @functools.lru_cache(maxsize=8)
 def _index(
-    paths: tuple[str, ...], columns: tuple[str, ...], ngram: int, threshold: float, min_chars: int
+    paths: tuple[str, ...], columns: tuple[str, ...], ngram: int, threshold: float, min_chars: int, common: int
 ) -> EvaluationIndex:
-    return EvaluationIndex(paths, columns, ngram, threshold, min_chars)
+    return EvaluationIndex(paths, columns, ngram, threshold, min_chars, common)
 
 
 @dataclass(frozen=True)
 class Contamination(RowStep):
     """Rejects rows that hold a text of an evaluation set: the same, a great part of it, or nearly it.
 
-    Each worker reads the evaluation files once and holds their index: some 20 bytes a character of theirs.
+    An instruction that has an input, and what many rows of the evaluation set have in common, is not looked for: it says
+    what is to be done. Each worker reads the evaluation files once and holds their index: some 20 bytes a character.
     """
 
     name: ClassVar[str] = "contamination"
@@ -184,6 +276,9 @@ class Contamination(RowStep):
         0.8, "Jaccard similarity of character runs that makes two texts the same", at_least=0.3, at_most=1
     )
     min_chars: int = option(20, "letters and digits of an evaluation text that is worth looking for", at_least=4)
+    common: int = option(
+        5, "texts and runs of words in more rows of an evaluation set are what its rows have in common", at_least=1
+    )
 
     def __post_init__(self) -> None:
         if not self.against:
@@ -195,8 +290,12 @@ class Contamination(RowStep):
                 )
 
     def __call__(self, item: Item) -> Item | Rejected:
-        index = _index(self.against, self.columns, self.ngram, self.threshold, self.min_chars)
-        for text in texts(item.record):
+        index = _index(self.against, self.columns, self.ngram, self.threshold, self.min_chars, self.common)
+        for each in item.record.rounds:
+            same = index.same_question(folded(f"{each.instruction}\n{each.input}")) if each.input else None
+            if same is not None:
+                return Rejected(f"the same as {index.places[same]}")
+        for text in texts(replace(item.record, system="")):
             codes = folded(text)
             if len(codes) < self.min_chars:
                 continue

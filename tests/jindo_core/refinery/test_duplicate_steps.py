@@ -310,6 +310,54 @@ def test_evaluation_columns_and_files(evaluation, tmp_path):
         Contamination()
 
 
+TASK = "Translate the following sentences into Korean, as one would say them in a letter to a friend"
+
+
+def test_an_instruction_that_all_rows_have_is_no_contamination(tmp_path):
+    """A part split off from the training file itself: only its own rows go."""
+    rng = random.Random(4)
+    rows = [{"instruction": TASK, "input": sentence(rng, 9), "output": sentence(rng, 12)} for _ in range(60)]
+    prompts = [{"q": f"{TASK}:\n\n{row['input']}", "a": row["output"], "n": n} for n, row in enumerate(rows)]
+    for name, held in (("alpaca.jsonl", rows[:12]), ("own.jsonl", prompts[:12]), ("three.json", prompts[:3])):
+        path = tmp_path / name
+        path.write_text("\n".join(json.dumps(row) for row in held), encoding="utf-8")
+        step = Contamination(against=(str(path),))
+        items = [Item(Record.single(row["instruction"], row["input"], row["output"]), {}, 1) for row in rows]
+        rejected = [number for number, each in enumerate(items) if isinstance(step(each), Rejected)]
+        assert rejected == list(range(len(held))), name
+        asked = [Item(Record.single(row["q"], "", row["a"]), {}, 1) for row in prompts]
+        assert [n for n, each in enumerate(asked) if isinstance(step(each), Rejected)] == rejected, name
+
+
+def test_short_inputs_are_compared_with_their_instruction(tmp_path):
+    path = tmp_path / "test.jsonl"
+    row = {"instruction": "다음 상품평이 좋은 말인지 나쁜 말인지 한 낱말로 답하세요.", "input": "향이 곱다", "output": "좋은 말"}
+    path.write_text(json.dumps(row), encoding="utf-8")
+    step = Contamination(against=(str(path),))
+    same = Item(Record.single(row["instruction"], "향이 곱다!", "좋은 말"), {}, 1)
+    assert step(same) == Rejected("the same as test.jsonl, row 1")
+    other = Item(Record.single(row["instruction"], "뚜껑이 샌다", "나쁜 말"), {}, 1)
+    assert step(other) is other
+
+
+def test_what_many_evaluation_rows_have_is_left_out(tmp_path):
+    """Boilerplate in an answer's column; few rows may have a text in common (a passage and its questions)."""
+    rng = random.Random(6)
+    usual = "The passage does not say anything about that, so there is no answer to give here."
+    rows = [{"passage": sentence(rng, 15), "reply": usual} for _ in range(12)]
+    for row in rows[1:4]:
+        row["passage"] = rows[0]["passage"]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    step = Contamination(against=(str(path),))
+    kept = item(usual)
+    assert step(kept) is kept
+    assert step(item(rows[0]["passage"])) == Rejected("the same as own.jsonl, row 1")
+    assert isinstance(Contamination(against=(str(path),), common=12)(kept), Item)  # half of the rows is the most
+    with pytest.raises(InputError, match="or a greater common: 1 texts repeat"):
+        Contamination(against=(str(path),), columns=("reply",))(kept)
+
+
 def test_overlap_is_brute_forces(evaluation):
     """Shares of word runs, against sets of tuples."""
     rng = random.Random(2)
