@@ -71,7 +71,13 @@ class EvaluationIndex:
     """
 
     def __init__(
-        self, paths: tuple[str, ...], columns: tuple[str, ...], ngram: int, threshold: float, min_chars: int, common: int
+        self,
+        paths: tuple[str, ...],
+        columns: tuple[str, ...],
+        ngram: int,
+        threshold: float,
+        min_chars: int,
+        common: int,
     ):
         self.places: list[str] = []
         self._exact: dict[bytes, int] = {}
@@ -262,8 +268,8 @@ def _index(
 class Contamination(RowStep):
     """Rejects rows that hold a text of an evaluation set: the same, a great part of it, or nearly it.
 
-    An instruction that has an input, and what many rows of the evaluation set have in common, is not looked for: it says
-    what is to be done. Each worker reads the evaluation files once and holds their index: some 20 bytes a character.
+    An instruction that has an input, and what many rows of the evaluation set have in common, is not looked for: it
+    says what is to be done. Each worker reads the evaluation files once and holds their index: 20 bytes a character.
     """
 
     name: ClassVar[str] = "contamination"

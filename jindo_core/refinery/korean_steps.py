@@ -15,7 +15,7 @@ from jindo_core.data.records import Round
 from jindo_core.errors import InputError
 from jindo_core.refinery.korean import Level, hangul_share, letters, prose, speech_levels
 from jindo_core.refinery.pipeline import Counted, Flagged, Item, Rejected, RowStep, Step, option
-from jindo_core.refinery.translation_steps import direction, source_of
+from jindo_core.refinery.translations import direction, source_of
 
 # From a word's beginning, and without going back: a line of Base64 is one long word.
 _LATIN_RUN = re.compile(r"(?<![A-Za-z'’-])[A-Za-z][A-Za-z'’-]*+(?:[,;:]?[ \t]++[A-Za-z][A-Za-z'’-]*+){3,}+")
@@ -25,6 +25,15 @@ _ASKS_FOREIGN = re.compile(
     re.IGNORECASE,
 )
 _SPACES = re.compile(r"\s+")
+_APOSTROPHES = str.maketrans("’‘`´＇", "'''''")
+# Questions whose good answer may look like a refusal (a letter that declines) or an error page (what 429 means).
+_NAMES_A_REFUSAL = re.compile(
+    r"거절|거부|사과|죄송|sorry|apolog|declin|refus|letter|e-?mail|메일|편지|답장|대사|as an ai", re.IGNORECASE
+)
+_NAMES_AN_ERROR = re.compile(
+    r"(?<!\d)(?:429|50[0-4])(?!\d)|http|html|오류|에러|error|gateway|too many|상태 ?코드|rate limit|quota|captcha|cloudflare",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,10 @@ def _refusal_patterns(path: str | None) -> tuple[re.Pattern[str], re.Pattern[str
 
 @dataclass(frozen=True)
 class Refusals(RowStep):
-    """Rejects rows whose answer is a refusal ("As an AI language model …") or an error page ("Too many requests")."""
+    """Rejects rows whose answer is a refusal ("As an AI language model …") or an error page ("Too many requests").
+
+    Where the question speaks of such things itself (what 429 means, a letter that declines) the row is flagged.
+    """
 
     name: ClassVar[str] = "refusals"
 
@@ -145,15 +157,23 @@ class Refusals(RowStep):
 
     def __call__(self, item: Item) -> Item | Rejected | Flagged:
         refusal, page = _refusal_patterns(self.patterns)
+        doubt = None
         for number, each in enumerate(item.record.rounds, 1):
-            if refusal.search(each.output[: self.within]):
-                reason = f"answer {number} is a refusal"
-            elif len(each.output) <= self.page_length and page.search(each.output):
-                reason = f"answer {number} is an error page"
+            output = each.output[: max(self.within, self.page_length + 1)].translate(_APOSTROPHES)
+            if refusal.search(output[: self.within]):
+                reason, named = f"answer {number} is a refusal", _NAMES_A_REFUSAL
+            elif len(each.output) <= self.page_length and page.search(output):
+                reason, named = f"answer {number} is an error page", _NAMES_AN_ERROR
             else:
                 continue
-            return Rejected(reason) if self.action == "reject" else Flagged(item, reason)
-        return item
+            # A translation's source is no question: where it is a refusal, so is its translation.
+            if named.search(each.instruction if source_of(each) else f"{each.instruction}\n{each.input}"):
+                doubt = doubt or reason.replace(" is ", " may be ") + ", but its question speaks of one"
+            elif self.action == "reject":
+                return Rejected(reason)
+            else:
+                doubt = reason
+        return Flagged(item, doubt) if doubt else item
 
 
 @dataclass(frozen=True)

@@ -11,36 +11,15 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from jindo_core.data.records import Record, Round
+from jindo_core.refinery.artefacts import without_artefacts
 from jindo_core.refinery.duplicate_steps import first_of_group
-from jindo_core.refinery.korean import ends_in_consonant, hangul_share, letters, prose
+from jindo_core.refinery.korean import hangul_share, letters, prose
 from jindo_core.refinery.pipeline import Flagged, Item, JoinStep, Rejected, RowStep, Step, option, texts
+from jindo_core.refinery.translations import FOREIGN, direction, mentions_translation, says, source_of
 
 INTO_KOREAN = "Translate the following into Korean"
 INTO_ENGLISH = "Translate the following into English"
-_FOREIGN = 0.3  # greatest share of Hangul in a text that is not Korean
-_TRANSLATE = re.compile(r"translat|번역|옮겨|옮기", re.IGNORECASE)
-_SAYS_KOREAN = re.compile(r"\b(?:in)?to\s+(?:\w+\s+)?korean\b|(?:한국어|한글|국문|우리말)(?:으로|로)", re.IGNORECASE)
-_SAYS_ENGLISH = re.compile(r"\b(?:in)?to\s+(?:\w+\s+)?english\b|(?:영어|영문)(?:으로|로)", re.IGNORECASE)
 _ASCII_LETTERS = re.compile(r"[A-Za-z]")
-
-
-def direction(source: str, target: str, margin: float = 0.1) -> Literal["korean", "foreign"] | None:
-    """What a text was translated into, by the shares of Hangul outside code; None where the two are no such pair.
-
-    Args:
-        margin: how far the shares must be apart. Code that is not fenced counts as English, so that the Korean side
-            of a technical pair may hold little Hangul: it is enough that the other side is foreign and holds less.
-    """
-    ours, theirs = hangul_share(source), hangul_share(target)
-    if ours is None or theirs is None or min(ours, theirs) > _FOREIGN or abs(theirs - ours) < margin:
-        return None
-    return "korean" if theirs > ours else "foreign"
-
-
-def source_of(each: Round) -> str | None:
-    """What a round's answer translates; None where its instruction asks for something else, whose answer (a summary, a
-    corrected program) need not resemble the input."""
-    return each.input if each.input and each.output and _TRANSLATE.search(each.instruction) else None
 
 
 @dataclass(frozen=True)
@@ -53,24 +32,34 @@ class PairDirection(RowStep):
     into_english: str = option(INTO_ENGLISH, "instruction of rows whose output is the English side")
     margin: float = option(0.1, "least difference between the two sides' shares of Hangul", above=0, at_most=1)
 
-    def __call__(self, item: Item) -> Item:
+    def __call__(self, item: Item) -> Item | Flagged:
         rounds = tuple(self._round(each) for each in item.record.rounds)
-        return item if rounds == item.record.rounds else replace(item, record=replace(item.record, rounds=rounds))
+        if rounds != item.record.rounds:
+            item = replace(item, record=replace(item.record, rounds=rounds))
+        for number, each in enumerate(rounds, 1):
+            if self._contradicts(each):
+                return Flagged(item, f"instruction {number} asks for more than a translation, in the wrong direction")
+        return item
 
     def _round(self, each: Round) -> Round:
         source = source_of(each)
         into = direction(source, each.output, self.margin) if source else None
         if into is None:
             return each
-        says_korean, says_english = _SAYS_KOREAN.search(each.instruction), _SAYS_ENGLISH.search(each.instruction)
-        if into == "korean":
-            right, instruction = says_korean and not says_english, self.into_korean
-        else:
-            right, instruction = says_english and not says_korean, self.into_english
+        if into == "foreign":
             hangul, other = letters(prose(each.output))
             if len(_ASCII_LETTERS.findall(prose(each.output))) < 0.9 * (hangul + other):
                 return each  # Japanese, Russian, …: of which the step has no instruction
-        return each if right else replace(each, instruction=instruction)
+        right = says(each.instruction) == {into}
+        return each if right else replace(each, instruction=self.into_korean if into == "korean" else self.into_english)
+
+    def _contradicts(self, each: Round) -> bool:
+        """Whether an instruction that asks for something beside a translation names only the other language: to write
+        it anew would lose what else it asks for."""
+        if not each.input or source_of(each) is not None or not mentions_translation(each.instruction):
+            return False
+        said, into = says(each.instruction), direction(each.input, each.output, self.margin)
+        return into is not None and len(said) == 1 and said != {into}
 
 
 @dataclass(frozen=True)
@@ -122,28 +111,6 @@ def _shape(record: Record) -> list[bool]:
     return [bool(text) for text in (record.system, *pieces)]
 
 
-_BLANKS = re.compile(r"\s+(?=[가-힣])")
-_BOTH_PARTICLES = re.compile(r"(?:은\(는\)|는\(은\)|이\(가\)|가\(이\)|을\(를\)|를\(을\)|와\(과\)|과\(와\))[ \t]+")
-_NEVER_A_WORD = re.compile(r"[는를][ \t]+")
-_MAYBE_A_WORD = re.compile(r"[은을가][ \t]+")
-_GRAMMAR = re.compile(r"조사|받침|어미|문법|음절|글자|자음|모음|맞춤법")
-_GO = re.compile(r"[보봤볼본봐주줘버있계야라]")  # 가 보세요, 가 있다: the verb
-_SILVER = re.compile(r"silver|\beun\b", re.IGNORECASE)
-_PARTY = re.compile(r"\bpart(?:y|ies)\b|\blessee\b|\bemployee\b", re.IGNORECASE)  # 갑 and 을 of a contract
-_OF_COURSE = re.compile(r"물론[,，][ \t]*(?=\S)")
-_AFFIRMS = re.compile(
-    r"of course|sure|certain|absolute|natural|\byes\b|yeah|definite|indeed|granted|obvious|by all means|no problem"
-    r"|glad|happy to|admitted|needless|clearly|while it|course",
-    re.IGNORECASE,
-)
-_COMMA = re.compile(r"[,;、，][ \t]*(?=[가-힣])|\.[ \t]+(?=[가-힣])")
-_CLOSING = re.compile(r"[:)\]}!?][ \t]+(?=[가-힣])")
-_LETTER = re.compile(r"([A-Za-z])(?:[ \t]+(?=\S)|(?=[가-힣\"'“‘`]))")
-_SECOND_LETTER = re.compile(r"\W*[^\W\d_]([A-Za-z])")
-_PARTICLE = re.compile(r"[은는이가을를과와](?![가-힣])")
-_GLUED_WORD = re.compile(r"스포츠|메일|북|커머스|러닝|티켓|팝|셔츠|턴|축|값|번째|개의|제곱|분포")
-
-
 @dataclass(frozen=True)
 class LeadingArtefacts(RowStep):
     """Removes what a machine translator left before an answer's first sentence, never a part of a word."""
@@ -156,76 +123,10 @@ class LeadingArtefacts(RowStep):
 
     def _round(self, each: Round) -> Round:
         source = source_of(each)
-        if source and (hangul_share(source) or 0.0) > _FOREIGN:
+        if source and (hangul_share(source) or 0.0) > FOREIGN:
             source = None
         output = without_artefacts(each.output, source)
         return each if output == each.output else replace(each, output=output)
-
-
-def without_artefacts(text: str, source: str | None) -> str:
-    """A translation without stray signs before its first sentence; applied again it changes nothing.
-
-    Args:
-        text: what was translated.
-        source: what it was translated from, None where that is unknown or is Korean itself. Only with it can a lone
-            letter, 은, 을, 가 or 물론 be told from a word: DeepL's stray letter is the second one of its source ("To
-            add …" became "o 추가 …").
-    """
-    while True:
-        end = _artefact(text, source)
-        if end == 0 or not text[end:].strip():
-            return text
-        text = text[end:]
-
-
-def _artefact(text: str, source: str | None) -> int:
-    """How many characters at a text's beginning are an artefact."""
-    for pattern in (_BLANKS, _BOTH_PARTICLES, _COMMA):
-        if (found := pattern.match(text)) and not (pattern is _COMMA and _begins_with_sign(source)):
-            return found.end()
-    if (found := _NEVER_A_WORD.match(text)) and not _GRAMMAR.search(text[:80]):
-        return found.end()
-    if source is None:
-        return 0
-    if (found := _CLOSING.match(text)) and not _begins_with_sign(source):
-        return found.end()
-    if (found := _OF_COURSE.match(text)) and not _AFFIRMS.search(source[:200]):
-        return found.end()
-    if (found := _MAYBE_A_WORD.match(text)) and _is_particle(text[0], text[found.end() :], source):
-        return found.end()
-    if (found := _LETTER.match(text)) and _is_stray(found[1], text[1:], source):
-        return found.end()
-    return 0
-
-
-def _begins_with_sign(source: str | None) -> bool:
-    return source is not None and source.lstrip()[:1] in tuple(",;:.)]}!?、，")
-
-
-def _is_particle(syllable: str, rest: str, source: str) -> bool:
-    """Whether 은, 을 or 가, which stand alone at the beginning, are not silver, a contract's party or a verb."""
-    if _GRAMMAR.search(rest[:80]):
-        return False
-    if syllable == "가":
-        return not _GO.match(rest)
-    return not (_SILVER if syllable == "은" else _PARTY).search(source)
-
-
-def _is_stray(letter: str, rest: str, source: str) -> bool:
-    """Whether a letter at the beginning, with `rest` after it, is the source's second one, and no word of its own."""
-    second = _SECOND_LETTER.match(source)
-    if second is None or second[1].lower() != letter.lower():
-        return False
-    particle = _PARTICLE.match(rest)
-    if particle and ends_in_consonant(letter) == (particle[0] in "은이을과"):
-        return False  # "x는", "n을"; but "x이 스타일" is x and 이
-    if _GLUED_WORD.match(rest):
-        return False
-    # The article and the pronoun stand alone in any English text; only their capital is a name there (A), or not (I).
-    if letter in "aiI":
-        return True
-    flags = re.IGNORECASE if letter.islower() else 0
-    return not re.search(rf"(?<![\w'’]){letter}(?![\w'’])", source, flags)
 
 
 @dataclass(frozen=True)

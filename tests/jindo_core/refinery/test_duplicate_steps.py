@@ -331,7 +331,8 @@ def test_an_instruction_that_all_rows_have_is_no_contamination(tmp_path):
 
 def test_short_inputs_are_compared_with_their_instruction(tmp_path):
     path = tmp_path / "test.jsonl"
-    row = {"instruction": "다음 상품평이 좋은 말인지 나쁜 말인지 한 낱말로 답하세요.", "input": "향이 곱다", "output": "좋은 말"}
+    task = "다음 상품평이 좋은 말인지 나쁜 말인지 한 낱말로 답하세요."
+    row = {"instruction": task, "input": "향이 곱다", "output": "좋은 말"}
     path.write_text(json.dumps(row), encoding="utf-8")
     step = Contamination(against=(str(path),))
     same = Item(Record.single(row["instruction"], "향이 곱다!", "좋은 말"), {}, 1)

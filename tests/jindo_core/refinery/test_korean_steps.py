@@ -108,6 +108,19 @@ def test_names_and_code_are_no_residue(output, source):
         "저는 인공지능이기 때문에 감정이 없습니다.",
         "죄송하지만 해당 요청은 도와드릴 수 없습니다.",
         "죄송합니다. 저는 인터넷에 접속할 수 없어요.",
+        "I’m sorry, but I can’t assist with that request.",
+        "I cannot fulfill this request.",
+        "I apologize, but I cannot provide that information.",
+        "Sorry, I can't help with that.",
+        "As an AI language model, I don’t have personal feelings.",
+        "As an AI assistant developed by someone, I cannot tell.",
+        "AI 언어 모델로서 저는 감정이 없습니다.",
+        "저는 인공지능 어시스턴트이므로 개인적인 의견을 가지고 있지 않습니다.",
+        "죄송합니다만, 도와드릴 수 없습니다.",
+        "죄송하지만 도와드릴 수 없습니다.",
+        "죄송합니다, 그 부탁은 들어드릴 수 없어요.",
+        "요청하신 내용은 제공할 수 없습니다.",
+        "사진을 보내 주셨군요! 죄송합니다. 파일을 볼 수 없습니다.",
     ],
 )
 def test_refusals_go(output):
@@ -121,6 +134,9 @@ def test_refusals_go(output):
         "Too many requests in 1 hour. Try again later.",
         "요청이 너무 많습니다. 잠시 후 다시 시도하세요.",
         "502 Bad Gateway",
+        "Too many requests입니다.",
+        "Error: Too Many Requests",
+        "답을 적는 중이었습니다.\n\nToo many requests in 1 hour. Try again later.",
         "Something went wrong. If this issue persists please contact us through help.openai.com.",
         "일시적인 오류가 발생했습니다. 잠시 후 다시 시도해 주세요.",
         "<!DOCTYPE html><html><head></head></html>",
@@ -140,11 +156,40 @@ def test_error_pages_go(output):
         "오류 429는 클라이언트가 보낸 것이 많다는 뜻입니다. " * 24 + "Too many requests",  # explains it at length
         "할 수 없습니다.",
         "",
+        "HTTP 429 means Too Many Requests: the client sent more than it may.",
+        "503 Service Unavailable error means that the server has no room.",
+        "429는 요청이 너무 많습니다라는 뜻의 번호로, 잠시 기다리면 됩니다.",
+        "안타깝게도 CSS만으로는 파일을 읽을 수 없습니다. 자바스크립트를 쓰세요.",
+        "I'm sorry, but I can't attend the meeting on Friday. Shall we meet next week?",
+        "I am unable to open the door, said the old man.",
+        "I can't help laughing at this picture.",
+        "As an AI engineer, I cannot live without coffee.",
+        "GPT는 언어 모델로서 사실을 스스로 확인할 수 없습니다.",
+        "죄송하지만 토요일에는 갈 수 없습니다.",
+        "로봇은 인공지능이라서 배가 고프지 않습니다.",
     ],
 )
 def test_answers_about_such_things_stay(output):
     row = answer(output)
     assert Refusals()(row) is row
+
+
+@pytest.mark.parametrize(
+    ("question", "output"),
+    [
+        ("429가 무슨 뜻이야?", "Too Many Requests"),
+        ("빚 부탁을 거절하는 편지를 써 줘", "죄송하지만 도와드릴 수 없습니다. 저도 형편이 어렵습니다."),
+    ],
+)
+def test_what_the_question_speaks_of_is_flagged(question, output):
+    row = answer(output, instruction=question)
+    flagged = Refusals()(row)
+    assert isinstance(flagged, Flagged)
+    assert flagged.item is row
+    assert flagged.reason.endswith("but its question speaks of one")
+    # A translation's source is no question.
+    translated = answer("죄송하지만 도와드릴 수 없습니다.", "I'm sorry, I can't help.", "Translate into Korean")
+    assert isinstance(Refusals()(translated), Rejected)
 
 
 def test_patterns_of_ones_own(tmp_path):

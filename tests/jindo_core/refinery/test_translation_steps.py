@@ -8,6 +8,7 @@ import pickle
 import pytest
 
 from jindo_core.data.records import Record, Round
+from jindo_core.refinery.artefacts import without_artefacts
 from jindo_core.refinery.pipeline import Flagged, Item, Rejected
 from jindo_core.refinery.translation_steps import (
     INTO_ENGLISH,
@@ -18,10 +19,9 @@ from jindo_core.refinery.translation_steps import (
     LengthRatio,
     PairById,
     PairDirection,
-    direction,
     restore_fences,
-    without_artefacts,
 )
+from jindo_core.refinery.translations import direction, is_request
 
 SEED = "translate the following into English"
 
@@ -65,11 +65,59 @@ def test_direction_is_told_with_code_in_the_korean_side():
         ("Translate this into Japanese", "삶으세요.", "茹でてください。"),
         ("다음 글을 영어로 요약해 줘", "삶으세요.", "Boil it."),  # no translation: the instruction is left alone
         (SEED, "", "삶으세요."),
+        ("번역 오류를 찾아 설명해라", "Boil it.", "뜻이 바뀌었습니다."),
+        ("Explain why this translation is bad", "Boil it.", "뜻이 바뀌었습니다."),
     ],
 )
 def test_other_instructions_stay(instruction, input, output):
     row = item(instruction, input, output)
     assert PairDirection()(row) is row
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "Translate into English and summarise the text in 3 bullets",
+        "Translate to English, then count its words",
+        "다음 글을 영어로 번역하고 세 줄로 요약해 줘",
+    ],
+)
+def test_what_asks_for_more_is_flagged(instruction):
+    row = item(instruction, "Boil it.", "삶으세요.")
+    reason = "instruction 1 asks for more than a translation, in the wrong direction"
+    assert PairDirection()(row) == Flagged(row, reason)
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        SEED,
+        "Please translate the following sentence from English to Korean:",
+        "Can you translate this paragraph into Japanese for me?",
+        "다음 영어 문장을 한국어로 번역해 주세요.",
+        "아래 글을 우리말로 옮겨 주십시오.",
+        "다음을 번역하시오: ",
+        "주어진 텍스트를 영어로 번역해줘",
+    ],
+)
+def test_requests_for_a_translation(instruction):
+    assert is_request(instruction)
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "번역 오류를 찾아 설명해라",
+        "번역이 왜 틀렸는지 말하라",
+        "Explain why this translation is bad",
+        "Translate into English and summarise the text",
+        "Write the code below in Korean",
+        "translate(x, y) moves a point; what does it give?",
+        "Translate " + "this " * 100,
+    ],
+)
+def test_other_requests(instruction):
+    assert not is_request(instruction)
 
 
 # --- leading artefacts -----------------------------------------------------------------------------------
@@ -136,6 +184,32 @@ def test_artefacts_go(source, output, expected):
         ("!important", "!중요"),
         (".NET is a framework", ".NET은 프레임워크입니다."),
         ("* one\n* two", "* 하나\n* 둘"),
+        ("Variable a must be set.", "a 변수는 정해야 합니다."),
+        ("Value a plus b is c.", "a 더하기 b는 c입니다."),
+        ("Give i a value first.", "i 값을 먼저 정합니다."),
+        ("Find the i-th lamp.", "i 번째 전등을 찾으세요."),
+        ("Visit `i` first", "i변수부터 봅니다."),
+        ("An nth degree polynomial", "n차 다항식"),
+        ("Amount per metre", "m당 얼마인지 셉니다."),
+        ("Alcohol per litre is five grams", "L당 다섯 그램입니다."),
+        ("Explain xrays", "X선은 눈에 보이지 않습니다."),
+        ("Explain GenX", "X세대는 나이가 들었습니다."),
+        ("Send an ecard.", "e카드를 보냅니다."),
+        ("Get eCoupons here", "e쿠폰은 여기서 받습니다."),
+        ("At the tee junction", "T자형 길에서"),
+        ("Ag nanoparticles glitter", "은 나노입자는 반짝입니다."),
+        ("Metal spoons", "은 숟가락과 젓가락"),
+        ("It is grade A.", "가 등급입니다."),
+        ("Apply to group Ga.", "가 군에 지원하세요."),
+        ("Applicant B failed.", "을 지원자는 떨어졌습니다."),
+        ("Mr. Eul said so.", "을 씨가 그랬습니다."),
+        ("Ok, it can be done.", "물론, 할 수 있습니다."),
+        ("Undoubtedly, that is so.", "물론, 그렇습니다."),
+        ("I'd love to help.", "물론, 도와드릴게요."),
+        ("There are exceptions, though.", "물론, 예외도 있습니다."),
+        ("How particles work", "은(는) 받침이 있는 말 뒤에 옵니다."),
+        ("Waves\n  rise", "  물결이\n  일고"),
+        ("  Waves rise", "  물결이 일고"),
         ("Return it", "    return x  # 값을 돌려줍니다"),
         ("To", "o"),  # nothing would be left
     ],
@@ -148,7 +222,17 @@ def test_words_stay(source, output):
 def test_without_a_source_only_what_is_no_word_goes():
     assert without_artefacts("은(는) 작습니다.", None) == "작습니다."
     assert without_artefacts("를 보면 압니다.", None) == "보면 압니다."
-    for text in ("o 줄을 추가합니다.", "물론, 그렇습니다.", "은 한 냥", "가 봅시다.", "A 반", "이 코드"):
+    for text in (
+        "o 줄을 추가합니다.",
+        "물론, 그렇습니다.",
+        "은 한 냥",
+        "가 봅시다.",
+        "A 반",
+        "이 코드",
+        "  물결이 일고",
+    ):
+        assert without_artefacts(text, None) == text
+    for text in ("이(가) 주격 조사입니다.", "은(는) 받침이 있을 때 씁니다.", ". 점이 먼저인 글", "는 은 과 함께 조사"):
         assert without_artefacts(text, None) == text
     # A question and its answer are no translation, whatever the question begins with.
     row = item("To whom?", "", "o 누구에게 주나요?")
