@@ -32,8 +32,9 @@ _PARTY = re.compile(
 _OF_COURSE = re.compile(r"물론[,，][ \t]*(?=\S)")
 _AFFIRMS = re.compile(
     r"course|sure|certain|absolute|natural|\by(?:es|eah|ep|up)\b|definite|indeed|granted|obvious|by all means"
-    r"|no problem|glad|happy|love to|pleasure|admit|needless|clearly|\bwhile\b|though|but\b|however|\bok(?:ay)?\b|all ?right"
-    r"|doubt|you bet|\btrue\b|evident|undeniab|exception|even\b|\b(?:I|we)(?:'|’)?(?: wi)?(?:ll|d)\b|\b(?:I|we|you) can\b"
+    r"|no problem|glad|happy|love to|pleasure|admit|needless|clearly|\bwhile\b|though|but\b|however|\bok(?:ay)?\b"
+    r"|all ?right|doubt|you bet|\btrue\b|evident|undeniab|exception|even\b"
+    r"|\b(?:I|we)(?:'|’)?(?: wi)?(?:ll|d)\b|\b(?:I|we|you) can\b"
     r"|\bhere(?:'|’)?s?\b|\blet(?:'|’)?s? |great|gladly|\bmay\b|\bmight\b|\bright\b",
     re.IGNORECASE,
 )

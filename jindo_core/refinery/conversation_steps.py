@@ -88,13 +88,15 @@ def _tokenizer(path: str) -> Any:
     return load_tokenizer(path)
 
 
+def _tokens(text: str, tokenizer: str | None) -> int:
+    if tokenizer is None or not text:
+        return len(text)
+    return len(_tokenizer(tokenizer).encode(text, bos=False))
+
+
 def _length(each: Round, tokenizer: str | None, per_turn: int) -> int:
     """A round's tokens, or characters without a tokenizer, with `per_turn` for what a template puts round each turn."""
-    texts = [text for text in (each.instruction, each.input, each.output) if text]
-    if tokenizer is None:
-        return sum(map(len, texts)) + 2 * per_turn
-    encode = _tokenizer(tokenizer).encode
-    return sum(len(encode(text, bos=False)) for text in texts) + 2 * per_turn
+    return sum(_tokens(text, tokenizer) for text in (each.instruction, each.input, each.output)) + 2 * per_turn
 
 
 @dataclass(frozen=True)
@@ -134,25 +136,28 @@ class SplitConversations(RowStep):
 
     def __call__(self, item: Item) -> Item | Rejected | Flagged | list[Item]:
         lengths = [_length(each, self.tokenizer, self.per_turn) for each in item.record.rounds]
-        if sum(lengths) <= self.max_length:
+        # Every piece brings the system message.
+        system = _tokens(item.record.system, self.tokenizer) + self.per_turn if item.record.system else 0
+        if system + sum(lengths) <= self.max_length:
             return item
-        longest = max(lengths)
+        longest = system + max(lengths)
         if longest > self.max_length and self.too_long == "reject":
             return Rejected(f"a round of length {longest}, expected at most {self.max_length}")
-        pieces = self._pieces(item.record.rounds, lengths)
+        pieces = self._pieces(item.record.rounds, lengths, self.max_length - system)
         if len(pieces) > 1:
             return [replace(item, record=replace(item.record, rounds=rounds)) for rounds in pieces]
         if self.too_long == "flag":
             return Flagged(item, f"its one round has length {longest}, more than {self.max_length}")
         return item
 
-    def _pieces(self, rounds: tuple[Round, ...], lengths: list[int]) -> list[tuple[Round, ...]]:
+    @staticmethod
+    def _pieces(rounds: tuple[Round, ...], lengths: list[int], room: int) -> list[tuple[Round, ...]]:
         """Consecutive rounds, as many together as fit; a round that is too long by itself stands alone. All rounds are
         in a piece, the last one too, which FastChat's split loses where it begins a new one."""
         pieces: list[tuple[Round, ...]] = []
         start, length = 0, 0
         for place, more in enumerate(lengths):
-            if place > start and length + more > self.max_length:
+            if place > start and length + more > room:
                 pieces.append(rounds[start:place])
                 start, length = place, 0
             length += more

@@ -16,6 +16,7 @@ from jindo_core.refinery.minhash import folded, near_duplicates, shingles, signa
 from jindo_core.refinery.pipeline import Item, SetStep, Step, option, texts
 
 Part = Literal["row", "question", "answer"]
+_LEAST_BODY = 4  # letters and digits
 _OF = "what is compared: the row, its questions or its answers"
 
 
@@ -26,6 +27,18 @@ def part_of(record: Record, part: Part) -> str:
     if part == "answer":
         return "\n".join(each.output for each in record.rounds if each.output)
     return "\n".join(text for each in record.rounds for text in (each.instruction, each.input) if text)
+
+
+def body_of(record: Record, part: Part) -> str:
+    """A record's text without what says what to do: the instruction where there is an input, else a prompt's first
+    line where more follows."""
+    pieces: list[str] = []
+    for each in record.rounds:
+        if part != "answer":
+            pieces.append(each.input or each.instruction.strip().partition("\n")[2].strip() or each.instruction)
+        if part != "question":
+            pieces.append(each.output)
+    return "\n".join(text for text in pieces if text)
 
 
 def first_of_group(keys: np.ndarray) -> np.ndarray:
@@ -64,7 +77,10 @@ class ExactDuplicates(SetStep):
 
 @dataclass(frozen=True)
 class NearDuplicates(SetStep):
-    """Rejects rows that nearly repeat an earlier one (MinHash over runs of characters)."""
+    """Rejects rows that nearly repeat an earlier one (MinHash over runs of characters).
+
+    Their inputs and answers must be as much alike by themselves: one long instruction on all rows makes none the same.
+    """
 
     name: ClassVar[str] = "near_duplicates"
 
@@ -74,16 +90,25 @@ class NearDuplicates(SetStep):
     permutations: int = option(128, "places of a signature: more are more exact and slower", at_least=16, at_most=1024)
     min_chars: int = option(20, "rows with fewer letters and digits are not judged", at_least=1)
 
+    seed: int = option(42, "which hash functions", at_least=0, at_most=2**32 - 1)
+
     def key(self, item: Item) -> bytes:
-        codes = folded(part_of(item.record, self.of))
-        if len(codes) < self.min_chars:
+        """The signatures of the row and of its body, one after the other."""
+        whole = folded(part_of(item.record, self.of))
+        body = folded(body_of(item.record, self.of))
+        if len(whole) < self.min_chars or len(body) < min(self.min_chars, _LEAST_BODY):
             return b""
+        ours = self._signature(whole)
+        return ours + (ours if len(body) == len(whole) else self._signature(body))
+
+    def _signature(self, codes: np.ndarray) -> bytes:
         # The lower halves: two that differ agree by chance once in 65536 times, and the key file is half as large.
-        return signature(shingles(codes, self.shingle), self.permutations).astype("<u2").tobytes()
+        return signature(shingles(codes, self.shingle), self.permutations, self.seed).astype("<u2").tobytes()
 
     def decide(self, keys: np.ndarray, numbers: np.ndarray) -> Iterator[tuple[int, str]]:
-        signatures = keys.view("<u2")
-        for row, earlier in near_duplicates(signatures, self.threshold):
+        both = keys.view("<u2")
+        signatures, bodies = both[:, : self.permutations], both[:, self.permutations :]
+        for row, earlier in near_duplicates(signatures, self.threshold, bodies):
             share = (signatures[row] == signatures[earlier]).mean()
             yield row, f"nearly row {numbers[earlier]} (similarity {share:.2f})"
 

@@ -19,7 +19,7 @@ _CODE = re.compile(
     r"```.*?(?:```|\Z)|`[^`\n]+`|\b(?:https?|ftp)://[^\s)\]>\"'가-힣]+|\bwww\.[^\s)\]>\"'가-힣]+", re.DOTALL
 )
 # Up to the next quote of either side: quotes that are never closed must not cost a search to the end each.
-_QUOTED = re.compile(
+QUOTED = re.compile(
     r'"[^"\n]*"|“[^“”\n]*”|‘[^‘’\n]*’|(?<!\w)\'[^\'\n]*\'|「[^「」\n]*」|『[^『』\n]*』|«[^«»\n]*»'
 )
 
@@ -86,7 +86,7 @@ def speech_levels(text: str) -> Counter[Level]:
     noun, or in none of these, are not counted: endings are told by their form alone, doubtful ones are left out.
     """
     counts: Counter[Level] = Counter()
-    for ending in _SENTENCE_END.findall(_QUOTED.sub(" ", prose(text))):
+    for ending in _SENTENCE_END.findall(QUOTED.sub(" ", prose(text))):
         level = _level(ending)
         if level is not None:
             counts[level] += 1

@@ -13,17 +13,27 @@ import yaml
 
 from jindo_core.data.records import Round
 from jindo_core.errors import InputError
-from jindo_core.refinery.korean import Level, hangul_share, letters, prose, speech_levels
+from jindo_core.refinery.korean import QUOTED, Level, hangul_share, letters, prose, speech_levels
 from jindo_core.refinery.pipeline import Counted, Flagged, Item, Rejected, RowStep, Step, option
 from jindo_core.refinery.translations import direction, source_of
 
 # From a word's beginning, and without going back: a line of Base64 is one long word.
 _LATIN_RUN = re.compile(r"(?<![A-Za-z'’-])[A-Za-z][A-Za-z'’-]*+(?:[,;:]?[ \t]++[A-Za-z][A-Za-z'’-]*+){3,}+")
+# Questions whose answer may be in other letters than Hangul: another language, signs, code.
 _ASKS_FOREIGN = re.compile(
-    r"영어|영문|일본어|일어|중국어|프랑스어|불어|독일어|스페인어|외국어"
-    r"|\b(?:in|into|to) (?:english|japanese|chinese|french|german|spanish)\b",
+    r"영어|영문|영작|일본어|일어|중국어|한자|프랑스어|불어|독일어|스페인어|러시아어|라틴어|베트남어|외국어|외래어|로마자|알파벳|기호|약어|번역|옮겨"
+    r"|코드|함수|쿼리|프로그램|명령어|정규\s?표현식|정규식|스크립트|파이썬|자바|SQL|HTML|CSS|JSON|Python|regex"
+    r"|\b(?:in|into|to) (?:english|japanese|chinese|french|german|spanish|italian|russian|latin)\b|translat|\bcode\b",
     re.IGNORECASE,
 )
+_CODE_LINE = re.compile(
+    r"^[ \t]*(?:(?:def|class|import|from|return|if|for|while|elif|else|try|public|private|static|void|int|const|let|var"
+    r"|function|select|insert|update|delete|create|where|package|using|print|echo|sudo|pip|git|npm)\b(?=.*[({:;=*])"
+    r"|select\b.*\bfrom\b|[^\n]{0,300}[;{}]$|[}{\])<#]|[\w.\[\]]{1,60}[ \t]*(?:=|\+=|\()[ \t]*\S|<[/\w])",
+    re.IGNORECASE | re.MULTILINE,
+)
+_LONG_WORD = re.compile(r"[^\W\d_]{3,}+")
+_ANY_WORD = re.compile(r"[^\W\d_]++")
 _SPACES = re.compile(r"\s+")
 _APOSTROPHES = str.maketrans("’‘`´＇", "'''''")
 # Questions whose good answer may look like a refusal (a letter that declines) or an error page (what 429 means).
@@ -31,7 +41,8 @@ _NAMES_A_REFUSAL = re.compile(
     r"거절|거부|사과|죄송|sorry|apolog|declin|refus|letter|e-?mail|메일|편지|답장|대사|as an ai", re.IGNORECASE
 )
 _NAMES_AN_ERROR = re.compile(
-    r"(?<!\d)(?:429|50[0-4])(?!\d)|http|html|오류|에러|error|gateway|too many|상태 ?코드|rate limit|quota|captcha|cloudflare",
+    r"(?<!\d)(?:429|50[0-4])(?!\d)|http|html|오류|에러|error|gateway|too many|상태 ?코드"
+    r"|rate limit|quota|captcha|cloudflare",
     re.IGNORECASE,
 )
 
@@ -40,7 +51,8 @@ _NAMES_AN_ERROR = re.compile(
 class HangulRatio(RowStep):
     """Rejects rows whose answers hold too little Hangul, code and addresses not counted.
 
-    Not judged are translations from Korean, and answers to a question that names another language.
+    Not judged are translations from Korean, and answers to a question that names another language or asks for code;
+    quotes count in translations only. What looks like code or a list of signs is flagged.
     """
 
     name: ClassVar[str] = "hangul_ratio"
@@ -48,22 +60,37 @@ class HangulRatio(RowStep):
     at_least: float = option(0.3, "least share of Hangul among an answer's letters", at_least=0, at_most=1)
     min_letters: int = option(20, "answers with fewer letters outside code are not judged", at_least=1)
 
-    def __call__(self, item: Item) -> Item | Rejected:
+    def __call__(self, item: Item) -> Item | Rejected | Flagged:
+        doubt = None
         for number, each in enumerate(item.record.rounds, 1):
-            hangul, other = letters(prose(each.output))
+            text = prose(each.output) if source_of(each) else QUOTED.sub(" ", prose(each.output))
+            hangul, other = letters(text)
             if hangul + other < self.min_letters or hangul >= self.at_least * (hangul + other):
                 continue
-            if not self._may_be_foreign(each):
+            if not _may_be_foreign(each):
                 share = hangul / (hangul + other)
-                return Rejected(f"answer {number} is {share:.2f} Hangul, expected at least {self.at_least:g}")
-        return item
+                reason = f"answer {number} is {share:.2f} Hangul, expected at least {self.at_least:g}"
+                if not _is_code(text):
+                    return Rejected(reason)
+                doubt = doubt or f"{reason}, but looks like code"
+        return Flagged(item, doubt) if doubt else item
 
-    def _may_be_foreign(self, each: Round) -> bool:
-        source = source_of(each)
-        if source is not None:
-            # Whatever the instruction says: `pair_direction` has set it, where the two are a pair.
-            return direction(source, each.output) == "foreign"
-        return _ASKS_FOREIGN.search(each.instruction) is not None
+
+def _may_be_foreign(each: Round) -> bool:
+    """Whether an answer may be in another language or in code: a translation from Korean, or asked for."""
+    source = source_of(each)
+    if source is not None:
+        # Whatever the instruction says: `pair_direction` has set it, where the two are a pair.
+        return direction(source, each.output) == "foreign"
+    return _ASKS_FOREIGN.search(each.instruction) is not None
+
+
+def _is_code(text: str) -> bool:
+    """Whether a text looks like code without fences, by a third of its lines, or like signs: most words are short."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if 3 * sum(_CODE_LINE.match(line) is not None for line in lines) >= len(lines):
+        return True
+    return text.isascii() and 2 * len(_LONG_WORD.findall(text)) < len(_ANY_WORD.findall(text))
 
 
 @dataclass(frozen=True)
@@ -79,22 +106,25 @@ class UntranslatedResidue(RowStep):
 
     def __call__(self, item: Item) -> Item | Rejected | Flagged:
         for number, each in enumerate(item.record.rounds, 1):
-            reason = self._residue(each.input or each.instruction, each.output)
+            reason = self._residue(each)
             if reason:
                 reason = f"answer {number} {reason}"
-                return Rejected(reason) if self.action == "reject" else Flagged(item, reason)
+                rejects = self.action == "reject" and not _is_code(prose(each.output))
+                return Rejected(reason) if rejects else Flagged(item, reason)
         return item
 
-    def _residue(self, source: str, output: str) -> str | None:
-        if not output:
+    def _residue(self, each: Round) -> str | None:
+        if not each.output:
             return None
-        text = prose(output)
-        if self._same(source, output, text):
+        text = prose(each.output)
+        source = source_of(each)
+        # Another task's answer may well be its input: a text to correct that has no mistake.
+        if source is not None and self._same(source, each.output, text):
             return "is its source, not translated"
         # Only where the answer means to be Korean: an English answer is no residue (`hangul_ratio` judges that).
-        if (hangul_share(text) or 0.0) == 0.0:
+        if (hangul_share(text) or 0.0) == 0.0 or _may_be_foreign(each):
             return None
-        for run in _LATIN_RUN.findall(text):
+        for run in _LATIN_RUN.findall(QUOTED.sub(" ", text)):
             words = run.split()
             # Names of companies and of fields are in capitals.
             if len(words) >= self.min_words and 5 * sum(word[0].islower() for word in words) >= 3 * len(words):

@@ -71,16 +71,19 @@ def shingles(codes: np.ndarray, size: int) -> np.ndarray:
 
 
 @functools.cache
-def _empty(count: int) -> MinHash:
+def _empty(count: int, seed: int) -> MinHash:
     """datasketch's signature of nothing; its copies share the hash functions, whose making takes longer than a row."""
     from datasketch import MinHash
 
-    return MinHash(count, hashfunc=int, scheme="affine32")
+    return MinHash(count, seed=seed, hashfunc=int, scheme="affine32")
 
 
-def signature(hashes: np.ndarray, count: int) -> np.ndarray:
-    """uint32 [count]: the least value of each hash function among the shingles; the greatest number without any."""
-    minhash = _empty(count).copy()
+def signature(hashes: np.ndarray, count: int, seed: int = 1) -> np.ndarray:
+    """uint32 [count]: the least value of each hash function among the shingles; the greatest number without any.
+
+    seed: which hash functions.
+    """
+    minhash = _empty(count, seed).copy()
     for start in range(0, len(hashes), 512):  # products that fit the cache
         minhash.update_batch(hashes[start : start + 512].tolist())
     return np.asarray(minhash.hashvalues, dtype=np.uint32)
@@ -119,7 +122,9 @@ def band_hashes(signatures: np.ndarray, first: int, rows: int, number: int = 1) 
     return hashes
 
 
-def near_duplicates(signatures: np.ndarray, threshold: float) -> Iterator[tuple[int, int]]:
+def near_duplicates(
+    signatures: np.ndarray, threshold: float, bodies: np.ndarray | None = None
+) -> Iterator[tuple[int, int]]:
     """Rows that resemble an earlier one that stays.
 
     A row goes where its signature agrees with that of an earlier row that stays in at least `threshold` of its places;
@@ -128,6 +133,7 @@ def near_duplicates(signatures: np.ndarray, threshold: float) -> Iterator[tuple[
 
     Args:
         signatures: [n, count], of any unsigned type.
+        bodies: [n, count], signatures of a part of each row that must be as much alike, too.
     Yields:
         A row and the earlier one it resembles, rows ascending.
     """
@@ -135,6 +141,9 @@ def near_duplicates(signatures: np.ndarray, threshold: float) -> Iterator[tuple[
     while True:
         staying = np.flatnonzero(resembles < 0)
         earlier, later, crowded = _similar_pairs(signatures, staying, threshold)
+        if bodies is not None:
+            alike = _agreeing(bodies, np.stack([earlier, later]), _needed(threshold, bodies.shape[1]))
+            earlier, later = alike[0], alike[1]
         order = np.lexsort((earlier, later))
         found = False
         for one, other in zip(earlier[order].tolist(), later[order].tolist(), strict=True):
@@ -152,7 +161,7 @@ def _similar_pairs(signatures: np.ndarray, rows: np.ndarray, threshold: float) -
     """Pairs of `rows` that share a band and agree in `threshold` of all places; and whether some were left unseen."""
     count = signatures.shape[1]
     number, places = bands(threshold, count)
-    needed = int(np.ceil(threshold * count - 1e-9))
+    needed = _needed(threshold, count)
     found: list[np.ndarray] = []
     crowded = False
     chosen = signatures if len(rows) == len(signatures) else None
@@ -176,6 +185,10 @@ def _similar_pairs(signatures: np.ndarray, rows: np.ndarray, threshold: float) -
             found.append(_agreeing(signatures, pairs, needed))
     pairs = np.unique(np.concatenate(found, axis=1), axis=1) if found else np.empty((2, 0), dtype=np.int64)
     return pairs[0], pairs[1], crowded
+
+
+def _needed(threshold: float, count: int) -> int:
+    return int(np.ceil(threshold * count - 1e-9))
 
 
 def _in_runs(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:

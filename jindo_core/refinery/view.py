@@ -16,6 +16,7 @@ from jindo_core.refinery.recipe import STEPS, step_help
 from jindo_core.refinery.split import split
 from jindo_core.settings import settings, show
 
+_MANY = 0.05  # share of near duplicates from which on a person is told
 _COLUMNS = ("in", "changed", "rejected", "flagged", "made", "out")
 
 
@@ -71,6 +72,12 @@ def show_report(report: Report, console: Console) -> None:
             if counts:
                 listed = "; ".join(f"{name}: {count:,}" for name, count in counts.most_common())
                 console.print(f"{step.name}, {said}: {listed}", markup=False, soft_wrap=True)
+        if step.name.startswith("near_duplicates") and step.rejected > _MANY * step.rows_in:
+            console.print(
+                f"note: {step.name} rejected {step.rejected / step.rows_in:.0%} of its rows: look at some of them; where "
+                "they only share a frame, give a higher threshold, or of: answer",
+                style="yellow", markup=False, soft_wrap=True,
+            )  # fmt: skip
     for note in report.notes:
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
 

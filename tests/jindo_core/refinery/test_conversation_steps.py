@@ -136,6 +136,11 @@ def test_splits_keep_every_round_the_last_one_too():
     assert [len(piece.record.rounds) for piece in pieces] == [2, 1]
     assert pieces[1].record.rounds[0] == row.record.rounds[2]
     assert all(piece.record.system == "be brief" and piece.number == 3 for piece in pieces)
+    # The system message is in each piece, and counts there.
+    counted = item(40, 40, system="s" * 30)
+    size = sum(len(each.instruction + each.output) for each in counted.record.rounds)
+    assert len(SplitConversations(max_length=size + 29, per_turn=0)(counted)) == 2
+    assert SplitConversations(max_length=size + 30, per_turn=0)(counted) is counted
     fits = item(40, 40)
     assert SplitConversations(max_length=80, per_turn=0)(fits) is fits
     assert len(SplitConversations(max_length=80, per_turn=1)(fits)) == 2

@@ -217,11 +217,30 @@ def test_a_crowd_of_near_rows_leaves_one_each():
     assert len(dict(near_duplicates(np.repeat(signatures[:1], 500, axis=0), 0.8))) == 499
 
 
+@pytest.mark.parametrize("glued", [False, True])
+def test_rows_under_one_long_instruction_are_told_apart(glued):
+    """Reviews of a few words, each with its answer: alike by the instruction alone."""
+    rng = random.Random(8)
+    task = "다음 상품평을 차분히 읽고 쓴 사람이 그 물건에 만족했는지 실망했는지를 한 낱말로만 대답해 주세요. " * 3
+    reviews = list(dict.fromkeys(sentence(rng, 3) for _ in range(60)))
+
+    def row(number, review, answer):
+        asked = (f"{task}\n\n{review}", "") if glued else (task, review)
+        return Item(Record.single(*asked, answer, number), {}, number)
+
+    items = [row(number, review, "만족") for number, review in enumerate(reviews, 1)]
+    step = NearDuplicates(threshold=0.8)
+    assert decide(step, items) == []
+    again = [*items, row(len(items) + 1, reviews[4] + "!", "만족")]
+    assert decide(step, again) == [(len(items), "nearly row 5 (similarity 1.00)")]
+
+
 def test_near_keys():
     step = NearDuplicates()
     assert step.key(item("짧다")) == b""
-    assert len(step.key(item("문장 " * 30))) == 256
-    assert len(NearDuplicates(permutations=64).key(item("문장 " * 30))) == 128
+    assert len(step.key(item("문장 " * 30))) == 512
+    assert len(NearDuplicates(permutations=64).key(item("문장 " * 30))) == 256
+    assert NearDuplicates(seed=7).key(item("문장 " * 30)) != step.key(item("문장 " * 30))
     # Spacing and punctuation are no difference.
     assert step.key(item("가을 바다를 오래도록 천천히 걷는 산책, 그리고 커피!")) == step.key(
         item("가을바다를 오래도록 천천히 걷는 산책 그리고커피")

@@ -76,9 +76,43 @@ def test_hangul_ratio():
     ],
 )
 def test_residue_goes(output, reason):
-    row = answer(output, "Boil the eggs for ten minutes")
+    row = answer(output, "Boil the eggs for ten minutes", "Translate into Korean")
     assert UntranslatedResidue()(row) == Rejected(reason)
     assert UntranslatedResidue(action="flag")(row) == Flagged(row, reason)
+
+
+@pytest.mark.parametrize(
+    ("question", "input", "output"),
+    [
+        ("맞춤법이 틀렸으면 고쳐라", "오늘은 하늘이 참 맑고 바람도 잔잔하다", "오늘은 하늘이 참 맑고 바람도 잔잔하다"),
+        ("타자 연습용 글을 하나 골라 줘", "", "이것입니다: “The lazy lamp kept jumping over the quick brown stove.”"),
+        ("영어 예문을 써 줘", "", "예문입니다. We went down to the harbour and looked at the old boats."),
+        ("다음을 번역해줘: 안녕하세요, 만나서 반갑습니다", "", "Hello there, I am very glad to meet you."),
+        ("영작: 주전자가 끓는다", "", "The kettle on the stove is boiling."),
+        ("두 수를 더하는 함수를 써 줘", "", "def add(first, second):\n    return first + second"),
+        ("가벼운 원소의 기호를 차례로 대라", "", "H, He, Li, Be, B, C, N, O, F, Ne, Na, Mg, Al, Si, P, S, Cl, Ar"),
+    ],
+)
+def test_good_answers_in_other_letters_stay(question, input, output):
+    row = answer(output, input, question)
+    for step in (HangulRatio(), UntranslatedResidue()):
+        assert step(row) is row
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        "def add(first, second):\n    return first + second",
+        "SELECT name, price FROM lamps WHERE price < 100;",
+        "H, He, Li, Be, B, C, N, O, F, Ne, Na, Mg, Al, Si, P, S, Cl, Ar",
+    ],
+)
+def test_what_looks_like_code_is_flagged(output):
+    row = answer(output)
+    flagged = HangulRatio()(row)
+    assert isinstance(flagged, Flagged)
+    assert flagged.item is row
+    assert flagged.reason.endswith("expected at least 0.3, but looks like code")
 
 
 @pytest.mark.parametrize(
