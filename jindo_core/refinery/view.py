@@ -74,8 +74,8 @@ def show_report(report: Report, console: Console) -> None:
                 console.print(f"{step.name}, {said}: {listed}", markup=False, soft_wrap=True)
         if step.name.startswith("near_duplicates") and step.rejected > _MANY * step.rows_in:
             console.print(
-                f"note: {step.name} rejected {step.rejected / step.rows_in:.0%} of its rows: look at some of them; where "
-                "they only share a frame, give a higher threshold, or of: answer",
+                f"note: {step.name} rejected {step.rejected / step.rows_in:.0%} of its rows: look at some of "
+                "them; where they only share a frame, give a higher threshold, or of: answer",
                 style="yellow", markup=False, soft_wrap=True,
             )  # fmt: skip
     for note in report.notes:

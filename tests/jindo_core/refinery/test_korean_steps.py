@@ -301,7 +301,7 @@ def test_steps_can_be_sent_to_workers(step):
     assert pickle.loads(pickle.dumps(step())) == step()
 
 
-LONG = ["a", "a ", "가", "가 ", "ㅋ", "“", "'", "「", "```", "`", "www.", ". ", "가.", "\n가 ", "o "]
+LONG = ["a", "a ", "가", "가 ", "ㅋ", "“", "'", "「", "```", "`", "www.", ". ", "가.", "\n가 ", "o ", " ", "\t ", " \n", "x=", "죄송 "]
 
 
 @pytest.mark.parametrize("piece", LONG)
