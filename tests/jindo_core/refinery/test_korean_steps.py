@@ -301,7 +301,8 @@ def test_steps_can_be_sent_to_workers(step):
     assert pickle.loads(pickle.dumps(step())) == step()
 
 
-LONG = ["a", "a ", "가", "가 ", "ㅋ", "“", "'", "「", "```", "`", "www.", ". ", "가.", "\n가 ", "o ", " ", "\t ", " \n", "x=", "죄송 "]
+LONG = ["a", "a ", "가", "가 ", "ㅋ", "“", "'", "「", "```", "`", "www.", ". ", "가.", "\n가 ", "o "]
+LONG += [" ", "\t ", " \n", "x=", "죄송 "]
 
 
 @pytest.mark.parametrize("piece", LONG)
