@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -246,6 +247,16 @@ def base_of(folder: str | Path | None) -> str | None:
     if not isinstance(name, str) or not name:
         raise InputError(f"{folder}/{CONFIG} names no base model: expected --base_model")
     return None if name == embedded.HUB_ID else name
+
+
+def digest(folder: str | Path) -> str:
+    """sha256 of an adapter's files."""
+    found = hashlib.sha256()
+    for path in (Path(folder).expanduser() / name for name in (CONFIG, WEIGHTS)):
+        if path.is_file():
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
 
 
 def _check_config(config: Mapping[str, Any], folder: Path) -> None:

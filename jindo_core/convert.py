@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jindo_core.adapters import Adapter, base_of, read_adapter
+from jindo_core.adapters import Adapter, read_adapter
 from jindo_core.convert_config import ExportConfig, MergeConfig, QuantizeConfig
 from jindo_core.drift import TRAINED, held_out_examples, measure_drift
 from jindo_core.errors import InputError
@@ -36,7 +36,7 @@ from jindo_core.loader import build_empty, pick_device
 from jindo_core.merge import MergedCheckpoint, Onto
 from jindo_core.nf4 import STATE_KEY, is_finite
 from jindo_core.progress import ConversionView, typed
-from jindo_core.run_record import RunRecord, read_run
+from jindo_core.run_record import RunRecord, base_and_run
 from jindo_core.settings import size_in_bytes
 from jindo_core.tokenizer import load_tokenizer
 
@@ -354,10 +354,8 @@ def _write_gguf(
 
 
 def _open_adapted(base_model: str | None, lora_weights: str) -> tuple[Source, Adapter, RunRecord | None]:
-    if not Path(lora_weights).is_dir():
-        raise InputError(f"lora_weights {lora_weights} is no folder: expected one that holds a LoRA adapter")
-    run = read_run(lora_weights)
-    source = open_source(base_model or (run.base_model if run else base_of(lora_weights)))
+    base, run = base_and_run(base_model, lora_weights)
+    source = open_source(base)
     shape = source.checkpoint.shapes[source.embedding]
     ends = {"lm_head": shape, source.embedding.removesuffix(".weight"): shape}
     return source, read_adapter(lora_weights, source.linears, ends), run

@@ -34,6 +34,15 @@ def _overwrite_setting() -> Any:
     return setting(False, _OUTPUT, "replace the file that is there, once the new one is complete")
 
 
+def base_setting() -> Any:
+    what = "folder, .gguf file or Hub id; left out: the adapter's, else SmolLM2-135M"
+    return setting(None, _MODEL, what, path=True, metavar="MODEL")
+
+
+def adapter_setting() -> Any:
+    return setting(None, _MODEL, "folder of a LoRA adapter; left out: none", path=True, metavar="DIR")
+
+
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
     """The settings of `jindo-core data inspect`. Raises InputError when a value is wrong."""
@@ -112,13 +121,8 @@ class RefineConfig:
     data_path: str | None = _data_setting()
     dataset_format: str | None = _format_setting()
     max_rows: int = setting(0, _DATA, "rows to take, from the first (0: all)", at_least=0)
-    base_model: str | None = setting(
-        None, _MODEL, "folder, .gguf file or Hub id; left out: the adapter's, else SmolLM2-135M", path=True,
-        metavar="MODEL",
-    )  # fmt: skip
-    lora_weights: str | None = setting(
-        None, _MODEL, "folder of a LoRA adapter; left out: none", path=True, metavar="DIR"
-    )
+    base_model: str | None = base_setting()
+    lora_weights: str | None = adapter_setting()
     prompt_template_name: str | None = setting(
         None, _MODEL, "a template's name or file; left out: the adapter's, else alpaca", metavar="NAME"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from jindo_core.config import check_device, read_fields
+from jindo_core.data_config_inspect import adapter_setting, base_setting
 from jindo_core.errors import InputError, nearest
 from jindo_core.settings import setting
 
@@ -15,20 +16,15 @@ KOBEST = ("kobest_boolq", "kobest_copa", "kobest_hellaswag", "kobest_sentineg", 
 TASKS = ("perplexity", "mmlu", *KOBEST)
 """What --tasks may name, beside `kobest` for all five."""
 
-_MODEL, _TASKS, _OUTPUT, _MEMORY = "model and files", "what is measured", "what is written", "memory and device"
+_TASKS, _OUTPUT, _MEMORY = "what is measured", "what is written", "memory and device"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """The settings of `jindo-core eval`. Raises InputError when a value is wrong."""
 
-    base_model: str | None = setting(
-        None, _MODEL, "folder, .gguf file or Hub id; left out: the adapter's, else SmolLM2-135M", path=True,
-        metavar="MODEL",
-    )  # fmt: skip
-    lora_weights: str | None = setting(
-        None, _MODEL, "folder of a LoRA adapter; left out: none", path=True, metavar="DIR"
-    )
+    base_model: str | None = base_setting()
+    lora_weights: str | None = adapter_setting()
     tasks: tuple[str, ...] | None = setting(
         None, _TASKS, "perplexity, mmlu, kobest (all five) or kobest_boolq, _copa, _hellaswag, _sentineg, _wic",
         metavar="A,B", example="tasks such as perplexity,kobest",

@@ -8,26 +8,27 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 from jindo_core import __version__, kobest, perplexity
-from jindo_core.adapters import base_of, load_adapter
+from jindo_core.adapters import digest, load_adapter
 from jindo_core.causal_lm import CausalLM
 from jindo_core.errors import InputError, TrainingError
 from jindo_core.eval_config import KOBEST, EvalConfig, task_paths
-from jindo_core.eval_journal import Journal
-from jindo_core.files import write_atomically
+from jindo_core.files import identity, write_atomically
 from jindo_core.formats import open_checkpoint
 from jindo_core.hub import resolve_model
 from jindo_core.likelihood import Request, Score, batches, score
 from jindo_core.loader import load_model, pick_device, pick_dtype
+from jindo_core.memory import in_halves
 from jindo_core.mmlu import load_mmlu
+from jindo_core.part_file import PartFile
 from jindo_core.progress import ConversionView, EvaluationRow, loading_bar
-from jindo_core.run_record import read_run
+from jindo_core.run_record import base_and_run
 from jindo_core.tokenizer import Tokenizer, load_tokenizer
 
 T = TypeVar("T")
@@ -179,15 +180,15 @@ class MmluRun:
         work = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
         picked, losses = [0] * len(order), []
 
-        def ask(batch: list[int]) -> list[Row]:
+        def ask(batch: Sequence[int]) -> list[Row]:
             asked = dataclasses.replace(self._mmlu, questions=[questions[i] for i in batch])
             scores = asked.ask(model, batch_size=self._batch_size)
             return [[choice, scores.loss] for choice in scores.predictions]
 
-        for batch, rows in zip(work, runner(work, ask), strict=True):
+        for batch, rows in zip(work, runner(work, functools.partial(in_halves, ask)), strict=True):
             for i, (choice, loss) in zip(batch, rows, strict=True):
                 picked[i] = choice
-                losses.append(loss)  # a batch's mean, for each of its questions
+                losses.append(loss)  # the mean of those that were asked at once, for each of them
         subjects: dict[str, list[bool]] = {}
         for question, choice in zip(questions, picked, strict=True):
             subjects.setdefault(question.subject, []).append(choice == question.answer)
@@ -222,27 +223,23 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
     """
     view = ConversionView()
     output, predictions = _targets(config)
-    if config.lora_weights is not None and not Path(config.lora_weights).is_dir():
-        raise InputError(f"lora_weights {config.lora_weights} is no folder: expected the output of a training run")
-    run = read_run(config.lora_weights)
-    base = config.base_model or (run.base_model if run else base_of(config.lora_weights))
-    path = resolve_model(base)
+    path = resolve_model(base_and_run(config.base_model, config.lora_weights)[0])
     tokenizer = load_tokenizer(path)
     context = open_checkpoint(path).config.context
     tasks = [_open_task(name, source, tokenizer, config, context) for name, source in task_paths(config).items()]
     described = _described(config, path, tasks)
-    part = None if output is None else output.with_name(f"{output.name}.part")
+    place = None if output is None else output.with_name(f"{output.name}.part")
     results: dict[str, dict[str, dict[str, float]]] = {}
     lines: list[dict[str, Any]] = []
-    with Journal(part, described["settings"], overwrite=config.overwrite) as journal:
-        if journal.resumed:
-            view.say(f"going on: {journal.resumed} batches were done before")
+    with PartFile(place, described["settings"], flag="--overwrite", overwrite=config.overwrite) as part:
+        if part.resumed:
+            view.say(f"going on: {part.resumed} batches were done before")
         for kept in ("nf4", "none") if config.quantize == "both" else (config.quantize,):
             model = _load(path, config, kept, view)
             tokenizer.check(model.config.vocab_size)
             results[kept] = {}
             for task in tasks:
-                figures, rows = _measure(task, model, f"{kept}/{task.name}", journal, view)
+                figures, rows = _measure(task, model, f"{kept}/{task.name}", part, view)
                 results[kept][task.name] = figures
                 lines += [{"task": task.name, "quantize": kept, **row} for row in rows]
             if "kobest" in (config.tasks or ()):
@@ -253,7 +250,7 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
         if config.quantize == "both":
             report["drift"] = _drift(results, lines)
         _show(report, view)
-        _write(report, lines, output, predictions, journal, view)
+        _write(report, lines, output, predictions, part, view)
     return report
 
 
@@ -292,21 +289,21 @@ def _load(path: Path, config: EvalConfig, kept: str, view: ConversionView) -> Ca
 
 
 def _measure(
-    task: Task, model: CausalLM, part: str, journal: Journal, view: ConversionView
+    task: Task, model: CausalLM, name: str, part: PartFile, view: ConversionView
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    with view.bar(part, task.total(model), in_bytes=False) as advance:
+    with view.bar(name, task.total(model), in_bytes=False) as advance:
 
         def runner(work: Iterable[list[T]], run: Callable[[list[T]], list[Row]]) -> Iterator[list[Row]]:
             for number, batch in enumerate(work):
-                rows = journal.known(part, number, len(batch))
+                rows = part.get(f"{name}/{number}")
                 if rows is None:
                     rows = run(batch)
                     if not all(math.isfinite(value) for row in rows for value in row):
                         raise TrainingError(
-                            f"{part}: the model's log-probabilities are not finite: its weights or the adapter are "
+                            f"{name}: the model's log-probabilities are not finite: its weights or the adapter are "
                             "damaged, or --dtype is too narrow for them"
                         )
-                    journal.add(part, number, rows)
+                    part.add(f"{name}/{number}", rows)
                 advance(1)
                 yield rows
 
@@ -322,23 +319,15 @@ def _described(config: EvalConfig, path: Path, tasks: list[Task]) -> dict[str, A
     settings = {name: getattr(config, name) for name in _KEPT} | {
         "tasks": [task.name for task in tasks],
         "data": {task.name: {"file": task.source, "sha256": task.digest} for task in tasks},
-        "base_model": {"name": path.name, "files": _identity(path)},
+        "base_model": {"name": path.name, "files": identity(path)},
         "lora_weights": None,
         "device": device.type,
         "dtype": str(pick_dtype(config.dtype, device)).removeprefix("torch."),
         "versions": {"jindo_core": __version__, "torch": torch.__version__},
     }
     if config.lora_weights is not None:
-        folder = Path(config.lora_weights).expanduser()
-        settings["lora_weights"] = {"name": folder.name, "files": _identity(folder)}
+        settings["lora_weights"] = {"name": Path(config.lora_weights).name, "sha256": digest(config.lora_weights)}
     return {"settings": settings}
-
-
-def _identity(path: Path) -> str:
-    """Of a model's files, by name, size and time: hashing gigabytes would take longer than some evaluations."""
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    told = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def _drift(
@@ -386,10 +375,10 @@ def _write(
     lines: list[dict[str, Any]],
     output: Path | None,
     predictions: Path | None,
-    journal: Journal,
+    part: PartFile,
     view: ConversionView,
 ) -> None:
-    """Predictions, then results; only then the journal goes: with --overwrite a new run has them from it again."""
+    """Predictions, then results; only then the part file goes: with --overwrite a new run has them from it again."""
     texts = [(predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))]
     texts.append((output, json.dumps(report, indent=2, ensure_ascii=False) + "\n"))
     for path, text in texts:
@@ -400,4 +389,4 @@ def _write(
         except OSError as error:
             raise InputError(f"{path} could not be written ({error.strerror}): what was there is unchanged") from error
         view.say(f"written: {path.name}")
-    journal.finish()
+    part.remove()

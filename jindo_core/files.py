@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -38,6 +39,13 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror}): expected a readable file") from None
+
+
+def identity(model: Path) -> str:
+    """Of its files, by name, size and time: hashing gigabytes would take longer than some runs."""
+    files = [model] if model.is_file() else sorted(file for file in model.iterdir() if file.is_file())
+    told = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def write_atomically(path: Path, content: bytes) -> None:

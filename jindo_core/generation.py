@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -139,7 +138,7 @@ def run_generate(config: GenerateConfig) -> str:
     """
     from rich.console import Console
 
-    from jindo_core.adapters import base_of, load_adapter
+    from jindo_core.adapters import load_adapter
     from jindo_core.data.examples import end_ids, prompt_ids
     from jindo_core.data.records import Record, Round
     from jindo_core.data.templates import load_template
@@ -147,15 +146,12 @@ def run_generate(config: GenerateConfig) -> str:
     from jindo_core.loader import load_model
     from jindo_core.pages import PageStore
     from jindo_core.progress import loading_bar
-    from jindo_core.run_record import read_run
+    from jindo_core.run_record import base_and_run
     from jindo_core.tokenizer import load_tokenizer
 
     if config.instruction is None:
         raise InputError("there is no instruction: expected --instruction TEXT or text on standard input")
-    if config.lora_weights is not None and not Path(config.lora_weights).expanduser().is_dir():
-        raise InputError(f"lora_weights {config.lora_weights} is no folder: expected the output of a training run")
-    run = read_run(config.lora_weights)
-    base = config.base_model or (run.base_model if run else base_of(config.lora_weights))
+    base, run = base_and_run(config.base_model, config.lora_weights)
     template_name = config.prompt_template_name or (run.prompt_template_name if run else "alpaca")
     path = resolve_model(base)
     tokenizer = load_tokenizer(path)

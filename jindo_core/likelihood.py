@@ -9,6 +9,7 @@ alone (one-token answers to one question) are run once.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from jindo_core.causal_lm import CausalLM
 from jindo_core.errors import InputError
 from jindo_core.head import StreamedHead
 from jindo_core.kernels.linear_cross_entropy import chunk_rows
-from jindo_core.memory import is_out_of_memory
+from jindo_core.memory import in_halves
 from jindo_core.tokenizer import Tokenizer
 
 
@@ -114,28 +115,18 @@ def score(model: CausalLM, requests: Sequence[Request], *, pad_id: int) -> list[
     lengths = [len(request.input_ids(model.config.context)) for request in requests]
     # Equal lengths need no padding; else all are one group.
     keys = lengths if depends_on_padding(model) else [0] * len(requests)
+    run = functools.partial(_score, model, pad_id)
     found: dict[int, Score] = {}
     try:
         for key in dict.fromkeys(keys):
             group = [i for i, own in enumerate(keys) if own == key]
-            found.update(zip(group, _halving(model, [requests[i] for i in group], pad_id), strict=True))
+            found.update(zip(group, in_halves(run, [requests[i] for i in group]), strict=True))
         return [found[i] for i in range(len(requests))]
     finally:
         model.train(was_training)
 
 
-def _halving(model: CausalLM, requests: Sequence[Request], pad_id: int) -> list[Score]:
-    try:
-        return _score(model, requests, pad_id)
-    except (RuntimeError, MemoryError) as error:
-        if len(requests) < 2 or not is_out_of_memory(error):
-            raise
-    # Outside the handler: its traceback holds on to the tensors that took the room.
-    half = len(requests) // 2
-    return _halving(model, requests[:half], pad_id) + _halving(model, requests[half:], pad_id)
-
-
-def _score(model: CausalLM, requests: Sequence[Request], pad_id: int) -> list[Score]:
+def _score(model: CausalLM, pad_id: int, requests: Sequence[Request]) -> list[Score]:
     limit = model.config.context
     inputs = [request.input_ids(limit) for request in requests]
     row_of = {ids: row for row, ids in enumerate(dict.fromkeys(inputs))}

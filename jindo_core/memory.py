@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +30,7 @@ CPU_PRODUCTS = 36 << 20
 """Bytes that a CPU's process grows by beside its tensors: matrix products that oneDNN compiles, one for every shape."""
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def sizes_of(config: ModelConfig) -> Sizes | FalconSizes:
@@ -138,6 +139,18 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+
+
+def in_halves(run: Callable[[Sequence[T]], list[R]], batch: Sequence[T]) -> list[R]:
+    """What `run` makes of each of a batch: of all at once, and of halves where memory runs out."""
+    try:
+        return run(batch)
+    except (RuntimeError, MemoryError) as error:
+        if len(batch) < 2 or not is_out_of_memory(error):
+            raise
+    # Outside the handler: its traceback holds on to the tensors that took the room.
+    half = len(batch) // 2
+    return in_halves(run, batch[:half]) + in_halves(run, batch[half:])
 
 
 class Relief:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import re
 from collections import Counter
@@ -13,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from jindo_core.adapters import CONFIG, WEIGHTS, base_of, load_adapter
+from jindo_core.adapters import digest, load_adapter
 from jindo_core.batch_generation import Answer, generate_batch
 from jindo_core.causal_lm import CausalLM
 from jindo_core.data.examples import Encoder, end_ids, prompt_ids
@@ -24,6 +23,7 @@ from jindo_core.data.templates import Template, load_template
 from jindo_core.data.writers import RowWriter
 from jindo_core.data_config_inspect import RefineConfig, check_output
 from jindo_core.errors import InputError
+from jindo_core.files import identity
 from jindo_core.generation import stop_ids
 from jindo_core.hub import resolve_model
 from jindo_core.loader import load_model
@@ -32,14 +32,13 @@ from jindo_core.progress import ConversionView, loading_bar
 from jindo_core.refinery.pipeline import Item
 from jindo_core.refinery.text_steps import RenderedText
 from jindo_core.refinery.writeback import require_writable, written_back
-from jindo_core.run_record import read_run
+from jindo_core.run_record import base_and_run
 from jindo_core.scoring import score
 from jindo_core.tokenizer import Tokenizer, load_tokenizer
 
-_CHUNK = 16  # batches whose rows are sorted by length together, and written to the part file together
+_CHUNK = 16  # batches whose rows are sorted by length together, and lie in the part file together
 _FIELD = re.compile(r"\{(instruction|input|output)\}")
-# What the results do not depend on.
-_NOT_IN_DIGEST = ("output_path", "overwrite", "restart", "data_path", "base_model", "lora_weights")
+_NO_MATTER = ("output_path", "overwrite", "restart")  # what the results do not depend on
 
 
 class Worker(Protocol):
@@ -185,14 +184,15 @@ def run_refine(config: RefineConfig) -> Refined:
     if config.mode == "rewrite":
         require_writable(form)
     total = _count(config, source, form)
-    run = read_run(config.lora_weights)
-    path = resolve_model(config.base_model or (run.base_model if run else _base(config.lora_weights)))
+    base, run = base_and_run(config.base_model, config.lora_weights)
+    path = resolve_model(base)
     tokenizer = load_tokenizer(path)
     name = config.prompt_template_name or (run.prompt_template_name if run else "alpaca")
     template = load_template(name, tokenizer)
-    digest = _digest(config, source, form, path, tokenizer, template)
-    with PartFile(output.with_name(f".{output.name}.part"), digest, restart=config.restart) as part:
-        resumed = part.done
+    kept = _settings(config, source, form, path, tokenizer, template)
+    place = output.with_name(f".{output.name}.part")
+    with PartFile(place, kept, flag="--restart", restart=config.restart) as part:
+        resumed = min(part.resumed * config.batch_size * _CHUNK, total)
         if resumed:
             view.say(f"going on at row {resumed + 1} of {total:,}, where an earlier run stopped")
         if resumed < total:
@@ -204,10 +204,6 @@ def run_refine(config: RefineConfig) -> Refined:
     view.say(f"{total:,} rows in, {total:,} out: {said}")
     view.say(f"written: {output}")
     return Refined(total, resumed, dict(texts))
-
-
-def _base(lora_weights: str | None) -> str | None:
-    return None if lora_weights is None else base_of(lora_weights)
 
 
 def _rows(config: RefineConfig, source: RowSource) -> Iterator[Row]:
@@ -227,22 +223,18 @@ def _count(config: RefineConfig, source: RowSource, form: Format) -> int:
     return total
 
 
-def _digest(
+def _settings(
     config: RefineConfig, source: RowSource, form: Format, model: Path, tokenizer: Tokenizer, template: Template
-) -> str:
-    """sha256 of what the results depend on: settings, rows, template, adapter, the base's files by name and size."""
-    settings = {name: value for name, value in asdict(config).items() if name not in _NOT_IN_DIGEST}
-    settings |= {"rows": source.digest(), "format": repr((form.name, form.mapped))}
-    settings |= {"tokenizer": tokenizer.digest(), "template": template.identity()}
-    files = [model] if model.is_file() else sorted(path for path in model.iterdir() if path.is_file())
-    settings["base"] = [(path.name, path.stat().st_size) for path in files]
-    if config.lora_weights is not None:
-        folder = Path(config.lora_weights).expanduser()
-        for name in (CONFIG, WEIGHTS):
-            if (folder / name).is_file():
-                with open(folder / name, "rb") as file:
-                    settings[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+) -> dict[str, Any]:
+    """What the results depend on."""
+    return {name: value for name, value in asdict(config).items() if name not in _NO_MATTER} | {
+        "data_path": source.digest(),
+        "dataset_format": repr((form.name, form.mapped)),
+        "prompt_template_name": template.identity(),
+        "base_model": identity(model),
+        "tokenizer": tokenizer.digest(),
+        "lora_weights": None if config.lora_weights is None else digest(config.lora_weights),
+    }
 
 
 def _worker(config: RefineConfig, view: ConversionView, path: Path, tokenizer: Tokenizer, template: Template) -> Worker:
@@ -274,20 +266,18 @@ def _work(
 ) -> None:  # fmt: skip
     """What is not in the part file yet, a chunk at a time.
 
-    A kill may have cut a chunk: its first rows are done again, and thrown away. In bf16 a row's result depends on its
-    neighbours in the batch, by rounding; so it is the uninterrupted run's.
+    In bf16 a row's result depends on its neighbours in the batch, by rounding: a chunk is there whole or done again
+    whole, so that it is the uninterrupted run's.
     """
     assert config.mode is not None
     size = config.batch_size * _CHUNK
-    first = part.done - part.done % size
-    left = itertools.islice(rows, first, None)
+    done = part.resumed * size
+    numbered = itertools.islice(enumerate(rows, 1), done, None)
     with view.bar({"rewrite": "rewriting", "score": "scoring"}[config.mode], total, in_bytes=False) as advance:
-        advance(part.done)
-        while chunk := list(itertools.islice(left, size)):
-            results = worker([(first + i, form.record(row)) for i, row in enumerate(chunk, 1)])[part.done - first :]
-            part.append(results)
-            first += len(chunk)
-            advance(len(results))
+        advance(done)
+        while chunk := [(number, form.record(row)) for number, row in itertools.islice(numbered, size)]:
+            part.add(str(chunk[0][0]), worker(chunk))
+            advance(len(chunk))
 
 
 def _write(config: RefineConfig, output: Path, source: RowSource, form: Format, part: PartFile) -> Counter[str]:
@@ -295,7 +285,7 @@ def _write(config: RefineConfig, output: Path, source: RowSource, form: Format, 
     counts: Counter[str] = Counter()
     without_copy = RenderedText()  # a rewritten row's copy in a template would say the old text
     with RowWriter(output) as writer:
-        for row, result in zip(_rows(config, source), part.results(), strict=True):
+        for number, (row, result) in enumerate(zip(_rows(config, source), part.results(), strict=True), 1):
             if config.mode == "score":
                 counts["scored" if "loss" in result else result["reason"]] += 1
                 counts["cut at cutoff_len"] += result.get("cut", False)
@@ -305,7 +295,7 @@ def _write(config: RefineConfig, output: Path, source: RowSource, form: Format, 
             for each, text, why in zip(record.rounds, result["texts"], result["kept"], strict=True):
                 same = text == getattr(each, config.field)
                 counts[f"kept: {why}" if why is not None else "the same again" if same else "rewritten"] += 1
-            answer = without_copy(Item(record, row.values, result["row"]))
+            answer = without_copy(Item(record, row.values, number))
             values = (answer if isinstance(answer, Item) else answer.item).values
             counts["a column text that repeated the row left out"] += values is not row.values
             rounds = tuple(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from jindo_core.adapters import CONFIG, WEIGHTS
+from jindo_core.adapters import CONFIG, WEIGHTS, base_of
 from jindo_core.config import TrainConfig
 from jindo_core.errors import InputError
 from jindo_core.files import read_json, write_atomically
@@ -45,6 +45,14 @@ def read_run(folder: str | Path | None) -> RunRecord | None:
     if not isinstance(base, str | None) or not isinstance(template, str):
         raise InputError(f"{path} has base_model {base!r} and template {template!r}, expected names: it was damaged")
     return RunRecord(**{name: raw[name] for name in names})
+
+
+def base_and_run(base_model: str | None, lora_weights: str | None) -> tuple[str | None, RunRecord | None]:
+    """The base to load, the adapter's where none is named, and the adapter's record. Raises InputError."""
+    if lora_weights is not None and not Path(lora_weights).expanduser().is_dir():
+        raise InputError(f"lora_weights {lora_weights} is no folder: expected one that holds a LoRA adapter")
+    run = read_run(lora_weights)
+    return base_model or (run.base_model if run else base_of(lora_weights)), run
 
 
 def choose_output_dir(config: TrainConfig, named: bool) -> Path:

@@ -28,7 +28,7 @@ ENGINE_ROWS = [
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"run_record", "decoding", "generation", "batch_generation", "progress"},
     {"evaluate", "mmlu", "scoring", "tune", "doctor", "merge", "training_data", "refinery", "likelihood"},
-    {"prepare", "drift", "refine", "eval_journal", "kobest", "perplexity"},
+    {"prepare", "drift", "refine", "kobest", "perplexity"},
     {"train", "convert", "evaluation"},
     {"integrations"},
 ]

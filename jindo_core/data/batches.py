@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jindo_core.data.lazy import LazySequence
 from jindo_core.errors import InputError
 
 
-class Batches(Sequence[list[int]]):
+class Batches(LazySequence[list[int]]):
     """Batches of one epoch, made as they are asked for. All hold `size` numbers but one that may hold fewer.
 
     Args:
@@ -30,13 +31,7 @@ class Batches(Sequence[list[int]]):
     def __len__(self) -> int:
         return len(self._sequence)
 
-    @overload
-    def __getitem__(self, place: int) -> list[int]: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[list[int]]: ...
-    def __getitem__(self, place: int | slice) -> list[int] | list[list[int]]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
+    def _at(self, place: int) -> list[int]:
         start = int(self._sequence[place]) * self._size
         found: list[int] = self._order[start : start + self._size].tolist()
         return found

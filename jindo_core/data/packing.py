@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jindo_core.data.examples import IGNORE, Example, collate
+from jindo_core.data.lazy import LazySequence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,7 @@ class Pack(Example):
     documents: tuple[int, ...]
 
 
-class Packs(Sequence[list[int]]):
+class Packs(LazySequence[list[int]]):
     """Which rows lie in which pack.
 
     Attributes:
@@ -42,16 +43,7 @@ class Packs(Sequence[list[int]]):
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    @overload
-    def __getitem__(self, number: int) -> list[int]: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[list[int]]: ...
-    def __getitem__(self, number: int | slice) -> list[int] | list[list[int]]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"pack {number} of {len(self)}")
-        number %= len(self)
+    def _at(self, number: int) -> list[int]:
         found: list[int] = self.rows[self.starts[number] : self.starts[number + 1]].tolist()
         return found
 
@@ -125,7 +117,7 @@ def pack_apart(
     return Packs(np.concatenate(rows), np.concatenate(starts)), found
 
 
-class PackedRows(Sequence[Example]):
+class PackedRows(LazySequence[Pack]):
     """Rows as packs.
 
     Attributes:
@@ -140,13 +132,7 @@ class PackedRows(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._packs)
 
-    @overload
-    def __getitem__(self, number: int) -> Pack: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Example]: ...
-    def __getitem__(self, number: int | slice) -> Pack | list[Example]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
+    def _at(self, number: int) -> Pack:
         ids: list[int] = []
         labels: list[int] = []
         documents = []

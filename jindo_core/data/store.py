@@ -22,13 +22,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache as once
 from pathlib import Path
-from typing import IO, Any, Protocol, overload
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jindo_core.data.examples import IGNORE, Encoded, Example
 from jindo_core.data.formats import Format
+from jindo_core.data.lazy import LazySequence
 from jindo_core.data.readers import RowSource
 from jindo_core.data.records import Record
 from jindo_core.errors import InputError
@@ -54,7 +55,7 @@ class RowEncoder(Protocol):
     def encode(self, records: Sequence[Record]) -> list[Encoded]: ...
 
 
-class TokenizedRows(Sequence[Example]):
+class TokenizedRows(LazySequence[Example]):
     """The records of one source. One that was left out has no tokens.
 
     Attributes:
@@ -70,13 +71,7 @@ class TokenizedRows(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _at(self, index: int) -> Example:
         length, end = int(self.lengths[index]), int(self._ends[index])
         held = np.frombuffer(self._read(4 * (end - length), 4 * length), "<i4")
         unseen = held < 0
@@ -355,7 +350,7 @@ def _prune(cache: Path, own: Path, say: Callable[[str], None]) -> None:
 # --- several sources ------------------------------------------------------------------------------------
 
 
-class Selection(Sequence[Example]):
+class Selection(LazySequence[Example]):
     """Some of the records of several sources, source by source; those that were left out are not among them.
 
     Args:
@@ -392,16 +387,7 @@ class Selection(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._chosen)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        index %= len(self)
+    def _at(self, index: int) -> Example:
         for source, (start, end) in zip(self._sources, self.bounds, strict=True):
             if start <= index < end:
                 return source[int(self._chosen[index])]

@@ -20,7 +20,7 @@ from jindo_core.cli.main import main
 from jindo_core.likelihood import Score
 from jindo_core.loader import load_model
 from jindo_core.lora import adapted_layers, attach_lora
-from jindo_core.mmlu import load_mmlu
+from jindo_core.mmlu import Mmlu, load_mmlu
 from jindo_core.progress import ConversionView
 from jindo_core.tokenizer import load_tokenizer
 
@@ -103,7 +103,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(command, data, monkeyp
     assert main(both) == 130
     assert not (data / "results.json").exists()
     with (data / "results.json.part").open("ab") as file:
-        file.write(b'{"part": "nf4/perpl')  # and torn within a line
+        file.write(b'{"key": "nf4/perpl')  # and torn within a line
     done = []
     monkeypatch.setattr(evaluation, "score", lambda *a, **more: done.append(1) or real(*a, **more))
     capsys.readouterr()
@@ -155,15 +155,23 @@ def test_an_adapter_brings_its_base_and_changes_the_figures(stories260k, command
     assert abs(bare["perplexity"] - adapted["perplexity"]) > 0.01
 
 
-def test_mmlu_is_what_train_measures(stories15m, assets, data):
-    file = assets / "data/en/mmlu/zero_shot_mmlu_val.json"
+@pytest.fixture
+def questions(assets):
+    return assets / "data/en/mmlu/zero_shot_mmlu_val.json"
+
+
+@pytest.fixture
+def mmlu_command(stories15m, questions):
     argv = ["eval", "--base_model", str(stories15m), "--device", "cpu", "--dtype", "fp32", "--tasks", "mmlu"]
-    argv += ["--data_path", str(file), "--limit", "24", "--batch_size", "5", "--mmlu_source_max_len", "48"]
-    assert main([*argv, *saved(data)]) == 0
+    return [*argv, "--data_path", str(questions), "--limit", "24", "--batch_size", "5", "--mmlu_source_max_len", "48"]
+
+
+def test_mmlu_is_what_train_measures(stories15m, questions, mmlu_command, data):
+    assert main([*mmlu_command, *saved(data)]) == 0
     figures = read(data / "results.json")["results"]["nf4"]["mmlu"]
     model = load_model(stories15m, dtype="fp32", device="cpu")
     tokenizer = load_tokenizer(stories15m)
-    asked = load_mmlu(file, tokenizer, max_samples=24, source_max_len=48, context=model.config.context)
+    asked = load_mmlu(questions, tokenizer, max_samples=24, source_max_len=48, context=model.config.context)
     scores = asked.ask(model, batch_size=24)
     assert figures["acc"] == scores.accuracy
     assert figures["loss"] == pytest.approx(scores.loss, rel=1e-5)
@@ -173,6 +181,24 @@ def test_mmlu_is_what_train_measures(stories15m, assets, data):
         assert figures[f"n_acc_{subject}"] == count
     lines = (data / "results.jsonl").read_text(encoding="utf-8").splitlines()
     assert tuple(json.loads(line)["choice"] for line in lines) == scores.predictions
+
+
+def test_mmlus_batches_are_halved_where_memory_runs_out(mmlu_command, data, monkeypatch):
+    assert main([*mmlu_command, *saved(data, "whole.json")]) == 0
+    logits, sizes = Mmlu._logits, []
+
+    def tight(self, model, texts):
+        sizes.append(len(texts))
+        if len(texts) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return logits(self, model, texts)
+
+    monkeypatch.setattr(Mmlu, "_logits", tight)
+    assert main([*mmlu_command, *saved(data)]) == 0
+    assert sizes == [5, 2, 3, 1, 2] * 4 + [4, 2, 2]
+    whole, halved = (read(data / name)["results"]["nf4"]["mmlu"] for name in ("whole.json", "results.json"))
+    assert halved == pytest.approx(whole, rel=1e-5)
+    assert (data / "results.jsonl").read_bytes() == (data / "whole.jsonl").read_bytes()
 
 
 def test_a_model_that_says_nothing_finite_stops_the_run(command, data, monkeypatch, capsys):
