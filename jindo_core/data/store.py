@@ -37,7 +37,7 @@ KEPT_BYTES = 20_000_000_000
 """Of all stores in the cache together: the ones that were not used for longest go first."""
 
 _CHUNK = 1024  # records that are read, and encoded, at once, at most;
-_CHUNK_CHARACTERS = 1 << 19  # or so many characters of text, and the record that goes beyond: tokens take 100 bytes each
+_CHUNK_CHARACTERS = 1 << 19  # or so many of text, and the record that goes beyond: a token takes a hundred bytes
 _MAGIC = b"jindo-t1"
 _TAIL = struct.Struct("<Q8s")  # the footer's length, and the magic
 _STALE = 24 * 3600.0  # seconds after which a part that nobody wrote to is a killed run's
