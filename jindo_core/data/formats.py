@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jindo_core.data.readers import Row, RowSource
 from jindo_core.data.records import Record, Round
@@ -333,6 +334,12 @@ def _misfit(rows: Sequence[Row], column: str, chosen: Format) -> InputError:
 
 def _unknown(rows: Sequence[Row]) -> InputError:
     columns = _columns(rows)
+    within = next((name for name, value in rows[0].values.items() if _is_rows(value)), None)
+    if len(rows) == 1 and within is not None and not set(columns) & set(CONVERSATIONS):
+        return InputError(
+            f"{rows[0].place} is one object with a list of rows under {within!r}: expected the rows themselves; "
+            f"jq -c '.{within}[]' {rows[0].path.name} > rows.jsonl"
+        )
     named = {_fold(name): name for name in reversed(columns)}
     prompts = next((named[name] for name in ("turns", "prompt", "prompts") if name in named), None)
     candidates = [one.named_as_in(columns) for one in (FORMATS["alpaca"], *FORMATS.values()) if one.detected]
@@ -369,6 +376,10 @@ def _telling(near: Format, beside: str, columns: Sequence[str]) -> str:
     if len(texts) != 2 or lost or _fold(beside) == "history" or "tool" in _fold(beside):
         return "--dataset_format alpaca:instruction=…,input=…,output=…"
     return f"--dataset_format alpaca:instruction={texts[0]},{place}={beside},output={texts[1]}"
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
 
 
 def _fold(name: str) -> str:

@@ -272,12 +272,13 @@ def test_a_named_format_that_the_file_has_not(write):
     ("values", "message"),
     [
         ({"turns": ["q"], "category": "x"}, r"holds prompts \('turns'\) and no answers .*: its keys are 'turns', 'cat"),
-        ({"prompt": "p", "chosen": "c", "rejected": "r"}, 
+        ({"prompt": "p", "chosen": "c", "rejected": "r"},
          r"holds prompts \('prompt'\) and no .*--dataset_format self-instruct:prompt=prompt,completion=chosen, if"),
         (
             {"context": "c", "question": "q", "answer": "a"},
             "has 'context' beside the columns of qa, which would leave it out",
         ),
+        ({"data": [{"instruction": "i", "output": "o"}]}, r"list of rows under 'data': .*jq -c '\.data\[\]' a\.jsonl"),
         ({"ID": "1", "Text": "t"}, r"lacks 'instruction': its keys .*--dataset_format alpaca:instruction=…,output=…"),
     ],
 )
