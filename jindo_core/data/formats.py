@@ -263,8 +263,12 @@ def _is_chip2(rows: Sequence[Row]) -> bool:
 
 
 CONTEXTS = frozenset(
-    ["context", "contexts", "passage", "passages", "paragraph", "document", "documents", "article", "background", "evidence", "knowledge", "choices", "options", "history", "instruction", "input", "inputs", "system", "system_prompt", "tools", "tool_calls", "functions"]
-)
+    [
+        "context", "contexts", "passage", "passages", "paragraph", "document", "documents", "article",
+        "background", "evidence", "knowledge", "choices", "options", "history", "instruction", "input",
+        "inputs", "system", "system_prompt", "tools", "tool_calls", "functions",
+    ]
+)  # fmt: skip
 """Columns without which a question is not whole, in small letters."""
 _BESIDE_QA = ("text", "sentence", "b", "1")  # what is asked about, or what is to be chosen from
 _ALPACA = ("instruction", "input|context?", "output|response", "system?", "history?")
