@@ -8,6 +8,7 @@ The peer's function is alpaca-lora's generate_and_tokenize_prompt (finetune.py):
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -127,9 +128,11 @@ def differences(kind: str, model: Path, path: Path, train_on_inputs: bool) -> It
 def compare(kind: str, model: Path, path: Path, *, rounds: int, train_on_inputs: bool) -> dict[str, Any]:
     """Rows a second, medians of rounds in which all take their turn."""
     count = sum(1 for _ in path.open("rb"))
-    taken: dict[str, list[float]] = {"jindo": [], "datasets.map, 1 process": [], "datasets.map, 2 processes": []}
+    peers = range(1, (os.cpu_count() or 1) + 1)
+    names = {0: "jindo", **{n: f"datasets.map, {n} process{'es' if n > 1 else ''}" for n in peers}}
+    taken: dict[str, list[float]] = {name: [] for name in names.values()}
     for _ in range(rounds):
-        for processes, name in enumerate(taken):
+        for processes, name in names.items():
             if processes:
                 taken[name].append(_peer_round(kind, model, path, processes, train_on_inputs))
             else:

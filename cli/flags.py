@@ -8,6 +8,7 @@ spelling (`_canonical`), because argparse by itself cannot take `--a-b` for `--a
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ _DASHES = "-‐‑‒–—−"  # web pages and word processors turn "--" into 
 _BARE = re.compile(r"(?!-)|-[\d.]")  # a word, or a negative number
 _LISTS = {"names": " ", "numbers": " ", "paths": SEPARATOR}
 """Kinds of settings that take several words, and what joins them."""
+_GATHERED = ("numbers", "paths")
+"""Of these, the kinds whose flag may be given again, for more of them."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,8 +93,9 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> No
                 help=argparse.SUPPRESS,
             )
         else:
+            action = "append" if setting.kind in _GATHERED else "store"
             group.add_argument(
-                f"--{setting.name}", metavar=setting.metavar, default=argparse.SUPPRESS, help=help
+                f"--{setting.name}", metavar=setting.metavar, action=action, default=argparse.SUPPRESS, help=help
             )
 
 
@@ -113,9 +117,9 @@ def parse_flags(
 ) -> dict[str, Any]:
     """The settings that `argv` gives, and no others, each read in its own type.
 
-    `--config FILE` is read first and flags win over it; a repeated flag's last value counts. `--help` prints
-    and exits. Raises InputError, one line, for an unknown flag (with the nearest name), a missing or a wrong
-    value, and a word that belongs to no flag.
+    `--config FILE` is read first and flags win over it. A repeated flag's last value counts; paths and numbers, of
+    which there may be several, are gathered in their order. `--help` prints and exits. Raises InputError, one line, for
+    an unknown flag (with the nearest name), a missing or a wrong value, and a word that belongs to no flag.
     """
     parser = make_parser(config_class, prog=prog, description=description, epilog=epilog)
     if any(word in HELP for word in argv):
@@ -125,10 +129,17 @@ def parse_flags(
     known = accepted(config_class)
     typed = vars(parser.parse_args(list(_canonical(config_class, argv, prog))))
     config_file = typed.pop("config", None)
-    flags = {name: known[name].read(text) for name, text in typed.items()}
+    flags = {name: _read(known[name], said) for name, said in typed.items()}
     filed = read_config_file(config_file, config_class) if config_file is not None else {}
     said = {ours(name) for name in flags}
     return {**{name: value for name, value in filed.items() if ours(name) not in said}, **flags}
+
+
+def _read(setting: Setting, said: str | list[str]) -> Any:
+    """A flag's value, or those of all its places in the line."""
+    if isinstance(said, str):
+        return setting.read(said)
+    return tuple(itertools.chain.from_iterable(setting.read(text) for text in said))
 
 
 def _canonical(config_class: type[Config], argv: Sequence[str], prog: str) -> Iterator[str]:

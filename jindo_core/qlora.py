@@ -309,6 +309,9 @@ def _schedule(line: _Given) -> None:
     if warms:
         line.own["lr_scheduler_type"] = "constant"
     given = [name for name in ("warmup_ratio", "warmup_steps") if line.own.get(name)]
+    if given and line.profile != "qlora" and line.own.get("lr_scheduler_type") == "constant" and not warms:
+        note = "warms up to the constant rate; transformers' constant schedule never does (0: nor here)"
+        line.notices.add(note, *given)
     if line.profile == "qlora" and line.now("lr_scheduler_type") == "constant" and not warms:
         line.own.update(warmup_steps=0, warmup_ratio=0.0)
         if given:

@@ -92,6 +92,8 @@ def show_rows(
     files: Sequence[DataFile], config: TrainConfig, encoder: Encoder, tokenizer: Tokenizer, console: Console
 ) -> None:
     """The first `config.preview` rows, as they would be learnt."""
+    for passed_over in filter(None, map(_passed_over, files)):
+        console.print(passed_over, markup=False, highlight=False, soft_wrap=True)
     records = itertools.chain.from_iterable(file.records() for file in files)
     preview(list(itertools.islice(records, config.preview)), encoder, tokenizer, config.preview, console)
 
@@ -106,6 +108,8 @@ def read_data(
     Raises:
         InputError: a row that can't be read, or no row with anything to learn.
     """
+    for passed_over in filter(None, map(_passed_over, files)):
+        view.notice(passed_over)
     sources = [_tokenized(file, config, encoder, view) for file in files]
     count = sum(len(source) for source in sources)
     training, held, warning = split_indices(count, config.val_set_size, config.seed)
@@ -124,6 +128,12 @@ def read_data(
         view.say(f"{len(rows):,} rows packed into {len(examples):,} sequences, {filled:.1f} to one")
     probes = _first_records(files, sources, measured if len(measured) else chosen)
     return TrainingData(examples, portions, len(rows), held_out, len(measured), probes)
+
+
+def _passed_over(file: DataFile) -> str:
+    """What to say of columns that nothing is made of; "" where there are none."""
+    names = file.format.passed_over(file.source.columns())
+    return f"{file.source.paths[0].name}: columns passed over: {', '.join(names)}" if names else ""
 
 
 def _cache() -> Path:

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jindo_core.data.readers import Row, RowSource
 from jindo_core.data.records import Record, Round
+from jindo_core.data.turns import (
+    CONVERSATIONS,
+    conversation,
+    conversation_turns,
+    keys_text,
+    lacks,
+    row_error,
+    text_of,
+    turns_of,
+)
 from jindo_core.errors import InputError, nearest
-
-Turn = tuple[str, str]
-"""Who speaks ("system", "user" or "assistant"), and the text."""
-ROLES = {
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
-    **dict.fromkeys(("system", "developer"), "system"),
-}
-"""A turn's `from` or `role`, in small letters -> who speaks."""
-
-
-class RowError(InputError):
-    """A row that does not fit its format. reason: what is wrong, without the file and the row's number."""
-
-    def __init__(self, message: str, reason: str = "") -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -37,12 +30,13 @@ class Format:
         name: as `--dataset_format` takes it.
         becomes: what a row becomes, in words.
         columns: those that a row has; "input?" may be missing or null, "Q|question" is one of two. Other columns are
-            passed over.
+            passed over, but a format is not found beside one of `CONTEXTS` that holds something.
         read: a row -> a record.
         detected: whether it is found by its columns; others are taken by name alone, beside one with the same columns.
         marks: columns that must also be there, for it to be found; without: that must not.
         holds: asked of the first rows too.
-        mapped: a column of the format -> the file's own name for it.
+        mapped: a column of the format -> the file's own name for it; folded: these are its names in other letters, and
+            rows may lack them.
     """
 
     name: str
@@ -54,6 +48,7 @@ class Format:
     without: tuple[str, ...] = ()
     holds: Callable[[Sequence[Row]], bool] | None = None
     mapped: tuple[tuple[str, str], ...] = ()
+    folded: bool = False
 
     def record(self, row: Row) -> Record:
         """The record of a row.
@@ -63,9 +58,9 @@ class Format:
         """
         if self.mapped:
             for _, own in self.mapped:
-                if own not in row.values:
-                    raise _lacks(row, own, self)
-            told = {ours: row.values[own] for ours, own in self.mapped}
+                if own not in row.values and not self.folded:
+                    raise lacks(row, own, f"; expected {', '.join(self.columns)}")
+            told = {ours: row.values[own] for ours, own in self.mapped if own in row.values}
             # What was told comes before another name for the same column that the file has too.
             groups = [column.rstrip("?").split("|") for column in self.columns]
             others = {name for names in groups if not told.keys().isdisjoint(names) for name in names}
@@ -75,12 +70,39 @@ class Format:
 
     def missing(self, columns: Sequence[str]) -> str | None:
         """The first column of the format that is not among these."""
-        own = dict(self.mapped)
-        for column in self.columns:
-            names = [own.get(name, name) for name in column.rstrip("?").split("|")]
+        for column, names in zip(self.columns, self.groups(), strict=True):
             if not column.endswith("?") and not any(name in columns for name in names):
                 return names[0]
-        return next((name for name in own.values() if name not in columns), None)
+        return None if self.folded else next((own for _, own in self.mapped if own not in columns), None)
+
+    def groups(self) -> list[list[str]]:
+        """Each column's names in the file, of which the first that is there is read."""
+        own = dict(self.mapped)
+        return [[own.get(name, name) for name in column.rstrip("?").split("|")] for column in self.columns]
+
+    def passed_over(self, columns: Sequence[str]) -> list[str]:
+        """Those of a file's columns that nothing is made of."""
+        taken = {next((name for name in names if name in columns), None) for names in self.groups()}
+        return [name for name in columns if name not in taken]
+
+    def left_out(self, rows: Sequence[Row]) -> str | None:
+        """A column of these rows that the question can't do without, and that would be passed over."""
+        for name in self.passed_over(_columns(rows)):
+            filled = any(row.values.get(name) not in (None, "", [], {}) for row in rows)
+            if _fold(name) in self.without or (filled and _fold(name) in CONTEXTS):
+                return name
+        return None
+
+    def named_as_in(self, columns: Sequence[str]) -> Format:
+        """The same format for a file that writes its names in other letters: `Instruction`, " input"."""
+        if self.mapped or "text" in self.columns:  # a `Text` by itself may be anything
+            return self
+        pairs = []
+        for names in self.groups():
+            alike = [(name, [own for own in columns if _fold(own) == _fold(name)]) for name in names]
+            found = [(name, own[0]) for name, own in alike if len(own) == 1]
+            pairs += [] if any(name in columns for name in names) else found[:1]
+        return replace(self, mapped=tuple(pairs), folded=True) if pairs else self
 
     def fits(self, rows: Sequence[Row]) -> bool:
         """Whether a file that begins with these rows is of this format."""
@@ -89,7 +111,7 @@ class Format:
             self.detected
             and self.missing(columns) is None
             and all(name in columns for name in self.marks)
-            and not any(name in columns for name in self.without)
+            and self.left_out(rows) is None
             and (self.holds is None or self.holds(rows))
         )
 
@@ -106,12 +128,13 @@ def detect_format(source: RowSource, name: str | None = None) -> Format:
     """
     heads = [part.head() for part in source.parts()]
     if name is not None:
-        chosen = _named(name)
+        chosen = _named(name).named_as_in(_columns([row for rows in heads for row in rows]))
         for rows in heads:
             if (column := chosen.missing(_columns(rows))) is not None:
                 raise _misfit(rows, column, chosen)
         return chosen
-    for candidate in FORMATS.values():
+    columns = _columns([row for rows in heads for row in rows])
+    for candidate in (one.named_as_in(columns) for one in FORMATS.values()):
         if all(candidate.fits(rows) for rows in heads):
             return candidate
     found = [next((f.name for f in FORMATS.values() if f.fits(rows)), None) for rows in heads]
@@ -145,93 +168,28 @@ def named_dataset(name: str) -> tuple[str, str] | None:
     return None if repo is None else (repo, name)
 
 
-# --- conversations ---------------------------------------------------------------------------------------
-
-
-def conversation_turns(row: Row) -> list[Turn]:
-    """The turns of a conversation as they stand, whether or not they alternate.
-
-    They are under messages, conversations, conversation or items, each {"from", "value"} or {"role", "content"};
-    content may be OpenAI's list of parts, if all are text. A column `system` comes first, unless a turn does.
-
-    Raises:
-        RowError: no list, a turn without one of these, an unknown role, a part that is no text.
-    """
-    column = next((name for name in CONVERSATIONS if name in row.values), CONVERSATIONS[0])
-    turns = _turns(row, column, row.values.get(column))
-    system = _text(row, "system", optional=True)
-    return [("system", system), *turns] if system and (not turns or turns[0][0] != "system") else turns
-
-
-def conversation(row: Row, turns: Sequence[Turn]) -> Record:
-    """The record of a conversation, by FastChat's rules.
-
-    A first turn of the system's becomes `system`; an answer to nothing at the start is dropped, so is a question at the
-    end that nobody answers.
-
-    Raises:
-        RowError: turns that do not alternate, a system's turn further on, nothing left.
-    """
-    spoken = list(turns)
-    system = spoken.pop(0)[1] if spoken and spoken[0][0] == "system" else ""
-    dropped = bool(spoken) and spoken[0][0] == "assistant"
-    if dropped:
-        spoken.pop(0)
-    first = len(turns) - len(spoken) + 1
-    for index, (role, _) in enumerate(spoken):
-        expected = "assistant" if index % 2 else "user"
-        if role != expected:
-            raise _row_error(row, f": turn {first + index} is the {role}'s, expected the {expected}'s: turns alternate")
-    answered = len(spoken) // 2 * 2
-    if not answered:
-        raise _row_error(row, f" has {len(turns)} turns and no answer to a question, expected at least one")
-    rounds = (Round(spoken[i][1], "", spoken[i + 1][1]) for i in range(0, answered, 2))
-    return Record(tuple(rounds), system, row=row.number)
-
-
-CONVERSATIONS = ("messages", "conversations", "conversation", "items")
-"""Columns that hold turns."""
-
-
-def _turns(row: Row, column: str, value: Any) -> list[Turn]:
-    if not isinstance(value, list):
-        raise _row_error(row, f": {column!r} is a {type(value).__name__}, expected a list of turns")
-    turns = []
-    for number, turn in enumerate(value, 1):
-        said = f"turn {number} of {column!r}"
-        if not isinstance(turn, dict):
-            raise _row_error(row, f": {said} is a {type(turn).__name__}, expected an object")
-        # What is null may be there for other rows' sake: Parquet gives each turn all keys.
-        role = next((turn[key] for key in ("from", "role") if turn.get(key) is not None), None)
-        text = next((turn[key] for key in ("value", "content") if turn.get(key) is not None), None)
-        if not isinstance(role, str) or role.lower() not in ROLES:
-            known = ", ".join(ROLES)
-            raise _row_error(row, f": {said} is by {role!r}, expected from or role with one of {known}")
-        if isinstance(text, list):
-            text = _parts(row, said, text)
-        if not isinstance(text, str):
-            held = f"{said} holds a {type(text).__name__}"
-            raise _row_error(row, f": {held}, expected text as value or content; its keys are {_keys(list(turn))}")
-        _check_characters(row, said, text)
-        turns.append((ROLES[role.lower()], text))
-    return turns
-
-
-def _parts(row: Row, said: str, parts: list[Any]) -> str:
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    for number, (part, text) in enumerate(zip(parts, texts, strict=True), 1):
-        if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise _row_error(row, f": part {number} of {said} is {kind!r}, expected type text (no images, no tools)")
-    return "".join(text for text in texts if text)
-
-
 # --- a row of each ---------------------------------------------------------------------------------------
 
 
 def _alpaca(row: Row) -> Record:
-    rounds = (Round(_text(row, "instruction"), _text(row, "input", optional=True), _text(row, "output")),)
-    return Record(rounds, _text(row, "system", optional=True), row=row.number)
+    asked = Round(
+        text_of(row, "instruction"),
+        text_of(row, "input", "context", optional=True),
+        text_of(row, "output", "response"),
+    )
+    return Record((*_history(row), asked), text_of(row, "system", optional=True), row=row.number)
+
+
+def _history(row: Row) -> Iterator[Round]:
+    """Earlier rounds of an alpaca row, as LLaMA-Factory has them: a list of questions with their answers."""
+    history = row.values.get("history") or []
+    if not isinstance(history, list):
+        raise row_error(row, f": 'history' is a {type(history).__name__}, expected a list of [question, answer]")
+    for number, pair in enumerate(history, 1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise row_error(row, f": part {number} of 'history' is no pair, expected [question, answer]")
+        inner = replace(row, values={"its question": pair[0], "its answer": pair[1]})
+        yield Round(text_of(inner, "its question"), "", text_of(inner, "its answer"))
 
 
 def _conversation(row: Row) -> Record:
@@ -243,29 +201,29 @@ def _wizard(row: Row) -> Record:
 
 
 def _orca(row: Row) -> Record:
-    rounds = (Round(_text(row, "question"), "", _text(row, "response", "chosen")),)
-    return Record(rounds, _text(row, "system_prompt", "system", optional=True), row=row.number)
+    rounds = (Round(text_of(row, "question"), "", text_of(row, "response", "chosen")),)
+    return Record(rounds, text_of(row, "system_prompt", "system", optional=True), row=row.number)
 
 
 def _orca_dpo(row: Row) -> Record:
     asked = row.values.get("input")
     messages = asked.get("messages") if isinstance(asked, dict) else asked
-    answer = _turns(row, "preferred_output", row.values.get("preferred_output"))
-    return conversation(row, [*_turns(row, "input", messages), *answer])
+    answer = turns_of(row, "preferred_output", row.values.get("preferred_output"))
+    return conversation(row, [*turns_of(row, "input", messages), *answer])
 
 
 def _seeds(row: Row) -> Record:
     instances = row.values.get("instances")
     if not isinstance(instances, list) or len(instances) != 1 or not isinstance(instances[0], dict):
         got = f"{len(instances)} of them" if isinstance(instances, list) else f"a {type(instances).__name__}"
-        raise _row_error(row, f": 'instances' is {got}, expected a list of one object; give each a row of its own")
+        raise row_error(row, f": 'instances' is {got}, expected a list of one object; give each a row of its own")
     inner = replace(row, values=instances[0])
-    rounds = (Round(_text(row, "instruction"), _text(inner, "input", optional=True), _text(inner, "output")),)
+    rounds = (Round(text_of(row, "instruction"), text_of(inner, "input", optional=True), text_of(inner, "output")),)
     return Record(rounds, row=row.number)
 
 
 def _qa(row: Row) -> Record:
-    return Record.single(_text(row, "Q", "question"), "", _text(row, "A", "answer"), row.number)
+    return Record.single(text_of(row, "Q", "question"), "", text_of(row, "A", "answer"), row.number)
 
 
 def _raw(row: Row, prompt: str, answer: str) -> Record:
@@ -273,28 +231,28 @@ def _raw(row: Row, prompt: str, answer: str) -> Record:
 
 
 def _self_instruct(row: Row) -> Record:
-    return _raw(row, _text(row, "prompt"), _text(row, "completion"))
+    return _raw(row, text_of(row, "prompt"), text_of(row, "completion"))
 
 
 def _input_output(row: Row) -> Record:
-    return _raw(row, _text(row, "input"), _text(row, "output"))
+    return _raw(row, text_of(row, "input"), text_of(row, "output"))
 
 
 def _hh_rlhf(row: Row) -> Record:
-    return _raw(row, "", _text(row, "chosen"))
+    return _raw(row, "", text_of(row, "chosen"))
 
 
 def _plain(row: Row) -> Record:
-    return _raw(row, "", _text(row, "text"))
+    return _raw(row, "", text_of(row, "text"))
 
 
 def _chip2(row: Row) -> Record:
-    text = _text(row, "text")
+    text = text_of(row, "text")
     rounds = []
     for asked in text.removeprefix("<human>: ").split("\n<human>: "):
         question, answered, answer = asked.partition("\n<bot>: ")
         if not answered:
-            raise _row_error(row, ": 'text' has a question without an answer, expected '<human>: …\\n<bot>: …'")
+            raise row_error(row, ": 'text' has a question without an answer, expected '<human>: …\\n<bot>: …'")
         rounds.append(Round(question, "", answer))
     return Record(tuple(rounds), formatted=True, row=row.number)
 
@@ -304,9 +262,18 @@ def _is_chip2(rows: Sequence[Row]) -> bool:
     return all(isinstance(t, str) and t.startswith("<human>: ") and "\n<bot>: " in t for t in texts)
 
 
-_ALPACA = ("instruction", "input?", "output", "system?")
+CONTEXTS = frozenset(
+    [
+        "context", "contexts", "passage", "passages", "paragraph", "document", "documents", "article",
+        "background", "evidence", "knowledge", "choices", "options", "history", "instruction", "input",
+        "inputs", "system", "system_prompt", "tools", "tool_calls", "functions",
+    ]
+)  # fmt: skip
+"""Columns without which a question is not whole, in small letters."""
+_BESIDE_QA = ("text", "sentence", "b", "1")  # what is asked about, or what is to be chosen from
+_ALPACA = ("instruction", "input|context?", "output|response", "system?", "history?")
 _TURNS = ("conversations|conversation|items|messages", "system?")
-_EITHER = ("instruction|conversations|conversation|items|messages", "input?", "output?", "system?")
+_EITHER = ("instruction|conversations|conversation|items|messages", *_ALPACA[1:2], "output|response?", *_ALPACA[3:])
 _ORCA = ("system_prompt|system?", "question", "response|chosen")
 _AS_IS = "one round, input and output as they are, no template"
 _LEARNED = "all of it is learned, no template"
@@ -316,8 +283,8 @@ _LIST = [
     Format("vicuna", "as sharegpt", _TURNS, _conversation, detected=False),
     Format("orca-dpo", "the rounds of input.messages, the preferred answer", ("input", "preferred_output"), _orca_dpo),
     Format("self-instruct-seeds", "one round, of the one instance", ("instruction", "instances"), _seeds),
-    Format("koalpaca", "one round", (*_ALPACA, "url?"), _alpaca, marks=("url",)),
-    Format("alpaca", "one round", _ALPACA, _alpaca),
+    Format("koalpaca", "one round behind those of history", (*_ALPACA, "url?"), _alpaca, marks=("url",)),
+    Format("alpaca", "one round behind those of history", _ALPACA, _alpaca),
     Format("alpaca-clean", "as alpaca", _ALPACA, _alpaca, detected=False),
     Format("kullm", "as alpaca", _ALPACA, _alpaca, detected=False),
     Format("wizard", "as alpaca, or as sharegpt where there are turns", _EITHER, _wizard, detected=False),
@@ -325,7 +292,7 @@ _LIST = [
     Format("self-instruct", _AS_IS, ("prompt", "completion"), _self_instruct),
     Format("input-output", _AS_IS, ("input", "output"), _input_output),
     Format("longform", "as input-output", ("input", "output"), _input_output, detected=False),
-    Format("qa", "one round", ("Q|question", "A|answer"), _qa, without=("context", "passage", "choices", "options")),
+    Format("qa", "one round", ("Q|question", "A|answer"), _qa, without=_BESIDE_QA),
     Format("hh-rlhf", _LEARNED, ("chosen",), _hh_rlhf, without=("prompt", "question", "input")),
     Format("chip2", "rounds split at <human>: and <bot>:, no template", ("text",), _chip2, holds=_is_chip2),
     Format("text", _LEARNED, ("text",), _plain),
@@ -338,51 +305,8 @@ FORMATS: dict[str, Format] = {entry.name: entry for entry in _LIST}
 # --- what is wrong ---------------------------------------------------------------------------------------
 
 
-def _text(row: Row, *names: str, optional: bool = False) -> str:
-    """The text under the first of these columns that a row has."""
-    column = next((name for name in names if name in row.values), None)
-    if column is None:
-        if optional:
-            return ""
-        raise _lacks(row, names[0])
-    value = row.values[column]
-    if value is None and optional:
-        return ""
-    if not isinstance(value, str):
-        raise _row_error(row, f": {column!r} is a {type(value).__name__}, expected text")
-    _check_characters(row, repr(column), value)
-    return value
-
-
-def _check_characters(row: Row, said: str, text: str) -> None:
-    """Refuse half a surrogate pair, which JSON can escape and no tokenizer can encode."""
-    if text.isascii():
-        return
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _row_error(
-            row,
-            f": {said} has half a surrogate pair at character {error.start}; expected whole characters; "
-            "write it again as UTF-8",
-        ) from error
-
-
 def _columns(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.values))
-
-
-def _keys(columns: Sequence[str]) -> str:
-    return ", ".join(map(repr, columns)) or "none"
-
-
-def _row_error(row: Row, problem: str) -> RowError:
-    return RowError(row.place + problem, problem.lstrip(": "))
-
-
-def _lacks(row: Row, column: str, chosen: Format | None = None) -> RowError:
-    expected = f"; expected {', '.join(chosen.columns)}" if chosen else ""
-    return _row_error(row, f" lacks {column!r}: its keys are {_keys(list(row.values))}{expected}")
 
 
 def _named(name: str) -> Format:
@@ -407,31 +331,59 @@ def _misfit(rows: Sequence[Row], column: str, chosen: Format) -> InputError:
     """A file that lacks a column of the format that it was said to have."""
     fitting = next((f.name for f in FORMATS.values() if f.fits(rows)), None)
     fix = f"the format that fits is {fitting} (--dataset_format {fitting})" if fitting else "no known format fits"
-    keys = _keys(_columns(rows))
+    keys = keys_text(_columns(rows))
     return InputError(f"{rows[0].place} lacks {column!r}, which format {chosen.name} needs: its keys are {keys}; {fix}")
 
 
 def _unknown(rows: Sequence[Row]) -> InputError:
     columns = _columns(rows)
-    prompts = next((name for name in ("turns", "prompt", "prompts") if name in columns), None)
-    if prompts is not None:
+    within = next((name for name, value in rows[0].values.items() if _is_rows(value)), None)
+    if len(rows) == 1 and within is not None and not set(columns) & set(CONVERSATIONS):
         return InputError(
-            f"{rows[0].place} holds prompts ({prompts!r}) and no answers that a format knows: its keys are "
-            f"{_keys(columns)}; expected an answer beside each, such as completion"
+            f"{rows[0].place} is one object with a list of rows under {within!r}: expected the rows themselves; "
+            f"jq -c '.{within}[]' {rows[0].path.name} > rows.jsonl"
         )
-    candidates = [FORMATS["alpaca"], *(f for f in FORMATS.values() if f.detected)]
-    required = {f.name: [c for c in f.columns if not c.endswith("?")] for f in candidates}
-    near = max(candidates, key=lambda f: sum(any(n in columns for n in c.split("|")) for c in required[f.name]))
-    column = near.missing(columns)
-    if column is None:
-        beside = next((name for name in near.without if name in columns), near.name)
+    named = {_fold(name): name for name in reversed(columns)}
+    prompts = next((named[name] for name in ("turns", "prompt", "prompts") if name in named), None)
+    candidates = [one.named_as_in(columns) for one in (FORMATS["alpaca"], *FORMATS.values()) if one.detected]
+    near = max(candidates, key=lambda one: (one.missing(columns) is None, len(columns) - len(one.passed_over(columns))))
+    column, keys = near.missing(columns), keys_text(columns)
+    beside = near.left_out(rows)
+    if column is None and beside is not None and beside != prompts:
         return InputError(
             f"{rows[0].place} has {beside!r} beside the columns of {near.name}, which would leave it out: its keys are "
-            f"{_keys(columns)}; say --dataset_format {near.name} if it may be, or tell what is what: "
-            "--dataset_format alpaca:instruction=…,input=…,output=…"
+            f"{keys}; say --dataset_format {near.name} if it may be, or tell what is what: "
+            + _telling(near, beside, columns)
         )
-    example = ",".join(f"{c.split('|')[0]}=…" for c in required[near.name])
+    if prompts is not None:
+        answer = next((named[name] for name in ("chosen", "response", "output", "answer") if name in named), None)
+        told = f"--dataset_format self-instruct:prompt={prompts},completion={answer}, if {answer!r} is it"
+        return InputError(
+            f"{rows[0].place} holds prompts ({prompts!r}) and no answers that a format knows: its keys are "
+            f"{keys}; expected an answer beside each, {f'told so: {told}' if answer else 'such as completion'}"
+        )
+    required = [c.split("|")[0] for c in near.columns if not c.endswith("?")]
+    example = ",".join(f"{name}=…" for name in required)
     return InputError(
-        f"{rows[0].place} lacks {column!r}: its keys are {_keys(columns)}; expected {', '.join(near.columns)}, or the "
+        f"{rows[0].place} lacks {column!r}: its keys are {keys}; expected {', '.join(near.columns)}, or the "
         f"columns of another format; a file's own names are told so: --dataset_format {near.name}:{example}"
     )
+
+
+def _telling(near: Format, beside: str, columns: Sequence[str]) -> str:
+    """The flag that has alpaca read all of a question, its context and its answer."""
+    groups = [g for g, c in zip(near.groups(), near.columns, strict=True) if not c.endswith("?")]
+    texts = [name for names in groups for name in names if name in columns]
+    place = "system" if _fold(beside).startswith("system") else "input"
+    lost = place in columns and place not in (beside, *texts)
+    if len(texts) != 2 or lost or _fold(beside) == "history" or "tool" in _fold(beside):
+        return "--dataset_format alpaca:instruction=…,input=…,output=…"
+    return f"--dataset_format alpaca:instruction={texts[0]},{place}={beside},output={texts[1]}"
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
+
+
+def _fold(name: str) -> str:
+    return name.strip().casefold()

@@ -22,6 +22,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+from jindo_core.data.sniffing import require_delimiter, require_kind
 from jindo_core.errors import InputError
 from jindo_core.hub import DATA_ENDINGS, resolve_data
 
@@ -137,10 +138,12 @@ class RowSource:
         """Where each row stands, and the row."""
         kind = kind_of(path)
         try:
+            packed = path.name.lower().endswith(".gz")
+            if not packed:
+                require_kind(path, kind)
             if kind == "parquet":
                 yield from self._parquet_rows(path)
                 return
-            packed = path.name.lower().endswith(".gz")
             with path.open("rb") as raw, gzip.open(raw) if packed else contextlib.nullcontext(raw) as file:
                 self._position = lambda: 0 if raw.closed else raw.tell()
                 if kind in ("csv", "tsv"):
@@ -249,6 +252,11 @@ def _line_rows(path: Path, file: BufferedIOBase) -> Iterator[tuple[str, Any]]:
         try:
             value = _DECODER.decode(text)
         except json.JSONDecodeError as error:
+            if number == 1 and text.lstrip().startswith("{") and error.pos >= len(text.rstrip()):
+                raise InputError(
+                    f"{path}, line {line}: one object over several lines, expected a list of objects or one whole "
+                    "object on each line; of a list within it, under data: jq -c '.data[]' FILE > rows.jsonl"
+                ) from error
             raise _broken(path, line + error.lineno - 1, error.colno, error.msg) from error
         except (ValueError, RecursionError) as error:
             raise _refused(path, where, error) from error
@@ -407,6 +415,7 @@ def _table_rows(path: Path, file: BufferedIOBase, delimiter: str) -> Iterator[tu
                 continue
             if not header:
                 header = cells
+                require_delimiter(path, header, delimiter)
                 _check_names(f"{path}, line {start}", header)
                 continue
             number += 1

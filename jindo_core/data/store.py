@@ -37,7 +37,8 @@ from jindo_core.errors import InputError
 KEPT_BYTES = 20_000_000_000
 """Of all stores in the cache together: the ones that were not used for longest go first."""
 
-_CHUNK = 1024  # records that are read, and encoded, at once
+_CHUNK = 1024  # records that are read, and encoded, at once, at most;
+_CHUNK_CHARACTERS = 1 << 19  # or so many of text, and the record that goes beyond: a token takes a hundred bytes
 _MAGIC = b"jindo-t1"
 _TAIL = struct.Struct("<Q8s")  # the footer's length, and the magic
 _STALE = 24 * 3600.0  # seconds after which a part that nobody wrote to is a killed run's
@@ -221,7 +222,7 @@ def _encoded(
     records, done, size = (row_format.record(row) for row in source), 0, source.size_bytes
 
     def read() -> tuple[list[Record], int]:
-        return list(itertools.islice(records, _CHUNK)), source.bytes_read
+        return _chunk(records), source.bytes_read
 
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(read)
@@ -234,6 +235,18 @@ def _encoded(
             done += len(chunk)
             if on_progress is not None:
                 on_progress(done, position, size)
+
+
+def _chunk(records: Iterator[Record]) -> list[Record]:
+    """The next records, as many as are encoded at once: few where they are long."""
+    chunk, characters = [], 0
+    for record in itertools.islice(records, _CHUNK):
+        chunk.append(record)
+        rounds = record.rounds
+        characters += len(record.system) + sum(len(r.instruction) + len(r.input) + len(r.output) for r in rounds)
+        if characters >= _CHUNK_CHARACTERS:
+            break
+    return chunk
 
 
 def _write(file: IO[bytes], path: Path | None, chunks: Iterator[list[Encoded]], key: str) -> tuple[int, int]:

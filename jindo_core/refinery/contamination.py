@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jindo_core.data.formats import Format, RowError, detect_format
+from jindo_core.data.formats import Format, detect_format
 from jindo_core.data.readers import Row, RowSource, open_rows
 from jindo_core.data.records import Record
+from jindo_core.data.turns import RowError
 from jindo_core.errors import InputError
 from jindo_core.refinery.minhash import band_hashes, bands, folded, shingles, signature
 from jindo_core.refinery.pipeline import Item, Rejected, RowStep, option, texts

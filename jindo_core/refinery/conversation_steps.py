@@ -6,8 +6,8 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from jindo_core.data.formats import CONVERSATIONS, ROLES
 from jindo_core.data.records import Round
+from jindo_core.data.turns import CONVERSATIONS, ROLES
 from jindo_core.refinery.pipeline import Flagged, Item, RawStep, Rejected, RowStep, Step, option
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from jindo_core.data.examples import Encoder
-from jindo_core.data.formats import Format, RowError
+from jindo_core.data.formats import Format
 from jindo_core.data.readers import Row, RowSource
 from jindo_core.data.records import Record
 from jindo_core.data.templates import Template
+from jindo_core.data.turns import RowError
 from jindo_core.errors import InputError
 from jindo_core.refinery import korean_steps, translation_steps
 from jindo_core.refinery.duplicate_steps import NearDuplicates

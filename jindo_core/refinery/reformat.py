@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jindo_core.data.formats import CONVERSATIONS, Format, RowError, conversation_turns, detect_format
+from jindo_core.data.formats import Format, detect_format
 from jindo_core.data.readers import Row, open_rows
 from jindo_core.data.records import Record
+from jindo_core.data.turns import CONVERSATIONS, RowError, conversation_turns
 from jindo_core.data.writers import WRITABLE, RowWriter, row_of, split_rounds
 from jindo_core.data_config_inspect import DataConvertConfig, check_output
 from jindo_core.errors import InputError, nearest

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
 
-from jindo_core.data.formats import Format, RowError
+from jindo_core.data.formats import Format
 from jindo_core.data.readers import Row
+from jindo_core.data.turns import RowError
 from jindo_core.errors import InputError, TrainingError
 from jindo_core.refinery.pipeline import (
     Item,

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jindo_core.data.formats import CONVERSATIONS, ROLES, Format
+from jindo_core.data.formats import Format
 from jindo_core.data.records import Record, Round
+from jindo_core.data.turns import CONVERSATIONS, ROLES
 from jindo_core.errors import InputError
 
-_ALPACA = {"instruction": "instruction", "input": "input", "output": "output", "system": "system"}
+_ALPACA = {"instruction": "instruction", "input": "input|context", "output": "output|response", "system": "system"}
+_ONE_BEHIND_OTHERS = ("alpaca", "alpaca-clean", "koalpaca", "kullm")
+"""Formats of one round, which may have earlier ones as `history`."""
 _PLAIN = {"output": "text"}
 _AS_IS = {"instruction": "input", "output": "output"}
 _TABLES: dict[str, dict[str, str]] = {
-    **dict.fromkeys(("alpaca", "alpaca-clean", "koalpaca", "kullm"), _ALPACA),
+    **dict.fromkeys(_ONE_BEHIND_OTHERS, _ALPACA),
     "orca": {"instruction": "question", "output": "response|chosen", "system": "system_prompt|system"},
     "self-instruct": {"instruction": "prompt", "output": "completion"},
     "input-output": _AS_IS,
@@ -50,12 +53,15 @@ def written_back(record: Record, values: dict[str, Any], format: Format) -> dict
     if format.name == "chip2":
         text = "\n".join(f"<human>: {each.instruction}\n<bot>: {each.output}" for each in record.rounds)
         return {**values, own.get("text", "text"): text}
-    if len(record.rounds) != 1:
+    has_history = "history" in values and format.name in _ONE_BEHIND_OTHERS
+    if len(record.rounds) != 1 and not has_history:
         raise InputError(f"a row of {len(record.rounds)} rounds can't be written as {format.name}, which has one")
     table = _ALPACA if format.name == "wizard" else _TABLES[format.name]
-    (one,) = record.rounds
+    *earlier, one = record.rounds
     texts = {"system": record.system, "instruction": one.instruction, "input": one.input, "output": one.output}
     written = dict(values)
+    if earlier or (has_history and values["history"]):
+        written["history"] = [[each.instruction, each.output] for each in earlier]
     for key, columns in table.items():
         column = _column(columns, values, own)
         if texts[key] or values.get(column):  # an input that is missing or null stays so

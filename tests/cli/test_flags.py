@@ -169,16 +169,30 @@ def test_lists(value, joint, rest):
     [
         "--data_path a.json 'b c,d.json' --seed 1",
         "--data-path=a.json 'b c,d.json' --seed=1",
-        "--data_path x --seed 1 --data_path \"'a.json'\" \"'b c,d.json'\"",
+        "--seed 1 --data_path \"'a.json'\" \"'b c,d.json'\"",
+        "--data_path a.json --seed 1 --data-path 'b c,d.json'",
+        "--data_path=a.json --data_path='b c,d.json' --seed 1",
     ],
 )
 def test_several_paths(line):
     assert parse(line) == {"data_path": ("a.json", "b c,d.json"), "seed": 1}
 
 
-@pytest.mark.parametrize("line", ["1,0.5", "1 0.5", "1, 0.5", "[1,0.5]"])
+@pytest.mark.parametrize(
+    "line", ["1,0.5", "1 0.5", "1, 0.5", "[1,0.5]", "1 --data_weights 0.5", "[1] --data-weights=.5"]
+)
 def test_several_numbers(line):
     assert parse(f"--data_weights {line}") == {"data_weights": (1.0, 0.5)}
+
+
+def test_a_repeated_path_is_one_more(tmp_path):
+    """With the other trainers' name for it too, and in place of the file's; the same one twice is there twice."""
+    assert parse("--dataset a.json --dataset b.json c.json") == {"dataset": ("a.json", "b.json", "c.json")}
+    assert parse("--data_path a --data_path a") == {"data_path": ("a", "a")}
+    path = tmp_path / "run.yaml"
+    path.write_text("data_path: [x, y]\n")
+    assert parse(f"--data_path a --config {path} --data_path b") == {"data_path": ("a", "b")}
+    assert "--data_path: got '', expected one path or several" in message("--data_path a --data_path ''")
 
 
 @pytest.mark.parametrize("word", ["'x'", '"x"', "x"])

@@ -32,6 +32,15 @@ def message(function, *args, **kwargs):
 # Profiles -------------------------------------------------------------------------------------------------
 
 
+def test_a_constant_schedule_that_warms_up_says_so():
+    """transformers' never does."""
+    given = {"base_model": "m", "lr_scheduler_type": "constant", "warmup_steps": 100}
+    note = "--warmup_steps: warms up to the constant rate; transformers' constant schedule never does (0: nor here)"
+    assert note in resolve_train_config(given)[2]
+    for other in ({"lr_scheduler_type": "constant_with_warmup"}, {"warmup_steps": 0}, {"lr_scheduler_type": "linear"}):
+        assert note not in resolve_train_config(given | other)[2]
+
+
 def test_a_named_model_takes_alpaca_loras_defaults():
     config, explicit, _ = resolve_train_config({"base_model": "m"})
     assert explicit == {"base_model"}

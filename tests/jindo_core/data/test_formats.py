@@ -8,16 +8,10 @@ import re
 
 import pytest
 
-from jindo_core.data.formats import (
-    FORMATS,
-    RowError,
-    conversation,
-    conversation_turns,
-    detect_format,
-    named_dataset,
-)
+from jindo_core.data.formats import FORMATS, detect_format, named_dataset
 from jindo_core.data.readers import Row, open_rows
 from jindo_core.data.records import Record, Round, read_records
+from jindo_core.data.turns import RowError, conversation, conversation_turns
 from jindo_core.errors import InputError
 
 
@@ -122,6 +116,69 @@ def test_a_columns_order_and_a_later_row_do_not_matter(write):
     assert [r.input for r in read_records(path)] == ["", "n"]
 
 
+# --- names in other letters, contexts, history -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "record"),
+    [
+        ("alpaca", {"Instruction": "i", "Input": "n", "Output": "o"}, one("i", "n", "o")),
+        ("alpaca", {"instruction": "i", " input": "n", " output ": "o"}, one("i", "n", "o")),
+        ("alpaca", {"INSTRUCTION": "i", "output": "o"}, one("i", "", "o")),
+        ("qa", {"Question": "q", "ANSWER": "a"}, one("q", "", "a")),
+        ("sharegpt", {"Conversations": turns("q", "a", "r", "b")}, ROUNDS),
+        ("alpaca", {"instruction": "i", "context": "c", "response": "o", "category": "x"}, one("i", "c", "o")),
+        ("alpaca", {"instruction": "r", "output": "b", "history": [["q", "a"]]}, ROUNDS),
+        ("alpaca", {"instruction": "i", "output": "o", "history": None, "tools": ""}, one("i", "", "o")),
+    ],
+)
+def test_names_in_other_letters_and_dollys_and_history(write, name, values, record):
+    path = write(values, values)
+    found = detect_format(open_rows(path))
+    assert (found.name, found.record(row(**values))) == (name, record)
+    assert [again.rounds for again in read_records(path, name)] == [record.rounds] * 2
+    assert pickle.loads(pickle.dumps(found)).record(row(**values)) == record
+
+
+def test_an_optional_column_in_other_letters_may_be_missing_further_on(write):
+    path = write({"Instruction": "i", "Input": "n", "Output": "o"}, {"Instruction": "j", "Output": "p"})
+    assert [(r.instruction, r.input, r.output) for r in read_records(path)] == [("i", "n", "o"), ("j", "", "p")]
+    with pytest.raises(InputError, match=r"row 2 .* lacks 'output': its keys are 'Instruction'"):
+        read_records(write({"Instruction": "i", "Output": "o"}, {"Instruction": "j"}))
+
+
+@pytest.mark.parametrize(
+    ("values", "beside"),
+    [
+        ({"question": "q", "answer": "a", "Context": "c"}, "qa:instruction=question,input=Context,output=answer"),
+        ({"question": "q", "answer": "a", "document": "c"}, "qa:instruction=question,input=document,"),
+        ({"Text": "c", "Question": "q", "Answer": "a"}, "qa:instruction=Question,input=Text,output=Answer"),
+        ({"instruction": "i", "inputs": "c", "output": "o"}, "alpaca:instruction=instruction,input=inputs,"),
+        ({"prompt": "p", "completion": "c", "system": "s"}, "self-instruct:instruction=prompt,system=system,"),
+        ({"input": "p", "output": "c", "system": "s"}, "input-output:instruction=input,system=system,"),
+        ({"prompt": "p", "completion": "c", "input": "n"}, "self-instruct:instruction=prompt,input=input,output=comp"),
+        ({"messages": MESSAGES, "tools": "[{}]"}, "messages:instruction=…"),
+        ({"question": "q", "A": "a", "B": "b", "C": "c", "D": "d", "answer": "A"}, "qa:"),
+    ],
+)  # fmt: skip
+def test_no_format_is_found_beside_a_context(write, values, beside):
+    name, _, told = beside.partition(":")
+    path = write(values)
+    with pytest.raises(InputError, match=f"beside the columns of {name}, which would leave .*{re.escape(told)}"):
+        read_records(path)
+    assert read_records(path, name), "said by name it is taken"
+
+
+def test_columns_passed_over_are_told():
+    found = FORMATS["orca"].passed_over(["id", "question", "chosen", "rejected", "system"])
+    assert found == ["id", "rejected"]
+    assert FORMATS["alpaca"].passed_over(["instruction", "input", "context", "output"]) == ["context"]
+    wrong = (("x", "'history' is a str"), ([["q"]], "part 1 of 'history' is no pair"), ([[1, "a"]], "is a int"))
+    for history, problem in wrong:
+        with pytest.raises(RowError, match=problem):
+            FORMATS["alpaca"].record(row(instruction="i", output="o", history=history))
+
+
 # --- conversations ---------------------------------------------------------------------------------------
 
 
@@ -180,6 +237,8 @@ def test_turns_as_they_stand_for_who_repairs_them():
         ("messages", {"messages": [{"role": "user", "content": None}]}, "turn 1 of 'messages' holds a NoneType"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
          "part 1 of turn 1 of 'messages' is 'image_url', expected type text"),
+        ("messages", {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+         "turn 1 of 'messages' has 'tool_calls', expected text alone"),
         ("messages", {"messages": [{"role": "user", "content": "\ud800"}]}, "turn 1 of 'messages' has half a"),
         ("orca-dpo", {"input": "x", "preferred_output": MESSAGES[2:]}, "'input' is a str, expected a list of turns"),
         ("orca-dpo", {"input": {"messages": MESSAGES[:2]}, "preferred_output": None}, "'preferred_output' is a"),
@@ -213,11 +272,13 @@ def test_a_named_format_that_the_file_has_not(write):
     ("values", "message"),
     [
         ({"turns": ["q"], "category": "x"}, r"holds prompts \('turns'\) and no answers .*: its keys are 'turns', 'cat"),
-        ({"prompt": "p", "chosen": "c", "rejected": "r"}, r"holds prompts \('prompt'\) and no answers"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r"},
+         r"holds prompts \('prompt'\) and no .*--dataset_format self-instruct:prompt=prompt,completion=chosen, if"),
         (
             {"context": "c", "question": "q", "answer": "a"},
             "has 'context' beside the columns of qa, which would leave it out",
         ),
+        ({"data": [{"instruction": "i", "output": "o"}]}, r"list of rows under 'data': .*jq -c '\.data\[\]' a\.jsonl"),
         ({"ID": "1", "Text": "t"}, r"lacks 'instruction': its keys .*--dataset_format alpaca:instruction=…,output=…"),
     ],
 )
@@ -239,7 +300,7 @@ def test_a_files_own_names(write):
     with pytest.raises(InputError, match="lacks 'Answer': its keys are 'Question'"):
         read_records(write(values, {"Question": "q"}), "alpaca:instruction=Question,output=Answer")
     for mapping in ("answer=Answer", "instruction", "instruction=", "=x"):
-        with pytest.raises(InputError, match="expected COLUMN=NAME with a column among instruction, input, output"):
+        with pytest.raises(InputError, match="expected COLUMN=NAME with a column among instruction, input, context,"):
             read_records(path, f"alpaca:{mapping}")
 
 

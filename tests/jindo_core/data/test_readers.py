@@ -131,7 +131,7 @@ def test_any_rows_come_back_from_a_list(tmp_path_factory, rows, chunk):
 def test_another_encoding_is_named_to_the_byte(tmp_path, monkeypatch, mark, name, chunk):
     monkeypatch.setattr(readers, "_CHUNK", chunk)
     before = {"a.json": '[{"가": "나"}, {"가": "', "a.jsonl": '{"가": "나"}\n{"가": "'}.get(
-        name, "가,나\n다,라\n"
+        name, "가,나\n다,라\n".replace(",", "\t" if name == "a.tsv" else ",")
     ).encode()
     data = mark + before + "한글".encode("cp949")
     (tmp_path / name).write_bytes(data)
@@ -160,6 +160,20 @@ def test_another_encoding_is_named_to_the_byte(tmp_path, monkeypatch, mark, name
         ("a.json.gz", gzip.compress(json.dumps(ROWS * 50).encode())[:-20], "is no whole gzip file"),
         ("a.parquet", b"PAR1 and no more", "is no Parquet file that can be read"),
         ("a.parquet", b"", "is no Parquet file that can be read"),
+        ("a.json", b"PAR1....", "is a Parquet file, which its name does not say: rename it to .parquet"),
+        ("a.csv", b"PAR1....", "is a Parquet file"),
+        ("a.jsonl", gzip.compress(b'{"a": 1}'), "is a file that gzip compressed, .* add .gz to its name"),
+        ("a.parquet", gzip.compress(b"PAR1"), "is a file that gzip compressed, .* gunzip it"),
+        ("a.csv", b"PK\x03\x04...", "is a zip archive, as .xlsx is one"),
+        ("a.json", '[{"a": 1}]'.encode("utf-16"), r"is UTF-16, .*iconv -f utf-16 -t utf-8"),
+        ("a.csv", "Q,A\n1,2\n".encode("utf-16-le"), "is UTF-16"),
+        ("a.parquet", '{"a": 1}\n', "is JSON, which its name does not say: rename it to .json or .jsonl"),
+        ("a.csv", '[{"a": 1}]', "is JSON"),
+        ("a.json", "instruction,output\n1,2\n", "is a table and no JSON"),
+        ("a.json", '{\n  "data": [{"a": 1}]\n}', r"line 1: one object over several lines, .*jq -c '\.data\[\]'"),
+        ("a.csv", "Q;A\n1;2\n", "its first line has ';' between the names, expected commas in .csv"),
+        ("a.csv", "Q\tA\n1\t2\n", "its first line has tabs .* or rename it to .tsv"),
+        ("a.tsv", "Q,A\n1,2\n", "its first line has commas .*expected tabs in .tsv, or rename it to .csv"),
         ("a.txt", "text", "its ending is not known, expected .json, .jsonl"),
         ("a.parquet.gz", b"", "its ending is not known"),
     ],

@@ -84,6 +84,44 @@ def test_what_is_read_is_what_was_encoded(cached, data, cache, monkeypatch):
     assert not list(cache.parent.rglob("*.part"))
 
 
+def test_long_rows_are_encoded_a_few_at_a_time(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(store, "_CHUNK_CHARACTERS", 10)
+    encoder = Characters()
+    path = write(tmp_path / "a.jsonl", [("four", "four"), ("ab", "c"), ("d" * 30, "e"), ("f", "g")])
+    assert len(make(path, cache, encoder)) == 4
+    assert encoder.calls == [2, 1, 1]
+
+
+_GROWTH = """
+import sys
+from pathlib import Path
+from jindo_core.data.examples import Encoder
+from jindo_core.data.formats import detect_format
+from jindo_core.data.readers import open_rows
+from jindo_core.data.store import tokenize
+from jindo_core.data.templates import load_template
+from jindo_core.tokenizer import load_tokenizer
+def peak():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:"))) / 1024
+tokenizer = load_tokenizer(Path(sys.argv[1]))
+encoder = Encoder(tokenizer, load_template("alpaca", tokenizer), cutoff_len=256, train_on_inputs=False)
+for path in sys.argv[2:]:
+    before, source = peak(), open_rows(path)
+    rows = tokenize(source, detect_format(source), encoder, cache=None)
+print(peak() - before, len(rows))
+"""
+
+
+def test_memory_does_not_grow_with_long_rows(tmp_path, stories15m):
+    """A chunk of 1,024 of them took 382 MB for 60."""
+    small = write(tmp_path / "small.jsonl", [("q", "a")])
+    big = write(tmp_path / "big.jsonl", [(f"q{i}", "The quick brown fox, 한국어 문장. " * 6700) for i in range(60)])
+    command = [sys.executable, "-c", _GROWTH, str(stories15m), str(small), str(big)]
+    growth, count = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert int(count) == 60
+    assert float(growth) < 120
+
+
 def test_the_second_time_nothing_is_encoded(data, cache):
     first, encoder = make(data, cache), Characters()
     second = make(data, cache, encoder)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jindo_core.data.formats import conversation, conversation_turns
 from jindo_core.data.readers import Row
 from jindo_core.data.records import Record, Round
+from jindo_core.data.turns import conversation, conversation_turns
 from jindo_core.refinery.conversation_steps import (
     STEPS,
     ConversationLength,

@@ -14,6 +14,7 @@ from jindo_core.refinery.writeback import require_writable, written_back
 
 ROWS = {
     "alpaca": {"id": 3, "instruction": "q", "output": "a"},
+    "kullm": {"instruction": "q", "context": "s", "response": "a", "history": [["q", "a"]]},
     "koalpaca": {"instruction": "q", "input": None, "output": "a", "url": "u"},
     "orca": {"id": "x", "system_prompt": "s", "question": "q", "response": "a"},
     "self-instruct": {"prompt": "q", "completion": "a", "n": 1},
@@ -36,6 +37,8 @@ def upper(values, name):
     read = set("qas") | ({"t"} if name == "text" else {"c"} if name == "hh-rlhf" else set())
 
     def change(value):
+        if value == [["q", "a"]]:
+            return [["Q", "A"]]
         if isinstance(value, list):
             return [{k: (v.upper() if k in ("value", "content") else v) for k, v in turn.items()} for turn in value]
         return value.upper() if isinstance(value, str) and value in read else value
