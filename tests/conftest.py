@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,6 +17,9 @@ ASSETS = Path(os.environ.get("JINDO_ASSETS", ROOT.parent / "shared" / "assets"))
 if "JINDO_TOKENIZED" not in os.environ:
     os.environ["JINDO_TOKENIZED"] = tempfile.mkdtemp(prefix="jindo-tests-")
     atexit.register(shutil.rmtree, os.environ["JINDO_TOKENIZED"], ignore_errors=True)
+# Deterministic, and not by the clock: the machine may be busy.
+hypothesis.settings.register_profile("tests", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("tests")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

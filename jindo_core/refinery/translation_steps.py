@@ -193,6 +193,12 @@ class CodeFences(RowStep):
 
 
 def restore_fences(output: str, source: str) -> str | None:
+    """As `_restored`; None also where the result would be changed again: marks that can be read in two ways."""
+    found = _restored(output, source)
+    return None if found is not None and found is not output and _restored(found, source) != found else found
+
+
+def _restored(output: str, source: str) -> str | None:
     """A translation with the fenced code of its source, block by block.
 
     Code that a cleaner restored already, whole blocks in the place of each fence mark, is first taken back to marks.
