@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from jindo_core.config import PROFILES, TrainConfig, accepted, did_you_mean, read_config_file
 from jindo_core.errors import InputError
+from jindo_core.qlora import ours
 from jindo_core.settings import SEPARATOR, Config, Setting, show
 
 HELP = ("-h", "--help")
@@ -125,7 +126,9 @@ def parse_flags(
     typed = vars(parser.parse_args(list(_canonical(config_class, argv, prog))))
     config_file = typed.pop("config", None)
     flags = {name: known[name].read(text) for name, text in typed.items()}
-    return {**(read_config_file(config_file, config_class) if config_file is not None else {}), **flags}
+    filed = read_config_file(config_file, config_class) if config_file is not None else {}
+    said = {ours(name) for name in flags}
+    return {**{name: value for name, value in filed.items() if ours(name) not in said}, **flags}
 
 
 def _canonical(config_class: type[Config], argv: Sequence[str], prog: str) -> Iterator[str]:
@@ -154,6 +157,8 @@ def _canonical(config_class: type[Config], argv: Sequence[str], prog: str) -> It
                     f"{spelled}: got the value {value!r}, expected none: write {spelled} or --{name[3:]}"
                 )
             yield f"--{name}"
+        elif name is not None and not equals and name.startswith("no_") and _is_word(known, name[3:]):
+            yield f"--{name[3:]}=False"
         else:
             raise InputError(_unknown(word, config_class, prog))
 
@@ -165,6 +170,10 @@ def _name(spelled: str) -> str | None:
 
 def _is_bool(known: Mapping[str, Setting], name: str) -> bool:
     return name in known and known[name].kind == "bool"
+
+
+def _is_word(known: Mapping[str, Setting], name: str) -> bool:
+    return name in known and known[name].kind == "word"
 
 
 def _is_flag(word: str, known: Mapping[str, Setting]) -> bool:

@@ -240,7 +240,7 @@ class GenerateConfig:
     system: str | None = setting(
         None,
         "the request",
-        "a system message, for a template that has one; left out: the template's own",
+        "a system message; left out: the template's own, if it has one",
         verbatim=True,
         empty_is_none=True,
         metavar="TEXT",
@@ -447,7 +447,7 @@ def _settle_lengths(values: dict[str, Any], own: Mapping[str, Any], notices: qlo
 
 def _say_what_is_idle(values: Mapping[str, Any], own: Mapping[str, Any], notices: qlora.Notices) -> None:
     if values["profile"] == "qlora" and "data_path" not in own:
-        notices.add("no --dataset: alpaca is, as in qlora.py")
+        notices.add("no --dataset: alpaca is used, as in qlora.py")
     if values.get("packing") and own.get("group_by_length"):
         notices.add("no effect with --packing, which fills every sequence", "group_by_length")
     if "max_eval_samples" in own and not values["val_set_size"]:

@@ -8,7 +8,7 @@ MMLU's is the mean of the subjects', however many questions each has.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,16 +75,22 @@ class Mmlu:
     cut: int
 
     @torch.no_grad()
-    def ask(self, model: CausalLM, *, batch_size: int) -> Scores:
-        """Ask the model every question, dropout off. batch_size: questions at once; changes no answer."""
+    def ask(
+        self, model: CausalLM, *, batch_size: int, on_progress: Callable[[int], None] | None = None
+    ) -> Scores:
+        """Ask the model every question, dropout off.
+
+        Args:
+            batch_size: questions at once; changes no answer. on_progress: is told how many are answered.
+        """
         was_training = model.training
         model.eval()
         try:
-            return self._answered(model, batch_size)
+            return self._answered(model, batch_size, on_progress)
         finally:  # out of memory, say: what is tried again must find the model as it was
             model.train(was_training)
 
-    def _answered(self, model: CausalLM, batch_size: int) -> Scores:
+    def _answered(self, model: CausalLM, batch_size: int, on_progress: Callable[[int], None] | None) -> Scores:
         # A LongLLaMA counts its windows from the end of what a batch is padded to.
         size = 1 if model.config.memory is not None else batch_size
         # Alike lengths together, the longest first: running out of memory shows at once.
@@ -98,6 +104,8 @@ class Mmlu:
             losses += torch.nn.functional.cross_entropy(logits, right, reduction="sum").item()
             for i, answer in zip(asked, logits[:, wanted].argmax(1).tolist(), strict=True):
                 picked[i] = answer
+            if on_progress is not None:
+                on_progress(start + len(asked))
         subjects: dict[str, tuple[int, int]] = {}
         for question, answer in zip(self.questions, picked, strict=True):
             done, count = subjects.get(question.subject, (0, 0))

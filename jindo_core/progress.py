@@ -117,7 +117,7 @@ class TrainingView:
     def start(self, total: int) -> None:
         if self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("training"),
+                TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[memory]} MB  left"),
@@ -126,6 +126,25 @@ class TrainingView:
             )
             self._bar.start()
             self._bar.add_task("training", total=total, loss="-", speed="-", memory="-")
+
+    @contextmanager
+    def asking(self, total: int) -> Iterator[Callable[[int], None] | None]:
+        """Shows how many of MMLU's questions are answered; on a terminal only, and gone afterwards."""
+        if not self.console.is_terminal:
+            yield None
+            return
+        if self._bar is not None:  # two live displays at once can't be: this is a line of training's
+            bar = self._bar
+            task = bar.add_task("MMLU", total=total, loss="-", speed="-", memory="-")
+            try:
+                yield lambda done: bar.update(task, completed=done, refresh=True)
+            finally:
+                bar.remove_task(task)
+            return
+        columns = (TextColumn("MMLU"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as own:
+            alone = own.add_task("MMLU", total=total)
+            yield lambda done: own.update(alone, completed=done, refresh=True)
 
     def step(self, row: dict[str, Any], total: int, left: float, log: bool) -> None:
         """One optimizer step; `row` as in metrics.jsonl, `left` in seconds."""

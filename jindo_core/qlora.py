@@ -36,7 +36,7 @@ PROFILE: dict[str, Any] = {
     "lora_target_modules": ("all-linear",),
     "train_on_inputs": False,
     "group_by_length": True,
-    "prompt_template_name": "alpaca",
+    "prompt_template_name": "qlora_alpaca",
     "max_memory_MB": 80000,
     "gradient_checkpointing": True,
     "logging_steps": 10,
@@ -58,7 +58,7 @@ class Flag:
         kind: how its value is read, as in `Setting`; "word": anything, for its value changes nothing here.
         does: "setting": it is our setting `ours`; "rule": it decides about `ours` together with others; "inert",
             "later": nothing, for the reason in `note`; "refused": an error with that reason.
-        as_is: values that ask for what is done anyway, of which nothing needs to be said.
+        as_is: values that ask for what is done anyway, of which nothing needs to be said; words in lower case.
     """
 
     name: str
@@ -76,7 +76,8 @@ class Flag:
         return Setting(self.name, self.kind, self.note, group="", default=None, hidden=True, at_least=self.at_least)
 
 
-_NOTHING = ("", "none", "None", "False", "false")
+_NOTHING = ("", "none", "false", "0", "no", "off")
+_YES = ("true", "1", "yes", "on")
 _NO_CHECKPOINTS = "no checkpoints are written while training yet: the adapter is saved at the end"
 _NO_ANSWERS = "no answers are written while training: jindo-core generate has the settings of sampling"
 _OWN_CODE = "models are built from the engine's own code: nothing of a checkpoint's is ever run"
@@ -120,7 +121,7 @@ _TABLE = [
     Flag("quant_type", "rule", "quantize", "nf4; fp4: nf4, with a notice", kind="text"),
     Flag("bf16", "rule", "dtype", "bf16", kind="bool"),
     Flag("fp16", "rule", "dtype", "auto, with a notice", kind="bool"),
-    *_inert("tf32", "bf16 or fp32, as --dtype says", ("False", "false")),
+    *_inert("tf32", "bf16 or fp32, as --dtype says", _NOTHING),
     # LoRA
     Flag("lora_modules", "rule", "lora_target_modules", "all: all-linear", kind="text"),
     # the run
@@ -131,7 +132,7 @@ _TABLE = [
     Flag("adam_beta2", "refused", note=_BETAS, kind="float", as_is=(0.999,)),
     Flag("adam_epsilon", "refused", note=_BETAS, kind="float", as_is=(1e-8,)),
     *_inert("adam8bit", "qlora.py never reads it; --optim paged_adamw_8bit keeps AdamW's moments in 8 bits", _NOTHING),
-    *_refused("do_train", "training is what this command does: jindo-core generate answers", ("True", "true", "1")),
+    *_refused("do_train", "training is what this command does: jindo-core generate answers", _YES),
     *_refused("do_predict predict_with_generate", "no predictions.jsonl is written: jindo-core generate answers then"),
     *_inert("per_device_eval_batch_size eval_accumulation_steps", _MICRO),
     *_refused("deepspeed fsdp ddp_find_unused_parameters", _ONE_DEVICE + ": leave it out"),
@@ -143,7 +144,8 @@ _TABLE = [
     *_inert("temperature top_k top_p typical_p diversity_penalty repetition_penalty", _NO_ANSWERS),
     *_inert("length_penalty no_repeat_ngram_size generation_max_length generation_num_beams", _NO_ANSWERS),
     # files and reports
-    *[Flag(name, "later", note=_NO_CHECKPOINTS) for name in ("save_strategy", "save_steps", "save_total_limit")],
+    Flag("save_strategy", "later", note=_NO_CHECKPOINTS, as_is=("no",)),
+    *[Flag(name, "later", note=_NO_CHECKPOINTS) for name in ("save_steps", "save_total_limit")],
     Flag("load_best_model_at_end", "later", note=_NO_CHECKPOINTS, as_is=_NOTHING),
     *_inert("logging_strategy logging_first_step logging_dir", _LOGGED),
     *_inert("disable_tqdm", "the bar shows only on a terminal"),
@@ -166,6 +168,12 @@ OTHER_VALUES: dict[str, dict[str, str]] = {
     "lr_scheduler_type": {"constant_with_warmup": "constant"},
 }  # fmt: skip
 """Values that others have for settings of the same name as ours, and ours that serves them."""
+
+
+def ours(name: str) -> str:
+    """The setting that a flag is another name for; else the name itself."""
+    flag = FLAGS.get(name)
+    return flag.ours if flag is not None and flag.does == "setting" else name
 
 
 class Notices:
@@ -214,7 +222,7 @@ def translate(given: Mapping[str, Any], profile: str, defaults: Mapping[str, Any
     line = _Given(own, other, profile, defaults, Notices())
     for name, value in other.items():
         flag = FLAGS[name]
-        if value in flag.as_is or flag.does == "rule":
+        if flag.does == "rule" or (value.lower() if isinstance(value, str) else value) in flag.as_is:
             continue
         if flag.does == "refused":
             raise InputError(f"--{name}: {flag.note}")
@@ -270,8 +278,10 @@ def _held_out(line: _Given) -> None:
     wanted = strategy == "steps" or line.other.get("do_eval")
     if not wanted and size is not None:
         line.notices.add("qlora.py holds rows out only with --do_eval: all are trained on", "eval_dataset_size")
-    if wanted and (size is not None or line.profile == "qlora"):
-        line.put("eval_dataset_size", "val_set_size", HELD_OUT if size is None else size)
+    if wanted and size is not None:
+        line.put("eval_dataset_size", "val_set_size", size)
+    elif wanted and line.profile == "qlora":
+        line.own.setdefault("val_set_size", HELD_OUT)
     elif line.other.get("do_eval") is False and strategy == "no":
         line.put("do_eval", "val_set_size", 0)
     if strategy == "steps" and "eval_steps" not in line.own:  # transformers' default
@@ -319,5 +329,5 @@ def _epochs(line: _Given) -> None:
 
 
 _RULES: tuple[Callable[[_Given], None], ...] = (
-    _batches, _quantization, _precision, _held_out, _modules, _optimizer, _schedule, _epochs,
+    _batches, _precision, _quantization, _held_out, _modules, _optimizer, _schedule, _epochs,
 )  # fmt: skip

@@ -297,7 +297,8 @@ def _measure(job: TrainingJob, view: TrainingView, history: _History, step: int)
 
 def _ask(job: TrainingJob, mmlu: Mmlu, view: TrainingView, history: _History, step: int) -> None:
     def run() -> Scores:
-        return mmlu.ask(job.model, batch_size=job.relief.micro_batch)
+        with view.asking(len(mmlu.questions)) as on_progress:
+            return mmlu.ask(job.model, batch_size=job.relief.micro_batch, on_progress=on_progress)
 
     scores = job.relief.outlive(run, step, view.notice)
     history.add({"step": step, **scores.metrics()})

@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from jindo_core import embedded
 from jindo_core.config import TrainConfig
 from jindo_core.data.batches import Portion
 from jindo_core.data.examples import Encoder, report
-from jindo_core.data.formats import Format, detect_format
+from jindo_core.data.formats import Format, detect_format, named_dataset
 from jindo_core.data.packing import PackedRows, pack_apart
 from jindo_core.data.preview import preview
 from jindo_core.data.readers import RowSource, open_rows
@@ -72,9 +73,18 @@ def open_files(config: TrainConfig) -> list[DataFile]:
     Raises:
         InputError: a path that is not there, or rows that no format fits.
     """
-    paths = [bundled_path()] if config.data_path is None else config.data_path
-    sources = [open_rows(path) for path in paths]
-    return [DataFile(source, detect_format(source, config.dataset_format)) for source in sources]
+    if config.data_path is None:
+        return [_open_file(str(bundled_path()), config.dataset_format)]
+    return [_open_file(path, config.dataset_format) for path in config.data_path]
+
+
+def _open_file(path: str, dataset_format: str | None) -> DataFile:
+    """A path, or one of qlora's names for a data set where there is no such path."""
+    named = None if Path(path).expanduser().exists() else named_dataset(path)
+    if named is not None:
+        path, dataset_format = named[0], dataset_format or named[1]
+    source = open_rows(path)
+    return DataFile(source, detect_format(source, dataset_format))
 
 
 def show_rows(

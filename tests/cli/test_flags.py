@@ -258,6 +258,11 @@ def test_an_unknown_flag_names_the_nearest(word, meant):
     assert f"Did you mean '{meant}'?" in message([word, "1"])
 
 
+def test_other_commands_know_what_theirs_is_called():
+    assert "Did you mean '--base_model'?" in message("--model_name_or_path m", GenerateConfig)
+    assert "Did you mean" not in message("--gradient_accumulation_steps 4", GenerateConfig)
+
+
 def test_flags_are_not_abbreviated():
     assert "unknown flag '--gradient'" in message("--gradient")
 

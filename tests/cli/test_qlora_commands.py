@@ -10,7 +10,7 @@ import pytest
 
 from jindo_core.cli.flags import parse_flags
 from jindo_core.cli.main import main
-from jindo_core.config import TrainConfig, resolve_train_config, settings
+from jindo_core.config import TrainConfig, accepted, resolve_train_config, settings
 from jindo_core.errors import InputError
 from jindo_core.qlora import FLAGS, OTHER_VALUES
 
@@ -144,7 +144,7 @@ def test_the_readmes_first_command_is_qloras_defaults():
     )  # fmt: skip
     assert values(config, "logging_steps", "do_mmlu_eval", "warmup_ratio") == (10, False, 0.0)
     assert config.warmup(10000) == 0
-    assert notices == ("no --dataset: alpaca is, as in qlora.py",)
+    assert notices == ("no --dataset: alpaca is used, as in qlora.py",)
 
 
 @pytest.mark.parametrize("size", GUANACO)
@@ -214,6 +214,33 @@ def test_plan_takes_them_too(tmp_path, capsys):
     assert "note: --bits 8: 8-bit weights are served by NF4" in err
 
 
+def test_the_guanaco_script_runs(stories15m, tmp_path, monkeypatch, capsys):
+    """Only what it reads and how long it runs is put in place of its own."""
+    monkeypatch.setenv("JINDO_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"Say {i}.", "completion": f"It is {i}!"} for i in range(24)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    question = {"subject": "birds", "input": "Which one flies?\nA. a\nB. b\nC. c\nD. d\nAnswer:", "output": "B"}
+    (tmp_path / "five_shot_mmlu_val.json").write_text(json.dumps(question))
+    command = GUANACO_7B
+    for old, new in {
+        "huggyllama/llama-7b": str(stories15m), "./output/guanaco-7b": str(tmp_path / "out"), "1875": "2",
+        "eval_dataset_size 1024": "eval_dataset_size 4", "target_max_len 512": "target_max_len 64",
+        "oasst1": f"{tmp_path}/rows.json --dataset_format self-instruct --mmlu_path {tmp_path}",
+    }.items():  # fmt: skip
+        assert old in command
+        command = command.replace(old, new)
+    assert main(["train", *shlex.split(command.replace("\\\n", " "))[2:]]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2]
+    assert [line["step"] for line in lines if "mmlu_eval_accuracy_birds" in line] == [0, 2]
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (64, 16)
+    kinds = {name.rpartition(".")[2] for name in adapter["target_modules"]}
+    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert capsys.readouterr().out.startswith("note: --save_strategy, --save_steps, --save_total_limit: no checkpoints")
+
+
 # Flags one by one -----------------------------------------------------------------------------------------
 
 
@@ -222,6 +249,8 @@ def test_plan_takes_them_too(tmp_path, capsys):
     [
         ("--bits 16", {"quantize": "none"}, ""),
         ("--bits 32", {"quantize": "none", "dtype": "fp32"}, ""),
+        ("--bits 32 --bf16", {"quantize": "none", "dtype": "bf16"}, ""),
+        ("--save_strategy no", {}, ""),
         ("--bits 8", {"quantize": "nf4"}, "--bits 8: 8-bit weights are served by NF4"),
         ("--quant_type fp4", {"quantize": "nf4"}, "--quant_type fp4: FP4 is served by NF4"),
         ("--quant_type nf4 --double_quant False", {"double_quant": False}, ""),
@@ -236,6 +265,7 @@ def test_plan_takes_them_too(tmp_path, capsys):
         ("--per_device_train_batch_size 2 --batch_size 4", {"micro_batch_size": 2, "batch_size": 4}, ""),
         ("--do_eval", {"val_set_size": 1024}, ""),
         ("--do_eval --eval_dataset_size 50", {"val_set_size": 50}, ""),
+        ("--do_eval --val_set_size 7", {"val_set_size": 7}, ""),
         ("--do_eval False --eval_dataset_size 50", {"val_set_size": 0}, "--eval_dataset_size: qlora.py holds rows"),
         ("--evaluation_strategy steps", {"val_set_size": 1024, "eval_steps": 10}, ""),
         ("--eval_strategy steps --logging_steps 3", {"val_set_size": 1024, "eval_steps": 3}, ""),
@@ -245,6 +275,7 @@ def test_plan_takes_them_too(tmp_path, capsys):
         ("--optim paged_adamw_8bit", {"optim": "paged_adamw_8bit"}, ""),
         ("--adam8bit", {"optim": "paged_adamw_32bit"}, "--adam8bit: qlora.py never reads it"),
         ("--adam8bit False", {"optim": "paged_adamw_32bit"}, ""),
+        ("--no_adam8bit --full_finetune 0 --no-do-predict", {"optim": "paged_adamw_32bit"}, ""),
         ("--warmup_ratio 0", {"warmup_ratio": 0.0}, ""),
         ("--warmup_steps 5", {"warmup_steps": 0}, "--warmup_steps: no effect with a constant schedule"),
         ("--lr_scheduler_type linear", {"lr_scheduler_type": "linear", "warmup_ratio": 0.03}, ""),
@@ -290,6 +321,7 @@ def test_what_becomes_of_a_flag(flags, expected, said):
         ("--quant_type int4", "--quant_type: got 'int4', expected nf4, or fp4"),
         ("--full_finetune", "--full_finetune: only adapters are trained"),
         ("--adam_beta2 0.95", "--adam_beta2: AdamW runs with betas 0.9 and 0.999"),
+        ("--no_do_train", "--do_train: training is what this command does"),
         ("--do_train False", "--do_train: training is what this command does"),
         ("--do_predict", "--do_predict: no predictions.jsonl is written"),
         ("--predict_with_generate True", "--predict_with_generate: no predictions.jsonl"),
@@ -352,6 +384,15 @@ def test_files_take_the_same_names(tmp_path):
         resolved(f"jindo-core train --config {path}")
 
 
+def test_flags_win_over_a_file_by_whatever_name(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("base_model: m\nmicro_batch_size: 8\nlora_r: 4\nnum_train_epochs: 9\n")
+    config, _ = resolved(f"jindo-core train --per_device_train_batch_size 2 --config {path} --num_epochs 1")
+    assert values(config, "micro_batch_size", "lora_r", "num_epochs", "profile") == (2, 4, 1.0, "alpaca")
+    config, _ = resolved(f"jindo-core train --config {path} --model_name_or_path other")
+    assert values(config, "base_model", "profile") == ("other", "qlora")
+
+
 @pytest.mark.parametrize("name", ["use_auth_token", "token"])
 def test_a_token_is_never_shown(name):
     _, notices = resolved(f"{README} --dataset d --{name} hf_secret")
@@ -389,3 +430,23 @@ def test_the_documentation_holds_the_table(repo_root):
     assert rows == expected
     hidden = [name for name, known in settings(TrainConfig).items() if known.hidden]
     assert [name for name in hidden if f"`--{name}`" not in text] == []
+
+
+# qlora.py's dataclasses, with what it sets of Seq2SeqTrainingArguments.
+ARGUMENTS = """
+model_name_or_path trust_remote_code use_auth_token
+eval_dataset_size max_train_samples max_eval_samples source_max_len target_max_len dataset dataset_format
+cache_dir train_on_source mmlu_split mmlu_dataset do_mmlu_eval max_mmlu_samples mmlu_source_max_len full_finetune
+adam8bit double_quant quant_type bits lora_r lora_alpha lora_dropout max_memory_MB report_to output_dir optim
+per_device_train_batch_size gradient_accumulation_steps max_steps weight_decay learning_rate remove_unused_columns
+max_grad_norm gradient_checkpointing do_train lr_scheduler_type warmup_ratio logging_steps group_by_length
+save_strategy save_steps save_total_limit
+max_new_tokens min_new_tokens do_sample num_beams num_beam_groups penalty_alpha use_cache temperature top_k top_p
+typical_p diversity_penalty repetition_penalty length_penalty no_repeat_ngram_size
+"""
+
+
+def test_every_argument_of_qlora_py_is_known():
+    names = ARGUMENTS.split()
+    assert len(names) == 60
+    assert [name for name in names if name not in accepted(TrainConfig)] == []

@@ -13,6 +13,7 @@ from jindo_core.cli.main import main
 from jindo_core.config import resolve_train_config
 from jindo_core.data.examples import Encoder, encode_all
 from jindo_core.data.packing import Pack, PackedRows
+from jindo_core.data.readers import open_rows
 from jindo_core.data.records import read_records, split_records
 from jindo_core.data.store import tokenize
 from jindo_core.data.templates import load_template
@@ -199,3 +200,21 @@ def test_a_preview_loads_no_model_and_writes_nothing(stories260k, tmp_path, caps
     assert not out.exists()
     with pytest.raises(InputError, match="preview is 2, expected 0 to train"):
         training.train(*config_of(stories260k, path, preview=2))
+
+
+def test_qloras_names_stand_for_data_sets_where_there_is_no_such_file(tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(name):
+        asked.append(name)
+        path = tmp_path / "fetched.jsonl"
+        path.write_text(json.dumps({"text": "### Human: Hi.### Assistant: Hello."}) + "\n")
+        return open_rows(path)
+
+    monkeypatch.setattr("jindo_core.training_data.open_rows", fetch)
+    monkeypatch.chdir(tmp_path)
+    (file,) = open_files(config_of("m", "oasst1")[0])
+    assert (asked, file.format.name) == (["timdettmers/openassistant-guanaco"], "oasst1")
+    write(tmp_path / "oasst1", 2)  # a file of one's own wins
+    (file,) = open_files(config_of("m", "oasst1", dataset_format="text")[0])
+    assert (asked[-1], file.format.name) == ("oasst1", "text")
