@@ -1,7 +1,7 @@
 """Tokenizing a file as alpaca-lora does, by us and by `datasets.map`: from JSON lines to rows on disk.
 
-`python -m bench.tokenizing map KIND MODEL FILE FOLDER PROCESSES` is one round of the peer in a process of its own, so that
-its forks hold nothing of ours; it prints the seconds, without those of its imports, and writes ids and labels if asked.
+`python -m bench.tokenizing KIND MODEL FILE FOLDER PROCESSES WHOLE` is one round of the peer in a process of its own, so
+that its forks hold nothing of ours; it prints the seconds, without those of its imports.
 The peer's function is alpaca-lora's generate_and_tokenize_prompt (finetune.py): the whole text, then the prompt again.
 """
 
@@ -75,7 +75,9 @@ def _their_calls(kind: str, model: Path) -> tuple[Callable[[str], list[int]], in
     return call, tokenizer.eos_token_id
 
 
-def theirs(kind: str, model: Path, path: Path, folder: Path, processes: int, train_on_inputs: bool) -> tuple[float, Any]:
+def theirs(
+    kind: str, model: Path, path: Path, folder: Path, processes: int, train_on_inputs: bool
+) -> tuple[float, Any]:
     """Seconds of load_dataset and map, and the data set."""
     import datasets
 

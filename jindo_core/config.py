@@ -240,7 +240,7 @@ class GenerateConfig:
     system: str | None = setting(
         None,
         "the request",
-        "a system message; left out: the template's own, if it has one",
+        "a system message; left out: the template's own, if any",
         verbatim=True,
         empty_is_none=True,
         metavar="TEXT",

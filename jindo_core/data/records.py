@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -90,7 +91,7 @@ def read_records(path: str | Path, dataset_format: str | None = None) -> list[Re
     return list(stream_records(path, dataset_format))
 
 
-def split_indices(count: int, val_set_size: int, seed: int) -> tuple[list[int], list[int], str | None]:
+def split_indices(count: int, val_set_size: int, seed: int) -> tuple[Sequence[int], Sequence[int], str | None]:
     """Shuffle `count` rows and hold out `val_set_size` of them.
 
     A size that would leave fewer training than held-out rows (alpaca-lora's 2000 on a small file) becomes a
@@ -103,7 +104,7 @@ def split_indices(count: int, val_set_size: int, seed: int) -> tuple[list[int], 
     """
     if val_set_size < 0:
         raise InputError(f"val_set_size is {val_set_size}, expected 0 or more")
-    shuffled = list(range(count))
+    shuffled = array("q", range(count))  # a list's numbers take forty bytes each
     random.Random(seed).shuffle(shuffled)
     warning = None
     if count - val_set_size < val_set_size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +35,11 @@ class Part:
     opens: bool = True
     ids: list[int] = field(default_factory=list)
     learned: list[bool] = field(default_factory=list)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some of the text is an answer, and some is not."""
+        return bool(self.spans) and self.spans != [(0, len(self.text))]
 
 
 class Script:
@@ -91,16 +97,18 @@ class Script:
         """
         for opens in (True, False):
             texts = [part for part in parts if part.text and part.opens == opens]
-            mixed = [part for part in texts if part.spans and part.spans != [(0, len(part.text))]]
-            whole = [part for part in texts if not (part.spans and part.spans != [(0, len(part.text))])]
-            for part, ids in zip(
-                whole, self._tokenizer.encode_batch([part.text for part in whole], opens=opens), strict=True
-            ):
+            mixed = [part for part in texts if part.is_mixed]
+            whole = [part for part in texts if not part.is_mixed]
+            batch = self._tokenizer.encode_batch([part.text for part in whole], opens=opens)
+            for part, ids in zip(whole, batch, strict=True):
                 part.ids, part.learned = ids, [bool(part.spans)] * len(ids)
             found = self._tokenizer.encode_spans([part.text for part in mixed], opens=opens)
             for part, (ids, last) in zip(mixed, found, strict=True):
-                part.ids = ids
-                part.learned = [any(start <= place < end for start, end in part.spans) for place in last]
+                part.ids, part.learned = ids, [False] * len(ids)
+                for start, end in part.spans:
+                    # Places never fall: tokens stand in their text's order.
+                    tokens = slice(bisect_left(last, start), bisect_left(last, end))
+                    part.learned[tokens] = [True] * (tokens.stop - tokens.start)
 
     def _cut(self, text: str) -> list[str | SpecialToken]:
         """A template's own text, cut at its special tokens."""

@@ -371,17 +371,17 @@ class Selection(Sequence[Example]):
         self._sources = tuple(sources)
         firsts = np.cumsum([0, *(len(source) for source in sources)])
         self.bounds: list[tuple[int, int]] = []
-        self.left_out: list[list[int]] = []
-        self.cut: list[list[int]] = []
+        self.left_out: list[array[int]] = []  # arrays: all rows of a large file may be among them
+        self.cut: list[array[int]] = []
         self.asked: list[int] = []
         kept, lengths, start = [], [], 0
         for source, first, end in zip(sources, firsts[:-1], firsts[1:], strict=True):
             here = chosen[(chosen >= first) & (chosen < end)] - first
             there = here[source.lengths[here] > 0]
-            rows = source.rows
+            rows, was_cut = source.rows, source.was_cut
             self.asked.append(len(here))
-            self.left_out.append(np.sort(rows[here[source.lengths[here] == 0]]).tolist())
-            self.cut.append(np.sort(rows[there[source.was_cut[there]]]).tolist())
+            for found, these in ((self.left_out, here[source.lengths[here] == 0]), (self.cut, there[was_cut[there]])):
+                found.append(array("i", np.sort(rows[these]).astype(np.intc).tobytes()))
             kept.append(there)
             lengths.append(source.lengths[there])
             self.bounds.append((start, start + len(there)))

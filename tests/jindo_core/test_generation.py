@@ -175,11 +175,12 @@ def test_the_command_asks_as_the_template_trains(stories15m, capsys, monkeypatch
 
     monkeypatch.setattr(generation, "generate", record)
     flags = ["generate", "--base_model", str(stories15m), "--quantize", "none", "--device", "cpu", "--dtype", "fp32"]
-    assert main([*flags, "--prompt_template_name", "vicuna_v1.1", "--system", "Be kind.", "--instruction", "a </s>"]) == 0
+    told = ["--system", "Be kind."]
+    assert main([*flags, "--prompt_template_name", "vicuna_v1.1", *told, "--instruction", "a </s>"]) == 0
     tokenizer = asked["tokenizer"]
     assert asked["prompt"] == tokenizer.encode("Be kind. USER: a </s> ASSISTANT:")
     assert asked["ends"] == {2}
-    assert main([*flags, "--prompt_template_name", "alpaca", "--system", "Be kind.", "--instruction", "a"]) == 2
+    assert main([*flags, "--prompt_template_name", "alpaca", *told, "--instruction", "a"]) == 2
     assert main([*flags, "--prompt_template_name", "chat", "--instruction", "a"]) == 2
     errors = capsys.readouterr().err
     assert "has a system message, for which template alpaca has no place" in errors

@@ -6,7 +6,9 @@ import pytest
 
 from jindo_core.tokenizer import SpecialToken, _Fast, load_tokenizer
 
-TEXTS = ["", "x", " x", "a  b", "</s> <s> <|im_end|>", "한국어 and English\n\n", "뷁꿹 😀", "줄\r\n바꿈\u200b", "ends  "]
+TEXTS = [
+    "", "x", " x", "a  b", "</s> <s> <|im_end|>", "한국어 and English\n\n", "뷁꿹 😀", "줄\r\n바꿈\u200b", "ends  ",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -138,7 +138,7 @@ TOKENS = "<|im_start|> <|im_end|>"
         (CHATML.replace("m.content", "m.content + m.content"), "does not show a user's message just once"),
         (CHATML.replace("<|im_end|>", ""), "ends an answer with no special token|does not end every answer"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "ends an answer with no special token"),
-        ("{% for m in messages %}{{ m.content }}{% if loop.last %}<|im_end|>{% endif %}{% endfor %}", "end every answer"),
+        ("{% for m in messages %}{{ m.content }}{{ '<|im_end|>' if loop.last }}{% endfor %}", "end every answer"),
         ("{{ raise_exception('only\ntools') }}", r"refuses the conversation \(only\)"),
         ("{{ strftime_now('%Y') }}", "refuses the conversation .*strftime_now"),
         ("{{ messages[0].content + 1 }}", "refuses the conversation"),
@@ -149,10 +149,13 @@ TOKENS = "<|im_start|> <|im_end|>"
 )
 def test_templates_that_are_refused(words, source, message):
     tokenizer = words(TOKENS, source)
-    with pytest.raises(InputError, match=message) as caught:
+    def render():
         template = load_template("chat", tokenizer)
         for record in (ONE, Record((ONE.rounds[0],) * 2, row=3)):
             template.render(record)
+
+    with pytest.raises(InputError, match=message) as caught:
+        render()
     assert "\n" not in str(caught.value)
 
 

@@ -44,7 +44,7 @@ def llama_calls(stories15m):
 @pytest.fixture(scope="module")
 def rows(assets):
     real = read_records(assets / "data/ko/ko_sharegpt_deepl_translate_cleaned_v2.json")
-    odd = [Record.single("질문", "", "", 1), Record.single("", "", "", 2), Record.single("{input}", "{instruction}", "x", 3)]
+    odd = [Record.single("질문"), Record.single(""), Record.single("{input}", "{instruction}", "x")]
     return odd + read_records(bundled_path())[:25] + real[:10]
 
 

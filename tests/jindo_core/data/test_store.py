@@ -276,7 +276,8 @@ def test_a_selection_of_several_sources(data, cache, tmp_path):
     assert list(chosen) == [first[3], first[2], second[2], second[0]], "source by source, in the order asked for"
     assert chosen.lengths.tolist() == [len(example.input_ids) for example in chosen]
     assert chosen.bounds == [(0, 2), (2, 4)]
-    assert (chosen.left_out, chosen.cut, chosen.asked) == ([[5], [2]], [[3], []], [3, 3])
+    rows = [[list(numbers) for numbers in part] for part in (chosen.left_out, chosen.cut)]
+    assert (rows, chosen.asked) == ([[[5], [2]], [[3], []]], [3, 3])
     assert chosen[-1] == chosen[3] == chosen[3:][0]
     with pytest.raises(IndexError):
         chosen[4]

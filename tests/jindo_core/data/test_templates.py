@@ -255,7 +255,7 @@ def test_a_system_message_that_has_no_place_is_refused(tmp_path):
         load_template("alpaca").render(record)
     file = tmp_path / "t.json"
     file.write_text(json.dumps({"user_turn": "U {user} ", "end": "{eos}"}), encoding="utf-8")
-    with pytest.raises(InputError, match="row 7 .* give the template a system_turn"):
+    with pytest.raises(InputError, match=r"row 7 .* give the template a system_turn"):
         load_template(file).render(record)
 
 
