@@ -15,7 +15,7 @@ import pytest
 PARTS = {"kernels": {"kernels"}, "jindo_core": {"jindo_core", "kernels"}, "cli": {"cli", "jindo_core"}}
 ENGINE_ROWS = [
     {"errors"},
-    {"settings", "plan", "plan_falcon", "files", "config_json"},
+    {"settings", "plan", "plan_falcon", "files", "config_json", "interrupt"},
     {"config", "qlora", "families", "long_memory", "rotary"},
     {"convert_config"},
     {"nf4"},
@@ -26,9 +26,10 @@ ENGINE_ROWS = [
     {"model", "falcon"},
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
-    | {"run_record", "decoding", "generation", "progress"},
-    {"evaluate", "mmlu", "tune", "doctor", "merge", "training_data"},
+    | {"checkpoint", "run_record", "decoding", "generation", "progress"},
+    {"evaluate", "mmlu", "tune", "doctor", "merge", "training_data", "run_state"},
     {"prepare", "drift"},
+    {"resume"},
     {"train", "convert"},
     {"integrations"},
 ]

@@ -140,6 +140,10 @@ class PackedRows(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._packs)
 
+    def members(self, number: int) -> list[int]:
+        """The rows of a pack."""
+        return self._packs[number]
+
     @overload
     def __getitem__(self, number: int) -> Pack: ...
     @overload

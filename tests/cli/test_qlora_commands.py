@@ -167,7 +167,8 @@ def test_the_guanaco_scripts(size):
     # What is not spoken of is a setting here, or asks for what is done anyway.
     assert silent <= settings(TrainConfig).keys() | {
         "model_name_or_path", "dataset", "per_device_train_batch_size", "gradient_accumulation_steps", "bits", "bf16",
-        "quant_type", "lora_modules", "save_strategy", "evaluation_strategy", "eval_dataset_size", "do_eval", "do_train", "adam_beta2",
+        "quant_type", "lora_modules", "save_strategy", "evaluation_strategy", "eval_dataset_size", "do_eval",
+        "do_train", "adam_beta2",
     }  # fmt: skip
     assert values(config, "save_steps", "save_total_limit") == (200 if size in ("33b", "65b") else 500, 40)
     assert "--warmup_ratio: no effect with a constant schedule" in text
