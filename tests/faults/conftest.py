@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 
+from jindo_core import train as training
 from jindo_core.config import resolve_train_config
 
 
@@ -37,3 +39,28 @@ def settings(stories260k, rows, tmp_path, monkeypatch):
         return resolve_train_config(given | changes)
 
     return make
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """stop_after(4): a signal comes while step 4 is under way; once."""
+
+    def arrange(step, kind=signal.SIGTERM, times=1):
+        original, seen = training._step, []
+
+        def interrupted(job, batches, number, *rest):
+            if number == step and not seen:
+                seen.append(number)
+                for _ in range(times):
+                    signal.raise_signal(kind)
+            return original(job, batches, number, *rest)
+
+        monkeypatch.setattr(training, "_step", interrupted)
+
+    return arrange
+
+
+@pytest.fixture(scope="session")
+def metrics():
+    """metrics(out) -> the rows of its metrics.jsonl."""
+    return lambda out: [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import signal
-
 import pytest
 
-from jindo_core import train as training
 from jindo_core.adapters import WEIGHTS
 from jindo_core.errors import Stopped
 from jindo_core.train import train
@@ -25,28 +21,11 @@ KINDS = {
 }  # fmt: skip
 
 
-def stop_after(step, monkeypatch, kind=signal.SIGTERM):
-    """The signal comes in the middle of a step's backward pass."""
-    original, seen = training._step, []
-
-    def interrupted(job, batches, number, *rest):
-        if number == step and not seen:
-            seen.append(number)
-            signal.raise_signal(kind)
-        return original(job, batches, number, *rest)
-
-    monkeypatch.setattr(training, "_step", interrupted)
-
-
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_stopped_and_resumed_is_as_never_stopped(kind, settings, tmp_path, monkeypatch):
+def test_stopped_and_resumed_is_as_never_stopped(kind, settings, stop_after, metrics, tmp_path):
     more = KINDS[kind]
     whole = train(*settings("whole", **more))
-    stop_after(4, monkeypatch)
+    stop_after(4)
     with pytest.raises(Stopped, match=r"stopped by SIGTERM after step 4: .*checkpoint-4 is saved") as stopped:
         train(*settings("parts", **more))
     assert stopped.value.code == 143
