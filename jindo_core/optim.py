@@ -61,13 +61,13 @@ def moment_bytes(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[st
 
 
 def stream_moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, Moments]]:
-    """The moments of each parameter that was updated: flat, on the CPU, one after another."""
+    """Copies of the moments of each parameter that was updated: flat, on the CPU, one after another."""
     if isinstance(optimizer, PagedAdamW):
         yield from optimizer.stream_moments()
         return
     for param in _updated(optimizer):
         state = optimizer.state[param]
-        yield param, {name: state[name].detach().reshape(-1).cpu() for name in ("exp_avg", "exp_avg_sq")}
+        yield param, {name: state[name].detach().to("cpu", copy=True).view(-1) for name in ("exp_avg", "exp_avg_sq")}
 
 
 def load_moments(
