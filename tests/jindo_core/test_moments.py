@@ -61,7 +61,7 @@ def test_moments_that_were_streamed_go_on_bit_for_bit(name, resident):
 @pytest.mark.parametrize("name", ["paged_adamw_32bit", "paged_adamw_8bit"])
 def test_few_moments_are_in_memory_at_once(name, monkeypatch):
     """Each of the parameters is gathered from its pages, given out and let go of."""
-    optimizer, params = trained(name, 1)
+    optimizer, _ = trained(name, 1)
     made, alive = paged_adamw.adamw_state.empty, []
 
     def counted(param, bits):
@@ -79,7 +79,7 @@ def test_few_moments_are_in_memory_at_once(name, monkeypatch):
 
 
 def test_moments_are_asked_for_one_parameter_at_a_time():
-    one, params = trained("paged_adamw_32bit", 1)
+    one, _ = trained("paged_adamw_32bit", 1)
     kept, asked = dict(one.stream_moments()), []
 
     class Asked(dict):
@@ -97,7 +97,7 @@ def test_moments_that_do_not_fit_are_refused_and_change_nothing(name):
     steps, kept = optim.updates(one), dict(optim.stream_moments(one))
     for spoil in (
         lambda moments: {part: value[:-1] for part, value in moments.items()},
-        lambda moments: {part: value for part, value in list(moments.items())[:1]},
+        lambda moments: dict(list(moments.items())[:1]),
     ):
         other, copies = trained(name, 2, seed=0)
         wrong = {copies[i]: kept[param] for i, param in enumerate(params) if param in kept}
