@@ -46,10 +46,12 @@ ROOM = 4 << 20
 
 @dataclass(frozen=True)
 class TrainResult:
-    """output_dir: where the adapter lies. Losses are on the held-out rows, NaN without any."""
+    """output_dir: where the adapter lies; adapter_step: after which step it was as it is. Losses are on the held-out
+    rows, NaN without any."""
 
     output_dir: Path
     steps: int
+    adapter_step: int
     loss_before: float
     loss_after: float
     tokens_per_second: float
@@ -101,11 +103,11 @@ def _run(job: TrainingJob, found: Checkpoint | Foreign | None, output_dir: Path,
         run.begin(found)
         with run.signals:
             total = _loop(run)
-            after = run.measure_last(total)
-            return _finish(run, part, total, after)
+            after, kept = run.measure_last(total)
+            return _finish(run, part, total, after, kept)
 
 
-def _finish(run: _Run, part: Path, total: int, after: float) -> TrainResult:
+def _finish(run: _Run, part: Path, total: int, after: float, kept: int) -> TrainResult:
     """Show and save what came of it. A signal that comes now changes nothing: it is short."""
     job, output_dir, view = run.job, part.parent, run.view
     state, history = run.state, run.state.history
@@ -117,7 +119,7 @@ def _finish(run: _Run, part: Path, total: int, after: float) -> TrainResult:
     _save(job, output_dir)
     os.replace(part, output_dir / METRICS)
     result = TrainResult(
-        output_dir, total, state.before, after, state.tokens_per_second, peak_bytes(job.model.device)
+        output_dir, total, kept, state.before, after, state.tokens_per_second, peak_bytes(job.model.device)
     )
     _record(job.config, result)
     draw_loss(history.rows, output_dir / "loss.png")
@@ -189,8 +191,9 @@ class _Run:
             if saved and math.isfinite(loss) and (state.best is None or loss < state.best.loss):
                 state.best = Best(state.step, loss)
 
-    def measure_last(self, total: int) -> float:
-        """The held-out loss of what the run ends with: the last step, or the checkpoint that was measured best."""
+    def measure_last(self, total: int) -> tuple[float, int]:
+        """The held-out loss of what the run ends with, and whose it is: the last step, or the checkpoint that was
+        measured best, whose adapter is in the model then."""
         try:
             with self.signals.breakable():
                 loss = self._measure()
@@ -199,11 +202,11 @@ class _Run:
             raise
         best = self.state.best
         if not self.job.config.load_best_model_at_end or best is None or not best.loss < loss:
-            return loss
+            return loss, total
         if not load_best(self.job, self._output_dir / f"checkpoint-{best.step}", self.view):
-            return loss
+            return loss, total
         self.view.say(f"checkpoint-{best.step} was measured best, {best.loss:.4f} to {loss:.4f}: its adapter is kept")
-        return best.loss
+        return best.loss, best.step
 
     def _measure(self) -> float:
         loss = _measure(self.job, self.view, self.state.history, self.state.step)
@@ -232,6 +235,8 @@ def _loop(run: _Run) -> int:
     """Train to the end; returns the number of steps."""
     job, state, view, config = run.job, run.state, run.view, run.job.config
     lengths, total = job.examples.lengths, count_steps(run.cursor.steps_per_epoch, config)
+    if state.step > total:
+        raise InputError(f"step {state.step} is done, and {total} are asked for: raise --max_steps or --num_epochs")
     job.model.train()
     view.start(total)
     try:
@@ -380,6 +385,7 @@ def _one_line(record: Record) -> str:
 def _record(config: TrainConfig, result: TrainResult) -> None:
     results = {
         "steps": result.steps,
+        "adapter_of_step": result.adapter_step,
         "held_out_loss_before": None if math.isnan(result.loss_before) else result.loss_before,
         "held_out_loss_after": None if math.isnan(result.loss_after) else result.loss_after,
         "tokens_per_second": result.tokens_per_second,

@@ -18,6 +18,7 @@ from pathlib import Path
 from jindo_core import checkpoint
 from jindo_core import train as training
 from jindo_core.cli.main import main
+from jindo_core.errors import InputError
 from jindo_core.resume import Saver
 
 
@@ -98,6 +99,17 @@ def forked(run):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def damaged(output_dir):
+    """What is wrong with each of the folders that have a checkpoint's name."""
+    found = []
+    for folder in checkpoint.folders(output_dir):
+        try:
+            checkpoint.read(folder)
+        except InputError as error:
+            found.append(str(error))
+    return found
+
+
 def sweep_a_save(output_dir, argv):
     """Train; at the save of step 3 with one of step 2 there, kill a child at each boundary of it in turn."""
     original, copy, seen = Saver.save, output_dir.with_name("before"), []
@@ -110,6 +122,7 @@ def sweep_a_save(output_dir, argv):
         while ended == -signal.SIGKILL:
             ended = forked(lambda: save_and_die(saver, state, len(seen)))
             found, faults = checkpoint.newest(output_dir)
+            faults += damaged(output_dir)
             checkpoint.clear(output_dir)
             names = sorted(path.name for path in output_dir.iterdir())
             seen.append({"ended": ended, "step": found and found.step, "faults": faults, "names": names})

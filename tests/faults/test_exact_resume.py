@@ -11,8 +11,8 @@ from jindo_core.train import train
 KINDS = {
     "32 bits": {},
     "8 bits, packed, all layers": {
-        "optim": "paged_adamw_8bit", "packing": True, "lora_target_modules": "all-linear", "lora_r": 64, "batch_size": 4,
-        "micro_batch_size": 2,
+        "optim": "paged_adamw_8bit", "packing": True, "lora_target_modules": "all-linear", "lora_r": 64,
+        "batch_size": 4, "micro_batch_size": 2,
     },
     "torch's, by length, recomputed": {
         "optim": "adamw_torch", "group_by_length": True, "gradient_checkpointing": True,

@@ -16,7 +16,7 @@ from jindo_core.adapters import WEIGHTS
 from jindo_core.config import resolve_train_config
 from jindo_core.errors import InputError, Stopped
 from jindo_core.resume import FIXED
-from jindo_core.run_record import choose_output_dir
+from jindo_core.run_record import choose_output_dir, read_run
 from jindo_core.train import train
 
 
@@ -53,12 +53,14 @@ def test_each_fixed_setting_is_refused_by_name(stopped, settings, monkeypatch):
 
 
 def test_settings_that_may_change_are_said(stopped, settings, capsys):
-    result = train(*settings("out", resume=True, learning_rate=1e-3, max_steps=10, save_steps=0, logging_steps=1))
+    result = train(*settings("out", resume=True, learning_rate=1e-3, max_steps=10, save_steps=5, logging_steps=1))
     said = " ".join(capsys.readouterr().out.split())
     assert "note: --learning_rate is 0.001, it was 0.01: the run won't end as it would have" in said
     assert "note: --max_steps is 10, it was 8" in said
     assert "--save_steps" not in said
     assert result.steps == 10
+    with pytest.raises(InputError, match="step 10 is done, and 5 are asked for: raise --max_steps or --num_epochs"):
+        train(*settings("out", resume=True, max_steps=5))
 
 
 def test_other_weights_are_refused(stopped, settings, stories260k, tmp_path):
@@ -146,7 +148,7 @@ def test_resume_starts_afresh_where_there_is_none_yet(settings, tmp_path, capsys
     assert "yet: the run starts afresh" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(InputError, match="holds another run"):  # it ended, and left no checkpoint to go on from
         train(*settings("out", resume=True, max_steps=2))
-    with pytest.raises(InputError, match="--resume_from_checkpoint: .*none has no checkpoint: --resume starts afresh"):
+    with pytest.raises(InputError, match=r"--resume_from_checkpoint: .*none has no checkpoint: --resume starts afresh"):
         train(*settings("none", resume_from_checkpoint="True"))
     with pytest.raises(InputError, match=r"--resume_from_checkpoint: .*checkpoint-9 is no folder"):
         train(*settings("none", resume_from_checkpoint=str(tmp_path / "checkpoint-9")))
@@ -218,6 +220,7 @@ def test_the_best_is_kept_and_ends_the_run(wanted, settings, stop_after, tmp_pat
     said = "checkpoint-4 was measured best, 0.5000 to 2.5000: its adapter is kept"
     assert (said in " ".join(capsys.readouterr().out.split())) is wanted
     assert (result.loss_before, result.loss_after) == (3.0, 0.5 if wanted else 2.5)
+    assert read_run(out).results["adapter_of_step"] == result.adapter_step == (4 if wanted else 8)
     assert [path.name for path in checkpoint.folders(out)] == ["checkpoint-4", "checkpoint-8"]
     tensors = [load_file(path / WEIGHTS) for path in (out, out / "checkpoint-4", out / "checkpoint-8")]
     assert same(tensors[0], tensors[1 if wanted else 2])
