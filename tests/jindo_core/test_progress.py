@@ -10,7 +10,7 @@ from rich.console import Console
 
 from jindo_core.errors import TrainingError
 from jindo_core.loader import load_model
-from jindo_core.progress import TrainingView, loading_bar, typed
+from jindo_core.progress import TrainingView, loading_bar, tokenizing_bar, typed
 
 
 def test_a_bar_on_a_terminal(stories260k):
@@ -67,3 +67,14 @@ def test_a_command_is_shown_as_it_would_be_typed():
     shown = typed(words)
     assert '''"'우물 안 개구리'는?" --input 'a b' ''' in shown
     assert shlex.split(shown) == [" ".join(word.split()) for word in words]
+
+
+def test_tokenizing_shows_rows_on_a_terminal_and_nothing_elsewhere():
+    out = io.StringIO()
+    with tokenizing_bar(Console(file=out), "rows.jsonl") as on_progress:
+        assert on_progress is None
+    assert out.getvalue() == ""
+    with tokenizing_bar(Console(file=out, force_terminal=True, width=120), "[rows].jsonl") as on_progress:
+        on_progress(1024, 500_000, 1_000_000)
+    assert "tokenizing [rows].jsonl" in out.getvalue()
+    assert "1,024 rows" in out.getvalue()
