@@ -22,9 +22,11 @@ jindo-core: fine-tune a LLaMA in 4 bits on a small GPU, or on none, and use the 
 commands:
   train       fine-tune on instructions; without flags: SmolLM2-135M on bundled Korean rows
   generate    answer an instruction with a model and its adapter
+  eval        measure a model: perplexity, MMLU, KoBEST, and what 4 bits cost
   quantize    write a model in 4 bits, for us or for transformers
   merge       add an adapter to its base model's weights, and say what that costs
   export      write a model for Hugging Face, Meta's code or llama.cpp
+  data        inspect, convert, clean and split instruction data
   plan        what a training step will take in memory, and what makes it fit
   doctor      what is there, and whether this machine can train
   tune        measure on this machine where one kernel beats another
@@ -48,6 +50,12 @@ def _generate(argv: list[str]) -> int:
     return generate.run(argv)
 
 
+def _eval(argv: list[str]) -> int:
+    from jindo_core.cli import eval
+
+    return eval.run(argv)
+
+
 def _quantize(argv: list[str]) -> int:
     from jindo_core.cli import quantize
 
@@ -64,6 +72,12 @@ def _export(argv: list[str]) -> int:
     from jindo_core.cli import export
 
     return export.run(argv)
+
+
+def _data(argv: list[str]) -> int:
+    from jindo_core.cli import data
+
+    return data.run(argv)
 
 
 def _plan(argv: list[str]) -> int:
@@ -85,8 +99,8 @@ def _tune(argv: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train, "generate": _generate, "quantize": _quantize, "merge": _merge, "export": _export,
-    "plan": _plan, "doctor": _doctor, "tune": _tune,
+    "train": _train, "generate": _generate, "eval": _eval, "quantize": _quantize, "merge": _merge, "export": _export,
+    "data": _data, "plan": _plan, "doctor": _doctor, "tune": _tune,
 }  # fmt: skip
 
 

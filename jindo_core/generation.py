@@ -107,7 +107,7 @@ def generate_ids(
         logits = model.lm_head(model.stack(prompt, cache=cache)[:, -1]).float()
         decoder = Decoder(model, cache)
         for made in range(1, room + 1):
-            token = _pick(logits[0], temperature, top_p, top_k, generator)
+            token = pick_token(logits[0], temperature, top_p, top_k, generator)
             yield token
             if token in stop_ids or made == room:
                 return
@@ -116,7 +116,7 @@ def generate_ids(
         model.train(was_training)
 
 
-def _pick(
+def pick_token(
     logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator | None
 ) -> int:
     """One token id from fp32 logits [V]."""

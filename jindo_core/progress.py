@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,17 @@ def plan_table(plan: Plan, process: str) -> Table:
 
 
 @contextmanager
-def loading_bar(console: Console) -> Iterator[Callable[[int, int], None] | None]:
-    """Shows how far a model is loaded, and how fast; on a terminal only, and gone afterwards.
+def loading_bar(console: Console, what: str = "loading") -> Iterator[Callable[[int, int], None] | None]:
+    """Shows how far a model is loaded, or files are read, and how fast; on a terminal only, and gone afterwards.
 
-    Yields what `load_model` takes as `on_progress`; None where there is no terminal.
+    Yields what `load_model` takes as `on_progress`: (bytes done, bytes in all); None where there is no terminal.
     """
     if not console.is_terminal:
         yield None
         return
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("loading", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, whole: bar.update(task, completed=done, total=whole)
 
 
@@ -262,9 +263,9 @@ class ConversionView:
         self.console.print(text, markup=False)
 
     @contextmanager
-    def bar(self, what: str, total: int, *, in_bytes: bool = True) -> Iterator[Callable[[int], None]]:
+    def bar(self, what: str, total: int | None, *, in_bytes: bool = True) -> Iterator[Callable[[int], None]]:
         """A bar of `total` bytes, or steps; what is yielded moves it on by so many. Without a terminal, a line."""
-        if not self.console.is_terminal and in_bytes:
+        if not self.console.is_terminal and in_bytes and total is not None:
             self.say(f"{what}: {total / 1e6:,.0f} MB …")
         amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
         columns = (TextColumn(what), BarColumn(), amount, TextColumn("left"), TimeRemainingColumn())
@@ -282,3 +283,32 @@ class ConversionView:
         for i, (model, loss, divergence, largest) in enumerate(rows):
             table.add_row(model, f"{loss:.4f}", *(("", "") if i == 0 else (f"{divergence:.2e}", f"{largest:.3g}")))
         self.console.print(table)
+
+    def evaluation(self, kept: Sequence[str], rows: Sequence[EvaluationRow]) -> None:
+        """Figures of tasks. kept: how the model was, for each value of a row; of two the difference is shown too."""
+        table = Table()
+        for name in ("task", "figure"):
+            table.add_column(name)
+        for name in (*kept, *(["difference", "answers changed"] if len(kept) == 2 else []), "standard error", "of"):
+            table.add_column(name, justify="right")
+        for row in rows:
+            figures = [f"{value:.4f}" for value in row.values]
+            if len(kept) == 2:
+                figures.append(f"{row.values[0] - row.values[1]:+.4f}")
+                figures.append("" if row.changed is None else str(row.changed))
+            figures += ["" if row.error is None else f"{row.error:.4f}", f"{row.count:,}"]
+            table.add_row(row.task, row.figure, *figures)
+        self.console.print(table)
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """A figure of a task: its values, the first one's standard error, what it is a mean over, and how many answers the
+    second model gave otherwise."""
+
+    task: str
+    figure: str
+    values: Sequence[float]
+    error: float | None
+    count: int
+    changed: int | None

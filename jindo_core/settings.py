@@ -38,6 +38,7 @@ class Setting:
     also: tuple[str, ...] = ()
     metavar: str = ""
     path: bool = False
+    example: str = "module names such as q_proj,v_proj"  # of "names"
     verbatim: bool = False
     empty_is_none: bool = False
     hidden: bool = False
@@ -53,7 +54,7 @@ class Setting:
         if self.kind == "bool":
             return "True or False"
         if self.kind == "names":
-            return "a list of module names such as q_proj,v_proj"
+            return f"a list of {self.example}"
         if self.kind == "paths":
             return "one path or several, none blank"
         if self.kind == "numbers":

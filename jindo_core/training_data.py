@@ -5,6 +5,7 @@ out. No row stays in memory: examples are read as they are asked for.
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -145,13 +146,19 @@ def read_data(
     return TrainingData(examples, portions, len(rows), held_out, len(measured), probes, rows, names)
 
 
+def _cache() -> Path:
+    """Where tokenized rows are kept: $JINDO_TOKENIZED, else in the cache."""
+    own = os.environ.get("JINDO_TOKENIZED")
+    return Path(own) if own else embedded.cache_dir() / "tokenized"
+
+
 def _tokenized(file: DataFile, config: TrainConfig, encoder: Encoder, view: TrainingView) -> TokenizedRows:
     name = file.source.paths[0].name
     began = time.perf_counter()
     with tokenizing_bar(view.console, name) as on_progress:
         rows = tokenize(
             file.source, file.format, encoder, on_progress=on_progress, say=view.notice,
-            cache=embedded.cache_dir() / "tokenized" if config.tokenized_cache else None,
+            cache=_cache() if config.tokenized_cache else None,
         )  # fmt: skip
     took = max(time.perf_counter() - began, 1e-9)
     how = "tokenized by an earlier run" if rows.from_cache else f"tokenized, {len(rows) / took:,.0f} rows/s"

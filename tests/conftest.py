@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = Path(os.environ.get("JINDO_ASSETS", ROOT.parent / "shared" / "assets"))
+# What runs tokenize here stays out of the user's own cache; the tests' runs find each other's.
+if "JINDO_TOKENIZED" not in os.environ:
+    os.environ["JINDO_TOKENIZED"] = tempfile.mkdtemp(prefix="jindo-tests-")
+    atexit.register(shutil.rmtree, os.environ["JINDO_TOKENIZED"], ignore_errors=True)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -15,9 +15,9 @@ import pytest
 PARTS = {"kernels": {"kernels"}, "jindo_core": {"jindo_core", "kernels"}, "cli": {"cli", "jindo_core"}}
 ENGINE_ROWS = [
     {"errors"},
-    {"settings", "plan", "plan_falcon", "files", "config_json", "interrupt"},
+    {"settings", "plan", "plan_falcon", "files", "part_file", "config_json", "interrupt"},
     {"config", "qlora", "families", "long_memory", "rotary"},
-    {"convert_config"},
+    {"convert_config", "data_config", "data_config_inspect", "eval_config"},
     {"nf4"},
     {"lora", "pages"},
     {"pager"},
@@ -26,11 +26,12 @@ ENGINE_ROWS = [
     {"model", "falcon"},
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
-    | {"checkpoint", "run_record", "decoding", "generation", "progress"},
-    {"evaluate", "mmlu", "tune", "doctor", "merge", "training_data", "run_state"},
-    {"prepare", "drift"},
+    | {"checkpoint", "run_record", "decoding", "generation", "batch_generation", "progress"},
+    {"evaluate", "mmlu", "scoring", "tune", "doctor", "merge", "training_data", "run_state", "refinery"}
+    | {"likelihood"},
+    {"prepare", "drift", "refine", "eval_journal", "kobest", "perplexity"},
     {"resume"},
-    {"train", "convert"},
+    {"train", "convert", "evaluation"},
     {"integrations"},
 ]
 NEVER_THE_MODEL = {"data", "optim", "paged_adamw", "pager", "pages", "tokenizer", "config", "errors"}
@@ -164,6 +165,9 @@ def test_the_wheel_holds_everything_once(repo_root, wheel):
     assert "jindo_core/data/bundled/korean_instructions.jsonl" in names
     for template in (repo_root / "jindo_core/data/templates").glob("*.yaml"):
         assert f"jindo_core/data/templates/{template.name}" in names
+    for recipe in (repo_root / "jindo_core/refinery/recipes").glob("*.yaml"):
+        assert f"jindo_core/refinery/recipes/{recipe.name}" in names
+    assert "jindo_core/refinery/refusals.yaml" in names
     assert {"jindo_core/py.typed", "jindo_core/kernels/crossovers.json"} <= names
 
 

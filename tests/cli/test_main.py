@@ -110,8 +110,8 @@ def test_cheap_commands_import_nothing_heavy(argv):
     [
         (
             ["trian"],
-            "got 'trian', expected a command (train or generate or quantize or merge or export or plan or doctor or "
-            "tune). Did you mean",
+            "got 'trian', expected a command (train or generate or eval or quantize or merge or export or data or "
+            "plan or doctor or tune). Did you mean",
         ),
         (["--base_model", "m"], "got the flag '--base_model' first, expected a command (train or generate"),
         (["train", "--lora_rank", "4"], "Did you mean '--lora_r'? See jindo-core train --help"),

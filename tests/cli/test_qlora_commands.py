@@ -217,7 +217,7 @@ def test_plan_takes_them_too(tmp_path, capsys):
 
 def test_the_guanaco_script_runs(stories15m, tmp_path, monkeypatch, capsys):
     """Only what it reads and how long it runs is put in place of its own."""
-    monkeypatch.setenv("JINDO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("JINDO_TOKENIZED", str(tmp_path / "cache"))
     rows = [{"prompt": f"Say {i}.", "completion": f"It is {i}!"} for i in range(24)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     question = {"subject": "birds", "input": "Which one flies?\nA. a\nB. b\nC. c\nD. d\nAnswer:", "output": "B"}

@@ -10,7 +10,7 @@ import jindo_core
 from jindo_core.adapters import save_adapter
 from jindo_core.cli.main import main
 from jindo_core.errors import InputError
-from jindo_core.generation import _pick, generate, generate_ids
+from jindo_core.generation import generate, generate_ids, pick_token
 from jindo_core.head import StreamedHead
 from jindo_core.loader import load_model
 from jindo_core.lora import adapted_layers, attach_lora
@@ -139,7 +139,7 @@ def test_top_k_and_top_p_keep_what_they_should():
     generator = torch.Generator().manual_seed(0)
 
     def seen(temperature=1.0, top_p=1.0, top_k=0):
-        draws = [_pick(logits, temperature, top_p, top_k, generator) for _ in range(400)]
+        draws = [pick_token(logits, temperature, top_p, top_k, generator) for _ in range(400)]
         return {token: draws.count(token) / 400 for token in set(draws)}
 
     everything = seen()
@@ -150,7 +150,7 @@ def test_top_k_and_top_p_keep_what_they_should():
     assert set(seen(top_p=0.76)) == {0, 1, 2}
     assert set(seen(top_p=0.01)) == {0}
     assert set(seen(temperature=0.01)) == {0}
-    assert _pick(logits, 0.0, 1.0, 0, None) == 0
+    assert pick_token(logits, 0.0, 1.0, 0, None) == 0
 
 
 def test_a_prompt_as_ids_and_other_ends(story):

@@ -34,7 +34,7 @@ def write(path, count, say="It is a little bird named Lily.", start=0):
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JINDO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("JINDO_TOKENIZED", str(tmp_path / "cache"))
 
 
 def config_of(model, *paths, **changes):

@@ -1,0 +1,34 @@
+"""`jindo-core data preview`: rows as a model will see them."""
+
+from __future__ import annotations
+
+import itertools
+
+from rich.console import Console
+
+from jindo_core.data.examples import Encoder
+from jindo_core.data.preview import preview
+from jindo_core.data.records import stream_records
+from jindo_core.data.templates import load_template
+from jindo_core.data_config_inspect import PreviewConfig
+from jindo_core.hub import resolve_model
+from jindo_core.tokenizer import load_tokenizer
+
+
+def run_preview(config: PreviewConfig) -> None:
+    """The `data preview` command: the first rows, to standard output.
+
+    Raises:
+        InputError: no such data, a row that does not fit its format or the template, no tokenizer.
+    """
+    records = list(itertools.islice(stream_records(config.data_path or "", config.dataset_format), config.rows))
+    tokenizer = load_tokenizer(resolve_model(config.base_model))
+    encoder = Encoder(
+        tokenizer, load_template(config.prompt_template_name, tokenizer), cutoff_len=config.cutoff_len,
+        train_on_inputs=config.train_on_inputs, source_max_len=config.source_max_len,
+        target_max_len=config.target_max_len,
+    )  # fmt: skip
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=120)
+    preview(records, encoder, tokenizer, config.rows, console)
