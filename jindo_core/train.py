@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,7 +166,7 @@ class _Run:
         )  # fmt: skip
         self._output_dir = output_dir
         self._base = base_digest(job.model)
-        self._saver = Saver(job, self.cursor, output_dir, self._base, _base_name(config))
+        self._saver = Saver(job, self.cursor, output_dir, self._base, _base_name(config), _record_of(config, {}))
 
     def begin(self, found: Checkpoint | Foreign | None) -> None:
         """Go on from a checkpoint, or measure what there is before the first step."""
@@ -391,9 +392,12 @@ def _record(config: TrainConfig, result: TrainResult) -> None:
         "tokens_per_second": result.tokens_per_second,
         "peak_bytes": result.peak_bytes,
     }
-    settings = dataclasses.asdict(config)
+    write_run(result.output_dir, _record_of(config, results))
+
+
+def _record_of(config: TrainConfig, results: dict[str, Any]) -> RunRecord:
     template = _lasting(config.prompt_template_name) or config.prompt_template_name
-    write_run(result.output_dir, RunRecord(_lasting(config.base_model), template, settings, results))
+    return RunRecord(_lasting(config.base_model), template, dataclasses.asdict(config), results)
 
 
 def _base_name(config: TrainConfig) -> str:
