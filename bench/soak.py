@@ -1,6 +1,6 @@
 """A long run, stopped and taken up on the way: does its memory stay flat?
 
-python -m bench.soak --base_model FOLDER [--steps 2000] [--save_steps 20]
+python -m bench.soak --base_model FOLDER [--steps 2000] [--save_steps 20] [--dtype fp32]
 
 Trains on rows made up here, stops after half of the steps by SIGTERM and goes on with --resume, each in a process of
 its own. Prints the slope of the memory over the steps of each half, without the first fifth, in bytes a step; exit
@@ -44,7 +44,7 @@ def train(folder: Path, arguments: argparse.Namespace, stop_at: int) -> int:
         "--data_path", str(folder / "rows.json"), "--output_dir", str(folder / "out"), "--batch_size", "8",
         "--micro_batch_size", "4", "--max_steps", str(arguments.steps), "--val_set_size", "40", "--eval_steps", "100",
         "--cutoff_len", "128", "--save_steps", str(arguments.save_steps), "--device", "cpu", "--resume",
-        "--prompt_template_name", "alpaca_short",
+        "--prompt_template_name", "alpaca_short", "--dtype", arguments.dtype,
     ]  # fmt: skip
     log = folder / "out" / "metrics.jsonl.part"
     environment = os.environ | {"JINDO_CACHE": str(folder / "cache")}
@@ -68,6 +68,7 @@ def main() -> int:
     parser.add_argument("--base_model", required=True)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--save_steps", type=int, default=20)
+    parser.add_argument("--dtype", default="auto")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="jindo-soak-") as name:
         folder = Path(name)
