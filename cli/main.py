@@ -1,9 +1,9 @@
 """`jindo-core <command>`: finds the command, and turns what goes wrong into one line and an exit code.
 
 Exit codes: 0 done; 2 wrong input and 1 a run that could not go on (both one line `error: ...` on standard
-error); 130 stopped by Ctrl-C; 141 the reader of the output has gone. Anything else that is raised is a defect
-and keeps its traceback. Commands are imported when they run, and the engine when its flags have been read:
-`--help` and a mistyped flag never wait for torch.
+error); 130 stopped by Ctrl-C and 143 by SIGTERM (`train` saves a checkpoint first); 141 the reader of the output
+has gone. Anything else that is raised is a defect and keeps its traceback. Commands are imported when they run,
+and the engine when its flags have been read: `--help` and a mistyped flag never wait for torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 
 from jindo_core import __version__
-from jindo_core.errors import CrossoverError, InputError, TrainingError, nearest
+from jindo_core.errors import CrossoverError, InputError, Stopped, TrainingError, nearest
 
 HELP = """\
 jindo-core: fine-tune a LLaMA in 4 bits on a small GPU, or on none, and use the result.
@@ -118,6 +118,9 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, 2)
     except TrainingError as error:
         return _fail(error, 1)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         return 130

@@ -86,10 +86,41 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str | None
             raise InputError(f"the adapter's tensor {name} has values that are not finite: it was not saved")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
-    config = json.dumps(_config(layers, saved, base_model), indent=2, ensure_ascii=False)
-    write_atomically(folder / CONFIG, (config + "\n").encode())
+    write_atomically(folder / CONFIG, adapter_config(model, base_model))
     _verify(folder, state)
     return folder
+
+
+def adapter_config(model: nn.Module, base_model: str | None = None) -> bytes:
+    """The adapter_config.json of the model's adapter. base_model: name or path of the base."""
+    config = _config(list(adapted_layers(model)), saved_modules(model), base_model)
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def restore_adapter(model: nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:
+    """Put an adapter's values in place of those of the one that is attached; nothing changes unless all fit.
+
+    Args:
+        weights: under PEFT's names. origin: where they lie, for messages.
+    Raises:
+        InputError: they are of other layers or of another rank.
+    """
+    own = adapter_state(model)
+    for name in sorted(own.keys() ^ weights.keys()):
+        whose = "and this run's adapter has none" if name in weights else "which this run's adapter has"
+        said = f"has a tensor {name}," if name in weights else f"has no tensor {name},"
+        raise InputError(f"{origin} {said} {whose}: expected the same --lora_target_modules and base model")
+    for name, value in weights.items():
+        if value.shape != own[name].shape:
+            raise InputError(
+                f"{origin}: {name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}: it is of another "
+                "--lora_r, or of another base model"
+            )
+        _check_values(name, value, origin)
+    with torch.no_grad():
+        for path, layer in adapted_layers(model):
+            layer.lora_A.copy_(weights[f"{PREFIX}{path}.lora_A.weight"])
+            layer.lora_B.copy_(weights[f"{PREFIX}{path}.lora_B.weight"])
 
 
 def _config(layers: list[tuple[str, LoraLinear]], saved: tuple[str, ...], base_model: str | None) -> dict[str, Any]:

@@ -37,6 +37,9 @@ PROFILES: dict[str, dict[str, Any]] = {
         "group_by_length": False,
         "prompt_template_name": "alpaca",
         "logging_steps": 10,
+        "save_steps": 200,
+        "save_total_limit": 3,
+        "load_best_model_at_end": True,
     },
     "embedded": {
         "output_dir": "./lora-korean",
@@ -52,6 +55,9 @@ PROFILES: dict[str, dict[str, Any]] = {
         "group_by_length": True,
         "prompt_template_name": "korean_short",
         "logging_steps": 1,
+        "save_steps": 200,
+        "save_total_limit": 3,
+        "load_best_model_at_end": True,
     },
     "qlora": qlora.PROFILE,
 }
@@ -90,7 +96,7 @@ def _profiled(name: str, group: str, help: str, **more: Any) -> Any:
 
 
 _MODEL, _RUN, _DATA, _LORA = "model and files", "the run", "data and prompts", "LoRA"
-_MEMORY, _LOGS, _SAMPLING, _MMLU = "memory and device", "logging", "sampling", "logging"
+_MEMORY, _LOGS, _SAMPLING, _MMLU = "memory and device", "logging and checkpoints", "sampling", "logging and checkpoints"
 _SEED_LIMIT = 2**32 - 1  # numpy's; torch would take more
 
 
@@ -178,6 +184,14 @@ class TrainConfig:
     logging_steps: int = _profiled("logging_steps", _LOGS, "log every N steps", at_least=1)
     eval_steps: int = setting(200, _LOGS, "held-out loss every N steps", at_least=1)
 
+    save_steps: int = _profiled("save_steps", _LOGS, "a checkpoint every N steps (0: none)", at_least=0)
+    save_total_limit: int = _profiled("save_total_limit", _LOGS, "keep the newest N", at_least=1, hidden=True)
+    resume: bool = setting(False, _LOGS, "go on from the newest valid one, if any")
+    resume_from_checkpoint: str | None = setting(
+        None, _LOGS, "from this one; True: the newest", path=True, empty_is_none=True, metavar="DIR", hidden=True
+    )
+    load_best_model_at_end: bool = _profiled("load_best_model_at_end", _LOGS, "the one measured best", hidden=True)
+
     do_mmlu_eval: bool = setting(False, _MMLU, "measure on MMLU's questions too")
     mmlu_path: str | None = setting(None, _MMLU, "their file or folder", path=True, metavar="FILE", hidden=True)
     mmlu_dataset: Literal["mmlu-fs", "mmlu-zs", "mmlu"] = setting("mmlu-fs", _MMLU, "which in a folder", hidden=True)
@@ -194,6 +208,7 @@ class TrainConfig:
                 f"--micro_batch_size: got {self.micro_batch_size}, expected at most --batch_size "
                 f"({self.batch_size}): lower it, or raise --batch_size"
             )
+        _check_resume(self)
         if self.max_steps == 0:
             raise InputError("--max_steps: got 0, expected a whole number above 0, or -1 for no limit")
         if "all-linear" in self.lora_target_modules and len(self.lora_target_modules) > 1:
@@ -287,6 +302,17 @@ def _check_rows(config: TrainConfig) -> None:
     for one, other in (lengths, list(lengths)[::-1]):
         if lengths[one] is None and lengths[other] is not None:
             raise InputError(f"--{other}: got it alone, expected --{one} beside it: a row is cut by both or neither")
+
+
+def _check_resume(config: TrainConfig) -> None:
+    """alpaca-lora's three words for resume_from_checkpoint, where a path may stand too. Raises InputError."""
+    word = (config.resume_from_checkpoint or "none").lower()
+    if word in ("none", "false"):
+        object.__setattr__(config, "resume_from_checkpoint", None)
+    elif config.resume:
+        raise InputError("--resume: got it beside --resume_from_checkpoint, expected one of them")
+    elif word == "true":
+        object.__setattr__(config, "resume_from_checkpoint", "True")
 
 
 def read_fields(config: Config) -> None:

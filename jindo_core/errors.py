@@ -22,5 +22,13 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
     return f" Did you mean '{found[0]}'?" if found else ""
 
 
+class Stopped(Exception):
+    """A signal ended a run, whose work is saved, as the message says. code: the process's exit code, 128 + signal."""
+
+    def __init__(self, said: str, code: int) -> None:
+        super().__init__(said)
+        self.code = code
+
+
 class TrainingError(RuntimeError):
     """A run that can't go on, through no fault of its input's form: the loss is not finite, say. Exit code 1."""

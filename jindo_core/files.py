@@ -73,7 +73,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         Path(scratch).unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync_names(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -127,12 +127,32 @@ def staged(target: Path, *, overwrite: bool, needs: int, marks: Sequence[str] = 
             if is_file:
                 os.replace(stage / target.name, target)
             else:
-                _exchange(stage, target)
-            _sync(target.parent)
+                exchange(stage, target)
+            sync_names(target.parent)
         except OSError as error:
             raise InputError(_failure(error, stage, target, made)) from error
         finally:
             _remove(stage)  # half-written, or what the target held before
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A folder that no other process holds meanwhile; nothing is written, and a lock ends with its process.
+
+    Raises:
+        InputError: another process holds it, or its file system has no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder} is being written by another run: wait for it, or give another folder") from None
+        except OSError as error:
+            raise InputError(f"{folder} can't be locked ({error.strerror}): give a folder on another disk") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _failure(error: OSError, stage: Path, target: Path, made: os.stat_result | None) -> str:
@@ -150,12 +170,12 @@ def _failure(error: OSError, stage: Path, target: Path, made: os.stat_result | N
 
 
 def _aside(target: Path) -> Path:
-    """Where `_exchange` puts the old target for a moment, on file systems that can't exchange two names."""
+    """Where `exchange` puts the old target for a moment, on file systems that can't exchange two names."""
     return target.with_name(f".{target.name}.old")
 
 
 def _recover(target: Path, marks: Sequence[str]) -> bool:
-    """Undo what a kill within `_exchange` left: a target that is missing comes back, an old one that was replaced goes.
+    """Undo what a kill within `exchange` left: a target that is missing comes back, an old one that was replaced goes.
 
     Returns:
         Whether the target came back.
@@ -233,7 +253,7 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def _exchange(stage: Path, target: Path) -> None:
+def exchange(stage: Path, target: Path) -> None:
     """Rename `stage` to `target`; a target that exists takes the name of `stage`, both in one step."""
     if not target.exists() or not any(target.iterdir()):
         os.rename(stage, target)  # an empty folder gives way
@@ -253,7 +273,8 @@ def _exchange(stage: Path, target: Path) -> None:
     os.rename(old, stage)
 
 
-def _sync(folder: Path) -> None:
+def sync_names(folder: Path) -> None:
+    """Bring what was renamed, made or removed in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -122,6 +122,13 @@ def within_budget(config: TrainConfig, job: Job) -> tuple[TrainConfig, Job, list
     return chosen, found, changes
 
 
+BUDGETED = (
+    "gradient_checkpointing", "checkpointed_layers", "offload_checkpoints", "offload_embedding", "offload_head",
+    "offload_layers", "resident_optimizer_MB",
+)  # fmt: skip
+"""Settings that `within_budget` may change, besides the two of the batch."""
+
+
 def keep_budget(device: torch.device, budget_MB: int) -> None:
     """On CUDA, let the allocator take no more than the budget leaves beside the context; 0: all of the device again."""
     if device.type == "cuda":
@@ -169,6 +176,7 @@ class Relief:
     ) -> None:  # fmt: skip
         self._model, self._optimizer, self._place, self._advice = model, optimizer, place, advice
         self._refused: list[str] = []
+        self._taken: list[str] = []
         self.micro_batch = micro_batch
 
     def outlive(self, run: Callable[[], T], step: int, said: Callable[[str], None], *, in_update: bool = False) -> T:
@@ -214,15 +222,41 @@ class Relief:
         Args:
             in_update: it was the optimizer's step that ran out: smaller activations would not help it.
         """
-        smaller = () if in_update else (self._halve, self._checkpoint, self._checkpoints)
-        for measure in (self._moments, *smaller, self._embedding, self._head, self._stream):
+        measures = self._measures
+        for name in measures:
+            if in_update and name in ("micro_batch", "checkpointing", "checkpoints"):
+                continue
             try:
-                if (done := measure()) is not None:
+                if (done := measures[name]()) is not None:
+                    self._taken.append(name)
                     return done
             except InputError as error:  # the host has no room for that; the next one may need none
                 if str(error) not in self._refused:
                     self._refused.append(str(error))
         return None
+
+    def state(self) -> list[str]:
+        """What gave way, in order."""
+        return list(self._taken)
+
+    def load(self, state: Sequence[str]) -> None:
+        """Let the same give way again, in a model and an optimizer that were made as those were.
+
+        Raises:
+            InputError: a measure that is not known, or no room for what goes to the host.
+        """
+        for name in state:
+            if name not in self._measures:
+                raise InputError(f"the checkpoint says that {name!r} gave way, expected {', '.join(self._measures)}")
+            self._measures[name]()
+            self._taken.append(name)
+
+    @property
+    def _measures(self) -> dict[str, Callable[[], str | None]]:
+        return {
+            "moments": self._moments, "micro_batch": self._halve, "checkpointing": self._checkpoint,
+            "checkpoints": self._checkpoints, "embedding": self._embedding, "head": self._head, "layers": self._stream,
+        }  # fmt: skip
 
     def _moments(self) -> str | None:
         if not isinstance(self._optimizer, PagedAdamW) or not self._optimizer.resident_bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ class PagedAdamW(torch.optim.Optimizer):
         if not self._placed.issuperset(given):
             self._lay_anew({*given, *self._steps}, self._collect())
 
-    def _lay_anew(self, updated: set[torch.nn.Parameter], moments: dict[torch.nn.Parameter, Moments]) -> None:
+    def _lay_anew(self, updated: set[torch.nn.Parameter], moments: Mapping[torch.nn.Parameter, Moments]) -> None:
         """New pages that hold `moments`, in place of those that there are; where it raises, these are as they were.
 
         Args:
@@ -290,22 +290,85 @@ class PagedAdamW(torch.optim.Optimizer):
         for group, numbers in zip(self.param_groups, found.groups, strict=True):
             group.update(numbers)
 
-    def _collect(self) -> dict[torch.nn.Parameter, Moments]:
-        """Copies of the moments of each parameter that was updated."""
-        kept: dict[torch.nn.Parameter, Moments] = {}
+    @property
+    def bits(self) -> int:
+        """Of a moment; of small parameters' they are always 32."""
+        return self._bits
+
+    @property
+    def updates(self) -> dict[torch.nn.Parameter, int]:
+        """How often each parameter was updated, in the order in which `stream_moments` has them."""
+        ends = (s.param for own in self._pages.values() for page in own for s in page.segments if _ends(s))
+        return {param: self._steps[param] for param in ends if param in self._steps}
+
+    @torch.no_grad()
+    def stream_moments(self) -> Iterator[tuple[torch.nn.Parameter, Moments]]:
+        """Copies of the moments of each parameter that was updated; no more of them at once than touch one page."""
+        begun: dict[torch.nn.Parameter, Moments] = {}
         for device, pages in self._pages.items():
             for number, page in enumerate(pages):
                 tenants = [segment for segment in page.segments if segment.param in self._steps]
                 moments = page.moments(self._pagers[device].read(number)) if tenants else {}
                 for segment in tenants:
-                    flat = kept.setdefault(segment.param, adamw_state.empty(segment.param, page.bits))
-                    for here, there in _pairs(segment, moments, flat):
+                    if segment.param not in begun:
+                        begun[segment.param] = adamw_state.empty(segment.param, page.bits)
+                    for here, there in _pairs(segment, moments, begun[segment.param]):
                         there.copy_(here)
-        return kept
+                    if _ends(segment):
+                        yield segment.param, begun.pop(segment.param)
+
+    @torch.no_grad()
+    def load_moments(
+        self, updates: Mapping[torch.nn.Parameter, int], moments: Mapping[torch.nn.Parameter, Moments]
+    ) -> None:
+        """The inverse of `updates` and `stream_moments`; `moments` is asked for one parameter at a time.
+
+        Raises:
+            ValueError: moments of another kind or size. InputError, torch.OutOfMemoryError: no room for them. All is as
+            it was then.
+        """
+        self._lay_anew(set(updates), _Fitting(moments, self._bits))
+        self._steps = dict(updates)
+
+    def _collect(self) -> dict[torch.nn.Parameter, Moments]:
+        return dict(self.stream_moments())
+
+
+class _Fitting(Mapping[torch.nn.Parameter, Moments]):
+    """Moments that are seen to fit as they are asked for. The last is kept: a parameter may lie in several pages."""
+
+    def __init__(self, moments: Mapping[torch.nn.Parameter, Moments], bits: int) -> None:
+        self._moments, self._bits = moments, bits
+        self._last: tuple[torch.nn.Parameter, Moments] | None = None
+
+    def __getitem__(self, param: torch.nn.Parameter) -> Moments:
+        if self._last is None or self._last[0] is not param:
+            with torch.device("meta"):
+                expected = adamw_state.empty(param, bits_of(param, self._bits))
+            found = self._moments[param]
+            kinds = [{name: (value.dtype, value.shape) for name, value in part.items()} for part in (found, expected)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(f"moments of a parameter of {tuple(param.shape)} are {kinds[0]}, expected {kinds[1]}")
+            self._last = param, found
+        return self._last[1]
+
+    def __contains__(self, param: object) -> bool:
+        return param in self._moments
+
+    def __iter__(self) -> Iterator[torch.nn.Parameter]:
+        return iter(self._moments)
+
+    def __len__(self) -> int:
+        return len(self._moments)
+
+
+def _ends(segment: Segment) -> bool:
+    """Whether it is its parameter's last."""
+    return segment.start + segment.length == segment.param.numel()
 
 
 def _fill(
-    pages: dict[torch.device, list[Page]], pagers: dict[torch.device, Pager], kept: dict[torch.nn.Parameter, Moments]
+    pages: dict[torch.device, list[Page]], pagers: dict[torch.device, Pager], kept: Mapping[torch.nn.Parameter, Moments]
 ) -> None:
     """Write the parameters' moments into the pages, without a buffer on the device."""
     for device, own in pages.items():

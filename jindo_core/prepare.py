@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from jindo_core import embedded
 from jindo_core.causal_lm import CausalLM, ModelConfig
 from jindo_core.config import TrainConfig
-from jindo_core.data.batches import Portion
 from jindo_core.data.examples import Encoder, prompt_ids
 from jindo_core.data.packing import PackedRows
 from jindo_core.data.records import Record
@@ -55,21 +55,30 @@ class TrainingJob:
     """A run's parts once everything was read and checked.
 
     Attributes:
-        config: as given, with what a memory budget made necessary.
+        given: the settings as they came. config: those, with what the model and a memory budget made necessary.
         probe: the row that is answered before and after, or None. mmlu: asked at every measuring, or None.
     """
 
+    given: TrainConfig
     config: TrainConfig
     model: CausalLM
     optimizer: torch.optim.Optimizer
     relief: Relief
     tokenizer: Tokenizer
     template: Template
-    examples: Selection | PackedRows
-    portions: tuple[Portion, ...]
-    held_out: Selection
+    data: TrainingData
     probe: Record | None
     mmlu: Mmlu | None = None
+
+    @property
+    def examples(self) -> Selection | PackedRows:
+        """What is trained on."""
+        return self.data.examples
+
+    @property
+    def held_out(self) -> Selection:
+        """What it is measured on."""
+        return self.data.held_out
 
 
 @dataclass(frozen=True)
@@ -86,20 +95,25 @@ class _Sources:
     capacity: int
 
 
-def prepare(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> TrainingJob:
+def prepare(
+    config: TrainConfig, explicit: frozenset[str], view: TrainingView, planned: Mapping[str, Any] | None = None
+) -> TrainingJob:
     """Read and check everything.
 
     Args:
         explicit: names of the settings that the user gave.
-
+        planned: settings that the budget made necessary in the run that goes on, in place of planning anew.
     Raises:
         InputError: a path, file, row or setting that can't be used; nothing was written.
     """
+    given = config
     found = _open(config, explicit, view)
     context, config = found.architecture.context, found.config
     mmlu = _questions(config, found.tokenizer, context, view) if config.do_mmlu_eval else None
     data = read_data(found.files, config, found.encoder, found.capacity, view)
-    config, step = _plan(config, found.architecture, data, view)
+    if planned is not None:
+        config = dataclasses.replace(config, **planned)
+    config, step = _plan(config, found.architecture, data, view, anew=planned is None)
     model = _load(found.path, config, view)
     trained = [p for p in model.parameters() if p.requires_grad]
     view.say(
@@ -114,9 +128,7 @@ def prepare(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -
     relief = Relief(model, optimizer, config.micro_batch_size, _place(config), _advice(step))
     tokenizer, template = found.tokenizer, found.template
     probe = _choose_probe(data.probes, tokenizer, template, found.capacity, context)
-    return TrainingJob(
-        config, model, optimizer, relief, tokenizer, template, data.examples, data.portions, data.held_out, probe, mmlu
-    )  # fmt: skip
+    return TrainingJob(given, config, model, optimizer, relief, tokenizer, template, data, probe, mmlu)
 
 
 def preview(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> None:
@@ -182,9 +194,9 @@ def _within_context(config: TrainConfig, architecture: ModelConfig, view: Traini
 
 
 def _plan(
-    config: TrainConfig, architecture: ModelConfig, data: TrainingData, view: TrainingView
+    config: TrainConfig, architecture: ModelConfig, data: TrainingData, view: TrainingView, *, anew: bool
 ) -> tuple[TrainConfig, Step]:
-    """What the budget makes necessary; shows the memory plan."""
+    """What the budget makes necessary, unless it was settled before (not `anew`); shows the memory plan."""
     device = pick_device(config.device)
     cuda = device.type == "cuda"
     itemsize = pick_dtype(config.dtype, device).itemsize
@@ -195,7 +207,7 @@ def _plan(
         micro_batch=min(config.micro_batch_size, len(data.examples)), on_cuda=cuda,
     )  # fmt: skip
     _say_what_is_idle(config, wanted, view)
-    config, step, changes = within_budget(config, wanted)
+    config, step, changes = within_budget(config, wanted) if anew else (config, wanted, [])
     for change in changes:
         view.notice(f"to keep within {config.max_memory_MB} MB: {change.text} ({change.cost})")
     found = plan(step)

@@ -40,6 +40,9 @@ PROFILE: dict[str, Any] = {
     "max_memory_MB": 80000,
     "gradient_checkpointing": True,
     "logging_steps": 10,
+    "save_steps": 250,
+    "save_total_limit": 40,
+    "load_best_model_at_end": False,
 }
 """qlora.py's defaults, in our settings."""
 
@@ -78,7 +81,6 @@ class Flag:
 
 _NOTHING = ("", "none", "false", "0", "no", "off")
 _YES = ("true", "1", "yes", "on")
-_NO_CHECKPOINTS = "no checkpoints are written while training yet: the adapter is saved at the end"
 _NO_ANSWERS = "no answers are written while training: jindo-core generate has the settings of sampling"
 _OWN_CODE = "models are built from the engine's own code: nothing of a checkpoint's is ever run"
 _HUB_LOGIN = "the Hub's own login counts: hf auth login, or HF_TOKEN"
@@ -88,7 +90,6 @@ _LOGGED = "every step is written to metrics.jsonl; --logging_steps says which ar
 _ROWS_READY = "rows are tokenized before the first step: no worker prepares them beside it"
 _ONE_DEVICE = "this version trains on one device"
 _BETAS = "AdamW runs with betas 0.9 and 0.999 and eps 1e-8: leave it out"
-_NO_RESUME = "an interrupted run can't be taken up again yet, and is never started afresh in silence: leave it out"
 
 
 def _inert(names: str, note: str, as_is: tuple[Any, ...] = ()) -> list[Flag]:
@@ -137,16 +138,13 @@ _TABLE = [
     *_inert("per_device_eval_batch_size eval_accumulation_steps", _MICRO),
     *_refused("deepspeed fsdp ddp_find_unused_parameters", _ONE_DEVICE + ": leave it out"),
     *_refused("local_rank", _ONE_DEVICE + ": leave it out", ("-1",)),
-    *_refused("resume_from_checkpoint", _NO_RESUME),
     *_inert("ddp_backend ddp_timeout", _ONE_DEVICE),
     # generation
     *_inert("max_new_tokens min_new_tokens do_sample num_beams num_beam_groups penalty_alpha use_cache", _NO_ANSWERS),
     *_inert("temperature top_k top_p typical_p diversity_penalty repetition_penalty", _NO_ANSWERS),
     *_inert("length_penalty no_repeat_ngram_size generation_max_length generation_num_beams", _NO_ANSWERS),
     # files and reports
-    Flag("save_strategy", "later", note=_NO_CHECKPOINTS, as_is=("no",)),
-    *[Flag(name, "later", note=_NO_CHECKPOINTS) for name in ("save_steps", "save_total_limit")],
-    Flag("load_best_model_at_end", "later", note=_NO_CHECKPOINTS, as_is=_NOTHING),
+    Flag("save_strategy", "rule", "save_steps", "steps, or no for none", kind="text"),
     *_inert("logging_strategy logging_first_step logging_dir", _LOGGED),
     *_inert("disable_tqdm", "the bar shows only on a terminal"),
     *[
@@ -290,6 +288,16 @@ def _held_out(line: _Given) -> None:
         line.notices.add("counts without --evaluation_strategy too", "eval_steps")
 
 
+def _checkpoints(line: _Given) -> None:
+    strategy = line.other.get("save_strategy", "steps")
+    if strategy not in ("no", "steps"):
+        raise InputError(f"--save_strategy: got {strategy!r}, expected steps or no: --save_steps says how many")
+    if strategy == "no":
+        if "save_steps" in line.own:
+            line.notices.add("no effect with --save_strategy no", "save_steps")
+        line.own["save_steps"] = 0
+
+
 def _modules(line: _Given) -> None:
     named = line.other.get("lora_modules")
     if named is not None:
@@ -332,5 +340,5 @@ def _epochs(line: _Given) -> None:
 
 
 _RULES: tuple[Callable[[_Given], None], ...] = (
-    _batches, _precision, _quantization, _held_out, _modules, _optimizer, _schedule, _epochs,
+    _batches, _precision, _quantization, _held_out, _checkpoints, _modules, _optimizer, _schedule, _epochs,
 )  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from jindo_core import checkpoint
 from jindo_core.adapters import CONFIG, WEIGHTS, base_of
 from jindo_core.config import TrainConfig
 from jindo_core.errors import InputError
@@ -26,10 +28,14 @@ class RunRecord:
     results: dict[str, Any]
 
 
+def record_bytes(record: RunRecord) -> bytes:
+    """What the record's file holds."""
+    return (json.dumps(vars(record), indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_run(folder: Path, record: RunRecord) -> None:
     """Write the record into `folder`, whole or not at all."""
-    text = json.dumps(vars(record), indent=2, ensure_ascii=False)
-    write_atomically(folder / FILE, (text + "\n").encode())
+    write_atomically(folder / FILE, record_bytes(record))
 
 
 def read_run(folder: str | Path | None) -> RunRecord | None:
@@ -56,24 +62,44 @@ def base_and_run(base_model: str | None, lora_weights: str | None) -> tuple[str 
 
 
 def choose_output_dir(config: TrainConfig, named: bool) -> Path:
-    """The folder to write to. One that holds a run is refused; a default name gets the next free number."""
-    folder = Path(config.output_dir).expanduser()
+    """The folder to write to. One that holds a run is refused, unless that goes on; a default name gets the next free
+    number, or the last one with checkpoints to go on from."""
+    folder, going_on = Path(config.output_dir).expanduser(), _goes_on(config)
+    if going_on and not named:
+        numbered = [folder, *_numbered(folder)]
+        folder = next((one for one in reversed(numbered) if checkpoint.folders(one)), folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file, expected a folder")
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"output_dir {folder} can't be made: {nearest} is no folder that can be written to")
-    if config.overwrite_output_dir or not _holds_run(folder):
+    if config.overwrite_output_dir or not _holds_run(folder) or (going_on and checkpoint.folders(folder)):
         return folder
+    if named and not any((folder / name).exists() for name in (WEIGHTS, CONFIG, FILE)):
+        raise InputError(
+            f"output_dir {folder} holds checkpoints of a run that has not ended: --resume goes on with it; or give "
+            "another folder, or --overwrite_output_dir to replace it"
+        )
     if named:
         raise InputError(
             f"output_dir {folder} holds another run: give another folder, or --overwrite_output_dir to replace it"
         )
-    number = 2
-    while _holds_run(folder.with_name(f"{folder.name}-{number}")):
-        number += 1
-    return folder.with_name(f"{folder.name}-{number}")
+    return folder.with_name(f"{folder.name}-{len(_numbered(folder)) + 2}")
+
+
+def _goes_on(config: TrainConfig) -> bool:
+    """Whether the run goes on in the folder that holds its checkpoints."""
+    named = config.resume_from_checkpoint
+    if named in (None, "True"):
+        return config.resume or named is not None
+    return Path(named).expanduser().resolve().parent == Path(config.output_dir).expanduser().resolve()
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """`folder`-2, `folder`-3, … as far as they hold runs."""
+    names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return list(itertools.takewhile(_holds_run, names))
 
 
 def _holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (WEIGHTS, CONFIG, FILE))
+    return any((folder / name).exists() for name in (WEIGHTS, CONFIG, FILE)) or bool(checkpoint.folders(folder))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import tempfile
@@ -12,45 +12,47 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from jindo_core import embedded
+from jindo_core import checkpoint, embedded, resume
 from jindo_core.adapters import CONFIG, WEIGHTS, save_adapter
+from jindo_core.checkpoint import Checkpoint
 from jindo_core.config import TrainConfig
 from jindo_core.data.batches import BatchCursor
 from jindo_core.data.examples import end_ids, prompt_ids
 from jindo_core.data.packing import collate_documents
 from jindo_core.data.records import Record
-from jindo_core.errors import InputError, TrainingError
+from jindo_core.errors import InputError, Stopped, TrainingError
 from jindo_core.evaluate import held_out_loss
+from jindo_core.files import held
 from jindo_core.generation import generate
+from jindo_core.interrupt import Broken, StopSignals
 from jindo_core.memory import current_bytes, is_out_of_memory, keep_budget, peak_bytes
 from jindo_core.mmlu import Mmlu, Scores
 from jindo_core.optim import learning_rate_factor
 from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.prepare import ANSWER_TOKENS, TrainingJob, prepare
 from jindo_core.progress import TrainingView, draw_loss, typed
+from jindo_core.resume import Foreign, Saver, base_digest, load_best, restore, take_weights
 from jindo_core.run_record import RunRecord, choose_output_dir, write_run
+from jindo_core.run_state import NOT_FINITE, Best, History, RunState, Skipped
 
 METRICS = "metrics.jsonl"
-_NOT_FINITE = "no adapter was saved; lower --learning_rate, use --dtype fp32, or look at the data"
-
 ROOM = 4 << 20
 """Bytes that must be free in output_dir before a run begins."""
-
-MOST_SKIPPED = 5
-"""Steps in a row without a finite gradient that end a run."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """output_dir: where the adapter lies. Losses are on the held-out rows, NaN without any."""
+    """output_dir: where the adapter lies; adapter_step: after which step it was as it is. Losses are on the held-out
+    rows, NaN without any."""
 
     output_dir: Path
     steps: int
+    adapter_step: int
     loss_before: float
     loss_after: float
     tokens_per_second: float
@@ -60,7 +62,7 @@ class TrainResult:
 def train(
     config: TrainConfig, explicit: frozenset[str] = frozenset(), notices: Sequence[str] = ()
 ) -> TrainResult:
-    """Run a training job as `config` says.
+    """Run a training job as `config` says, or go on with one.
 
     Args:
         explicit: names of the settings that the user gave; an output_dir among them is never renamed.
@@ -69,6 +71,7 @@ def train(
         InputError: a path, file, row or setting that can't be used; nothing was written.
         TrainingError: the loss or a gradient stopped being finite; no adapter was written, and one that the
             folder held is as it was. metrics.jsonl.part shows how far the run came.
+        Stopped: SIGTERM or SIGINT came; the step was finished and a checkpoint written.
     """
     if config.preview:
         raise InputError(f"preview is {config.preview}, expected 0 to train: rows are shown by prepare.preview")
@@ -76,40 +79,58 @@ def train(
     for notice in notices:
         view.notice(notice)
     output_dir = choose_output_dir(config, "output_dir" in explicit)
-    job = prepare(config, explicit, view)
-    try:
-        return _run(job, output_dir, view)
-    finally:
-        keep_budget(job.model.device, 0)
+    with contextlib.ExitStack() as owned:
+        if there := output_dir.is_dir():
+            owned.enter_context(held(output_dir))
+        found = resume.find(config, output_dir, view)
+        planned = resume.check_settings(found, config, view) if isinstance(found, Checkpoint) else None
+        job = prepare(config, explicit, view, planned)
+        owned.callback(keep_budget, job.model.device, 0)
+        _make_room(output_dir)
+        if not there:
+            owned.enter_context(held(output_dir))
+        checkpoint.clear(output_dir)
+        if found is None and config.overwrite_output_dir:
+            for folder in filter(checkpoint.is_ours, checkpoint.folders(output_dir)):
+                checkpoint.remove(folder)
+        return _run(job, found, output_dir, view)
 
 
-def _run(job: TrainingJob, output_dir: Path, view: TrainingView) -> TrainResult:
+def _run(job: TrainingJob, found: Checkpoint | Foreign | None, output_dir: Path, view: TrainingView) -> TrainResult:
     """Measure, train, measure again, save."""
-    config, part = job.config, output_dir / f"{METRICS}.part"
-    with _open_log(part) as log:
-        history = _History(log)
-        before = _measure(job, view, history, step=0)
-        first_answer = _answer(job, view)
-        speed, steps = _loop(job, view, history)
-        after = _measure(job, view, history, step=steps)
-    answers = [] if job.probe is None else [(_one_line(job.probe), first_answer, _answer(job, view))]
-    view.results(before, after, len(job.held_out), answers)
-    if history.mmlu:
-        first, last = history.mmlu[0], history.mmlu[-1]
+    part = output_dir / f"{METRICS}.part"
+    with open(part, "w", encoding="utf-8") as log:
+        run = _Run(job, RunState(History(log)), output_dir, view)
+        run.begin(found)
+        with run.signals:
+            total = _loop(run)
+            after, kept = run.measure_last(total)
+            return _finish(run, part, total, after, kept)
+
+
+def _finish(run: _Run, part: Path, total: int, after: float, kept: int) -> TrainResult:
+    """Show and save what came of it. A signal that comes now changes nothing: it is short."""
+    job, output_dir, view = run.job, part.parent, run.view
+    state, history = run.state, run.state.history
+    answers = [] if job.probe is None else [(_one_line(job.probe), state.first_answer, _answer(job, view))]
+    view.results(state.before, after, len(job.held_out), answers)
+    if (first := history.first_scores) is not None and (last := history.last_scores) is not None:
         view.mmlu(first.subjects, last.subjects, first.accuracy, last.accuracy)
     # Until here a run that was in the folder before is whole, and one that fails leaves no more than its log.
     _save(job, output_dir)
     os.replace(part, output_dir / METRICS)
-    result = TrainResult(output_dir, steps, before, after, speed, peak_bytes(job.model.device))
-    _record(config, result)
+    result = TrainResult(
+        output_dir, total, kept, state.before, after, state.tokens_per_second, peak_bytes(job.model.device)
+    )
+    _record(job.config, result)
     draw_loss(history.rows, output_dir / "loss.png")
-    _farewell(view, config, result, job.probe)
+    _farewell(view, job.config, result, job.probe)
     return result
 
 
 def _save(job: TrainingJob, output_dir: Path) -> None:
     """The adapter to output_dir; where that fails, to a folder for temporary files: what was learnt is not lost."""
-    base = _lasting(job.config.base_model) or embedded.HUB_ID
+    base = _base_name(job.config)
     try:
         save_adapter(job.model, output_dir, base_model=base)
     except OSError as error:
@@ -120,83 +141,138 @@ def _save(job: TrainingJob, output_dir: Path) -> None:
         ) from error
 
 
-def _open_log(path: Path) -> TextIO:
+def _make_room(folder: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent) as probe:  # no room for an adapter: better known now
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:  # no room for an adapter: better known now
             os.posix_fallocate(probe.fileno(), 0, ROOM)
-        return open(path, "w", encoding="utf-8")
     except OSError as error:
-        said = f"output_dir {path.parent} can't be written to ({error.strerror})"
+        said = f"output_dir {folder} can't be written to ({error.strerror})"
         raise InputError(f"{said}: give another folder") from None
 
 
 # --- the loop -------------------------------------------------------------------------------------------
 
 
-class _History:
-    """The rows of metrics.jsonl, written as they come; and MMLU's scores."""
+class _Run:
+    """A job under way: what it has done, where its rows come from, where it is saved, and whether it is to stop."""
 
-    def __init__(self, log: TextIO) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.mmlu: list[Scores] = []
-        self._log = log
+    def __init__(self, job: TrainingJob, state: RunState, output_dir: Path, view: TrainingView) -> None:
+        self.job, self.state, self.view, self.signals = job, state, view, StopSignals()
+        config = job.config
+        self.cursor = BatchCursor(
+            job.examples.lengths, batch_size=config.micro_batch_size, accumulation=config.accumulation_steps,
+            group_by_length=config.group_by_length, seed=config.seed, portions=job.data.portions,
+        )  # fmt: skip
+        self._output_dir = output_dir
+        self._base = base_digest(job.model)
+        self._saver = Saver(job, self.cursor, output_dir, self._base, _base_name(config), _record_of(config, {}))
 
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        # NaN is no JSON: a figure that is not there is null.
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._log.write(json.dumps(clean) + "\n")
-        self._log.flush()
+    def begin(self, found: Checkpoint | Foreign | None) -> None:
+        """Go on from a checkpoint, or measure what there is before the first step."""
+        job, state = self.job, self.state
+        if isinstance(found, Checkpoint):
+            restore(job, self.cursor, found, self._base, state, self.view)
+            return
+        if found is not None:
+            take_weights(job, found, self.view)
+        state.before = self._measure()
+        state.first_answer = _answer(job, self.view)
+
+    def measure(self, total: int) -> None:
+        """The held-out loss after the last step, where it is due and not known yet; left off when a signal comes."""
+        state = self.state
+        if not 0 < state.step < total or state.step % self.job.config.eval_steps or state.measured == state.step:
+            return
+        with contextlib.suppress(Broken), self.signals.breakable():
+            loss = self._measure()
+            if self.job.held_out:
+                self.view.say(f"step {state.step}/{total}  held-out loss {loss:.4f}")
+            saved = self.job.config.save_steps and state.step % self.job.config.save_steps == 0
+            if saved and math.isfinite(loss) and (state.best is None or loss < state.best.loss):
+                state.best = Best(state.step, loss)
+
+    def measure_last(self, total: int) -> tuple[float, int]:
+        """The held-out loss of what the run ends with, and whose it is: the last step, or the checkpoint that was
+        measured best, whose adapter is in the model then."""
+        try:
+            with self.signals.breakable():
+                loss = self._measure()
+        except Broken:
+            self.save_if_due()  # and raises Stopped
+            raise
+        best = self.state.best
+        if not self.job.config.load_best_model_at_end or best is None or not best.loss < loss:
+            return loss, total
+        if not load_best(self.job, self._output_dir / f"checkpoint-{best.step}", self.view):
+            return loss, total
+        self.view.say(f"checkpoint-{best.step} was measured best, {best.loss:.4f} to {loss:.4f}: its adapter is kept")
+        return best.loss, best.step
+
+    def _measure(self) -> float:
+        loss = _measure(self.job, self.view, self.state.history, self.state.step)
+        self.state.measured = self.state.step
+        return loss
+
+    def save_if_due(self) -> None:
+        """A checkpoint after every so many steps, and where a signal ends the run: raises Stopped then."""
+        step, every, asked = self.state.step, self.job.config.save_steps, self.signals.asked
+        if asked is None and not (every and step % every == 0):
+            return
+        try:
+            path = self._saver.save(self.state)
+        except (OSError, InputError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            said = f"the checkpoint of step {step} could not be written ({reason}); the ones before it are as they were"
+            if asked is None:
+                self.view.notice(f"{said}, and the run goes on")
+                return
+            raise TrainingError(f"stopped by {asked.name}, and {said}") from error
+        if asked is not None:
+            raise Stopped(f"stopped by {asked.name} after step {step}: {path} is saved, --resume goes on", 128 + asked)
 
 
-def _loop(job: TrainingJob, view: TrainingView, history: _History) -> tuple[float, int]:
-    """Train; returns tokens a second over the whole loop, and the steps done."""
-    config, model, skipped = job.config, job.model, _Skipped()
-    lengths = job.examples.lengths
-    cursor = BatchCursor(
-        lengths, batch_size=config.micro_batch_size, accumulation=config.accumulation_steps,
-        group_by_length=config.group_by_length, seed=config.seed, portions=job.portions,
-    )  # fmt: skip
-    total = count_steps(cursor.steps_per_epoch, config)
-    model.train()
+def _loop(run: _Run) -> int:
+    """Train to the end; returns the number of steps."""
+    job, state, view, config = run.job, run.state, run.view, run.job.config
+    lengths, total = job.examples.lengths, count_steps(run.cursor.steps_per_epoch, config)
+    if state.step > total:
+        raise InputError(f"step {state.step} is done, and {total} are asked for: raise --max_steps or --num_epochs")
+    job.model.train()
     view.start(total)
-    started, evaluating, tokens = time.perf_counter(), 0.0, 0
     try:
-        for step, batches in zip(range(1, total + 1), cursor, strict=False):
-            taken = _step(job, batches, step, total, skipped, view)
-            tokens += sum(int(lengths[i]) for batch in batches for i in batch)
-            seconds = time.perf_counter() - started - evaluating
+        run.measure(total)  # a run that was stopped within a measurement goes on with it
+        while state.step < total:
+            began, batches = time.perf_counter(), next(run.cursor)
+            taken = _step(job, batches, state.step + 1, total, state.skipped, view)
+            state.step += 1
+            state.tokens += sum(int(lengths[i]) for batch in batches for i in batch)
+            state.seconds += time.perf_counter() - began
             row = {
-                "step": step,
-                "epoch": round(step * config.num_epochs / total, 4) if config.max_steps < 1 else None,
+                "step": state.step,
+                "epoch": round(state.step * config.num_epochs / total, 4) if config.max_steps < 1 else None,
                 **taken,
-                "skipped_steps": skipped.total,
-                "tokens": tokens,
-                "tokens_per_second": tokens / seconds,
-                "memory_bytes": current_bytes(model.device),
-                "seconds": seconds,
+                "skipped_steps": state.skipped.total,
+                "tokens": state.tokens,
+                "tokens_per_second": state.tokens_per_second,
+                "memory_bytes": current_bytes(job.model.device),
+                "seconds": state.seconds,
             }
-            history.add(row)
-            logged = step % config.logging_steps == 0 or step in (1, total)
-            view.step(row, total, seconds / step * (total - step), logged)
-            if step % config.eval_steps == 0 and step < total:
-                pause = time.perf_counter()
-                held_out = _measure(job, view, history, step)
-                evaluating += time.perf_counter() - pause
-                if job.held_out:
-                    view.say(f"step {step}/{total}  held-out loss {held_out:.4f}")
-        seconds = time.perf_counter() - started - evaluating
-        if skipped.total == total:
-            raise TrainingError(f"no step had a finite gradient: {_NOT_FINITE}")
+            state.history.add(row)
+            logged = state.step % config.logging_steps == 0 or state.step in (1, total)
+            view.step(row, total, state.seconds / state.step * (total - state.step), logged)
+            run.measure(total)
+            run.save_if_due()
+        if state.skipped.total == total:
+            raise TrainingError(f"no step had a finite gradient: {NOT_FINITE}")
     finally:
         view.stop()
-    model.eval()
-    return tokens / seconds, total
+    job.model.eval()
+    return total
 
 
 def _step(
-    job: TrainingJob, batches: list[list[int]], step: int, total: int, skipped: _Skipped, view: TrainingView
+    job: TrainingJob, batches: list[list[int]], step: int, total: int, skipped: Skipped, view: TrainingView
 ) -> dict[str, float]:
     """One optimizer step, or none where the gradient is not finite; its row of metrics."""
     config, optimizer = job.config, job.optimizer
@@ -212,7 +288,7 @@ def _step(
         return loss, float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
 
     loss, norm = job.relief.outlive(gradients, step, view.notice)
-    if not skipped.count(step, loss, norm, view):
+    if not skipped.count(step, loss, norm, lambda: job.data.said(batches), view.notice):
         # The norm says that all are finite: the paged ones need not look again, and wait for the device.
         known = {"finite": True} if isinstance(optimizer, PagedAdamW) else {}
         job.relief.outlive(functools.partial(optimizer.step, **known), step, view.notice, in_update=True)
@@ -223,28 +299,6 @@ def _step(
 def count_steps(per_epoch: int, config: TrainConfig) -> int:
     """Optimizer steps of the run: max_steps if given, else num_epochs of so many each."""
     return config.max_steps if config.max_steps > 0 else max(math.ceil(per_epoch * config.num_epochs), 1)
-
-
-@dataclass
-class _Skipped:
-    """Steps whose gradient was not finite: they change nothing, and so many in a row end the run."""
-
-    total: int = 0
-    running: int = 0
-
-    def count(self, step: int, loss: float, norm: float, view: TrainingView) -> bool:
-        """Whether this step is to be skipped."""
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.running = 0
-            return False
-        what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
-        self.total, self.running = self.total + 1, self.running + 1
-        if self.running >= MOST_SKIPPED:
-            raise TrainingError(
-                f"the {what} at step {step} is {value}, and {self.running - 1} steps before it failed so: {_NOT_FINITE}"
-            )
-        view.notice(f"the {what} at step {step} is {value}: the step is skipped")
-        return True
 
 
 def _cut(batches: list[list[int]], most: int) -> list[list[int]]:
@@ -278,7 +332,7 @@ def backward(loss: Tensor) -> None:
         loss.backward()
 
 
-def _measure(job: TrainingJob, view: TrainingView, history: _History, step: int) -> float:
+def _measure(job: TrainingJob, view: TrainingView, history: History, step: int) -> float:
     """Held-out loss, also written to the history; and MMLU where it is asked for."""
     if job.mmlu is not None:
         _ask(job, job.mmlu, view, history, step)
@@ -295,15 +349,14 @@ def _measure(job: TrainingJob, view: TrainingView, history: _History, step: int)
     return loss
 
 
-def _ask(job: TrainingJob, mmlu: Mmlu, view: TrainingView, history: _History, step: int) -> None:
+def _ask(job: TrainingJob, mmlu: Mmlu, view: TrainingView, history: History, step: int) -> None:
     def run() -> Scores:
         with view.asking(len(mmlu.questions)) as on_progress:
             return mmlu.ask(job.model, batch_size=job.relief.micro_batch, on_progress=on_progress)
 
     scores = job.relief.outlive(run, step, view.notice)
-    history.add({"step": step, **scores.metrics()})
+    history.add_scores(step, scores)
     view.say(f"step {step}  MMLU accuracy {scores.accuracy:.4f}, mean of {len(scores.subjects)} subjects")
-    history.mmlu.append(scores)
 
 
 # --- after the last step --------------------------------------------------------------------------------
@@ -333,14 +386,23 @@ def _one_line(record: Record) -> str:
 def _record(config: TrainConfig, result: TrainResult) -> None:
     results = {
         "steps": result.steps,
+        "adapter_of_step": result.adapter_step,
         "held_out_loss_before": None if math.isnan(result.loss_before) else result.loss_before,
         "held_out_loss_after": None if math.isnan(result.loss_after) else result.loss_after,
         "tokens_per_second": result.tokens_per_second,
         "peak_bytes": result.peak_bytes,
     }
-    settings = dataclasses.asdict(config)
+    write_run(result.output_dir, _record_of(config, results))
+
+
+def _record_of(config: TrainConfig, results: dict[str, Any]) -> RunRecord:
     template = _lasting(config.prompt_template_name) or config.prompt_template_name
-    write_run(result.output_dir, RunRecord(_lasting(config.base_model), template, settings, results))
+    return RunRecord(_lasting(config.base_model), template, dataclasses.asdict(config), results)
+
+
+def _base_name(config: TrainConfig) -> str:
+    """What the adapter's config calls its base."""
+    return _lasting(config.base_model) or embedded.HUB_ID
 
 
 def _lasting(name: str | None) -> str | None:

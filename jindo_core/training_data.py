@@ -33,6 +33,10 @@ _PROBE_WITHIN = 10_000
 """Records at a source's start that the row to be answered is chosen from: a file is not read a second time for it."""
 
 
+_MOST_SAID = 12
+"""Rows of a batch that a message names."""
+
+
 @dataclass(frozen=True)
 class DataFile:
     """A file, or a folder of files, of one format."""
@@ -51,6 +55,7 @@ class TrainingData:
 
     Attributes:
         examples: rows, or packs of them. portions: those of each file, and how often an epoch sees them.
+        chosen: the rows of those. names: of the files, for messages.
         rows: that are trained on; as many as there are examples, but for packs.
         asked: rows that were held out, with those that had nothing to learn.
     """
@@ -61,6 +66,20 @@ class TrainingData:
     held_out: Selection
     asked: int
     probes: list[Record]
+    chosen: Selection
+    names: tuple[str, ...]
+
+    def said(self, batches: Sequence[Sequence[int]]) -> str:
+        """The rows of a step, in words: `row 3, 17, 4 of rows.json`."""
+        numbers = [i for batch in batches for i in batch]
+        if isinstance(self.examples, PackedRows):
+            numbers = [row for number in numbers for row in self.examples.members(number)]
+        found: dict[int, list[int]] = {}
+        for number, row in map(self.chosen.origin, numbers[:_MOST_SAID]):
+            found.setdefault(number, []).append(row)
+        parts = [f"{', '.join(map(str, rows))} of {self.names[number]}" for number, rows in sorted(found.items())]
+        more = len(numbers) - _MOST_SAID
+        return f"row {' and '.join(parts)}" + (f", and {more} more" if more > 0 else "")
 
     @property
     def longest(self) -> int:
@@ -127,7 +146,8 @@ def read_data(
         filled = len(rows) / len(examples)
         view.say(f"{len(rows):,} rows packed into {len(examples):,} sequences, {filled:.1f} to one")
     probes = _first_records(files, sources, measured if len(measured) else chosen)
-    return TrainingData(examples, portions, len(rows), held_out, len(measured), probes)
+    names = tuple(file.source.paths[0].name for file in files)
+    return TrainingData(examples, portions, len(rows), held_out, len(measured), probes, rows, names)
 
 
 def _passed_over(file: DataFile) -> str:

@@ -15,7 +15,7 @@ import pytest
 PARTS = {"kernels": {"kernels"}, "jindo_core": {"jindo_core", "kernels"}, "cli": {"cli", "jindo_core"}}
 ENGINE_ROWS = [
     {"errors"},
-    {"settings", "plan", "plan_falcon", "files", "part_file", "config_json"},
+    {"settings", "plan", "plan_falcon", "files", "part_file", "config_json", "interrupt"},
     {"config", "qlora", "families", "long_memory", "rotary"},
     {"convert_config", "data_config", "data_config_inspect", "eval_config"},
     {"nf4"},
@@ -26,9 +26,11 @@ ENGINE_ROWS = [
     {"model", "falcon"},
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
-    | {"run_record", "decoding", "generation", "batch_generation", "progress"},
-    {"evaluate", "mmlu", "scoring", "tune", "doctor", "merge", "training_data", "refinery", "likelihood"},
+    | {"checkpoint", "run_record", "decoding", "generation", "batch_generation", "progress"},
+    {"evaluate", "mmlu", "scoring", "tune", "doctor", "merge", "training_data", "run_state", "refinery"}
+    | {"likelihood"},
     {"prepare", "drift", "refine", "kobest", "perplexity"},
+    {"resume"},
     {"train", "convert", "evaluation"},
     {"integrations"},
 ]

@@ -132,6 +132,10 @@ class PackedRows(LazySequence[Pack]):
     def __len__(self) -> int:
         return len(self._packs)
 
+    def members(self, number: int) -> list[int]:
+        """The rows of a pack."""
+        return self._packs[number]
+
     def _at(self, number: int) -> Pack:
         ids: list[int] = []
         labels: list[int] = []

@@ -61,10 +61,11 @@ class TokenizedRows(LazySequence[Example]):
 
     Attributes:
         lengths: int32, tokens of each. from_cache: whether it was there already.
+        checksum: CRC-32 of all tokens, labels and row numbers.
     """
 
-    def __init__(self, file: IO[bytes], count: int, tokens: int, *, from_cache: bool) -> None:
-        self._file, self.from_cache = file, from_cache
+    def __init__(self, file: IO[bytes], count: int, tokens: int, checksum: int, *, from_cache: bool) -> None:
+        self._file, self.checksum, self.from_cache = file, checksum, from_cache
         self.lengths = np.frombuffer(self._read(4 * tokens, 4 * count), "<i4")
         self._ends = np.cumsum(self.lengths, dtype=np.int64)
         self._behind = 4 * tokens + 4 * count
@@ -186,14 +187,14 @@ def _build(
             else:
                 descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:16]}.", suffix=".part")
                 file = os.fdopen(descriptor, "w+b")
-        count, tokens = _write(file, path, _encoded(source, row_format, encoder, on_progress), key)
+        count, tokens, check = _write(file, path, _encoded(source, row_format, encoder, on_progress), key)
         if not unchanged():
             raise InputError(f"{source.paths[0]} changed while it was read: start the run again")
         if path is not None and part is not None:
             with _room(path):
                 os.fsync(file.fileno())
                 os.replace(part, path)  # of two runs at once the later one's stands; both hold the same
-        rows, file = TokenizedRows(file, count, tokens, from_cache=False), None
+        rows, file = TokenizedRows(file, count, tokens, check, from_cache=False), None
         return rows
     finally:
         if file is not None:
@@ -249,8 +250,8 @@ def _chunk(records: Iterator[Record]) -> list[Record]:
     return chunk
 
 
-def _write(file: IO[bytes], path: Path | None, chunks: Iterator[list[Encoded]], key: str) -> tuple[int, int]:
-    """Returns the number of records, and of tokens."""
+def _write(file: IO[bytes], path: Path | None, chunks: Iterator[list[Encoded]], key: str) -> tuple[int, int, int]:
+    """Returns the number of records, of tokens, and the checksum of all."""
     lengths, rows, cut, check, size = array("i"), array("i"), bytearray(), 0, 0
 
     def put(data: bytes) -> None:
@@ -273,7 +274,7 @@ def _write(file: IO[bytes], path: Path | None, chunks: Iterator[list[Encoded]], 
     with _room(path):
         file.write(footer + _TAIL.pack(len(footer), _MAGIC))
         file.flush()
-    return len(lengths), tokens
+    return len(lengths), tokens, check
 
 
 def _flat(examples: Sequence[Example]) -> bytes:
@@ -302,7 +303,7 @@ def _open(path: Path, key: str, say: Callable[[str], None]) -> TokenizedRows | N
         file.close()
         say("tokenized rows of an earlier run are damaged: they are made anew")
         return None
-    return TokenizedRows(file, meta["records"], meta["tokens"], from_cache=True)
+    return TokenizedRows(file, meta["records"], meta["tokens"], meta["crc32"], from_cache=True)
 
 
 def _footer(file: IO[bytes], key: str) -> dict[str, Any] | None:
@@ -399,6 +400,19 @@ class Selection(LazySequence[Example]):
 
     def __len__(self) -> int:
         return len(self._chosen)
+
+    def digest(self) -> str:
+        """SHA-256 of what is read: the sources' contents, and which of their records."""
+        whole = hashlib.sha256(repr([(len(source), source.checksum) for source in self._sources]).encode())
+        whole.update(self._chosen.astype("<i8").tobytes())
+        return whole.hexdigest()
+
+    def origin(self, index: int) -> tuple[int, int]:
+        """Which source an example is from, and its row there, from 1."""
+        for number, (source, (start, end)) in enumerate(zip(self._sources, self.bounds, strict=True)):
+            if start <= index < end:
+                return number, int(source.rows[int(self._chosen[index])])
+        raise IndexError(f"example {index} of {len(self)}")
 
     def _at(self, index: int) -> Example:
         for source, (start, end) in zip(self._sources, self.bounds, strict=True):

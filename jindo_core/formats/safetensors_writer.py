@@ -34,18 +34,22 @@ class SafetensorsWriter:
         sizes: {name: bytes} of every tensor that will come, in order; a size may be an upper bound.
         max_shard_size: bytes of tensors in a file; a larger tensor has a file of its own.
         checksums: keep a checksum of every tensor in its file's metadata (our own format).
+        stem: of the file's name, or the shards'.
     Attributes:
         written: {name: (file, checksum)}.
     """
 
-    def __init__(self, folder: Path, sizes: Mapping[str, int], max_shard_size: int, *, checksums: bool = False) -> None:
+    def __init__(
+        self, folder: Path, sizes: Mapping[str, int], max_shard_size: int, *, checksums: bool = False,
+        stem: str = "model",
+    ) -> None:  # fmt: skip
         self.written: dict[str, tuple[Path, str]] = {}
-        self._checksums = checksums
+        self._checksums, self._index = checksums, folder / f"{stem}.safetensors.index.json"
         self._folder = folder
         self._shards = _divide(sizes, max_shard_size)
         count = len(self._shards)
         self._files = [
-            folder / (SINGLE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors")
+            folder / (f"{stem}.safetensors" if count == 1 else f"{stem}-{i:05d}-of-{count:05d}.safetensors")
             for i in range(1, count + 1)
         ]
         self._open: BinaryIO | None = None
@@ -116,7 +120,7 @@ class SafetensorsWriter:
         if len(files) > 1:
             weight_map = {name: file.name for name, (file, _) in sorted(self.written.items())}
             index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-            (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            self._index.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _divide(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

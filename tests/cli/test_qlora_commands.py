@@ -167,9 +167,10 @@ def test_the_guanaco_scripts(size):
     # What is not spoken of is a setting here, or asks for what is done anyway.
     assert silent <= settings(TrainConfig).keys() | {
         "model_name_or_path", "dataset", "per_device_train_batch_size", "gradient_accumulation_steps", "bits", "bf16",
-        "quant_type", "lora_modules", "evaluation_strategy", "eval_dataset_size", "do_eval", "do_train", "adam_beta2",
+        "quant_type", "lora_modules", "save_strategy", "evaluation_strategy", "eval_dataset_size", "do_eval",
+        "do_train", "adam_beta2",
     }  # fmt: skip
-    assert "--save_strategy, --save_steps, --save_total_limit: no checkpoints are written while training yet" in text
+    assert values(config, "save_steps", "save_total_limit") == (200 if size in ("33b", "65b") else 500, 40)
     assert "--warmup_ratio: no effect with a constant schedule" in text
 
 
@@ -238,7 +239,7 @@ def test_the_guanaco_script_runs(stories15m, tmp_path, monkeypatch, capsys):
     assert (adapter["r"], adapter["lora_alpha"]) == (64, 16)
     kinds = {name.rpartition(".")[2] for name in adapter["target_modules"]}
     assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert capsys.readouterr().out.startswith("note: --save_strategy, --save_steps, --save_total_limit: no checkpoints")
+    assert capsys.readouterr().out.startswith("note: --data_seed: one seed serves")
 
 
 # Flags one by one -----------------------------------------------------------------------------------------
@@ -250,7 +251,12 @@ def test_the_guanaco_script_runs(stories15m, tmp_path, monkeypatch, capsys):
         ("--bits 16", {"quantize": "none"}, ""),
         ("--bits 32", {"quantize": "none", "dtype": "fp32"}, ""),
         ("--bits 32 --bf16", {"quantize": "none", "dtype": "bf16"}, ""),
-        ("--save_strategy no", {}, ""),
+        ("--save_strategy no", {"save_steps": 0}, ""),
+        ("--save_strategy no --save_steps 9", {"save_steps": 0}, "--save_steps: no effect with --save_strategy no"),
+        ("--save_strategy steps --save_steps 9", {"save_steps": 9}, ""),
+        ("--resume_from_checkpoint out/checkpoint-5", {"resume_from_checkpoint": "out/checkpoint-5"}, ""),
+        ("--resume_from_checkpoint true", {"resume_from_checkpoint": "True"}, ""),
+        ("--resume_from_checkpoint False", {"resume_from_checkpoint": None}, ""),
         ("--bits 8", {"quantize": "nf4"}, "--bits 8: 8-bit weights are served by NF4"),
         ("--quant_type fp4", {"quantize": "nf4"}, "--quant_type fp4: FP4 is served by NF4"),
         ("--quant_type nf4 --double_quant False", {"double_quant": False}, ""),
@@ -325,7 +331,8 @@ def test_what_becomes_of_a_flag(flags, expected, said):
         ("--do_train False", "--do_train: training is what this command does"),
         ("--do_predict", "--do_predict: no predictions.jsonl is written"),
         ("--predict_with_generate True", "--predict_with_generate: no predictions.jsonl"),
-        ("--resume_from_checkpoint out/checkpoint-5", "--resume_from_checkpoint: an interrupted run can't be taken up"),
+        ("--save_strategy epoch", "--save_strategy: got 'epoch', expected steps or no"),
+        ("--resume --resume_from_checkpoint c", "--resume: got it beside --resume_from_checkpoint"),
         ("--deepspeed z.json", "--deepspeed: this version trains on one device"),
         ("--bf16 --fp16", "--fp16: got it beside --bf16"),
         ("--evaluation_strategy epoch", "--evaluation_strategy: got 'epoch', expected steps or no"),
@@ -368,8 +375,10 @@ def test_alpaca_loras_other_flags():
     _, notices = resolved("jindo-core train --base_model m --wandb_project p --wandb_run_name r --wandb_watch all")
     (notice,) = notices
     assert notice.startswith("--wandb_project, --wandb_run_name, --wandb_watch: no reports to other services yet")
-    with pytest.raises(InputError, match="--resume_from_checkpoint: an interrupted run can't be taken up again yet"):
-        resolved("jindo-core train --base_model m --resume_from_checkpoint lora-alpaca/checkpoint-200")
+    config, _ = resolved("jindo-core train --base_model m --resume_from_checkpoint lora-alpaca/checkpoint-200")
+    assert values(config, "resume_from_checkpoint", "save_steps", "save_total_limit", "load_best_model_at_end") == (
+        "lora-alpaca/checkpoint-200", 200, 3, True,
+    )  # fmt: skip
 
 
 def test_files_take_the_same_names(tmp_path):

@@ -238,7 +238,7 @@ def test_a_failure_after_the_exchange_does_not_say_unchanged(old, tmp_path, monk
     def fails(_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(files, "_sync", fails)
+    monkeypatch.setattr(files, "sync_names", fails)
     message = r"is written and in its place, but was not brought safely to the disk .Input/output error."
     with (
         pytest.raises(InputError, match=message) as caught,
@@ -292,7 +292,7 @@ def test_everything_is_on_the_disk_before_it_is_renamed(old, monkeypatch):
     """fsync of the file and its folder, then the exchange, then fsync of the folder above."""
     seen = []
     names = {}
-    real_open, real_sync, real_exchange = os.open, os.fsync, files._exchange
+    real_open, real_sync, real_exchange = os.open, os.fsync, files.exchange
 
     def opened(path, *arguments, **options):
         descriptor = real_open(path, *arguments, **options)
@@ -301,6 +301,6 @@ def test_everything_is_on_the_disk_before_it_is_renamed(old, monkeypatch):
 
     monkeypatch.setattr(files.os, "open", opened)
     monkeypatch.setattr(files.os, "fsync", lambda d: (seen.append(names[d]), real_sync(d)))
-    monkeypatch.setattr(files, "_exchange", lambda *pair: (seen.append("exchange"), real_exchange(*pair)))
+    monkeypatch.setattr(files, "exchange", lambda *pair: (seen.append("exchange"), real_exchange(*pair)))
     write(old, overwrite=True)
     assert seen == ["config.json", ".model.partial", "exchange", old.parent.name]
