@@ -20,7 +20,7 @@ from jindo_core.causal_lm import CausalLM
 from jindo_core.errors import InputError, TrainingError
 from jindo_core.eval_config import KOBEST, EvalConfig, task_paths
 from jindo_core.eval_journal import Journal
-from jindo_core.files import write_atomically
+from jindo_core.files import content_digest, write_atomically
 from jindo_core.formats import open_checkpoint
 from jindo_core.hub import resolve_model
 from jindo_core.likelihood import Request, Score, batches, score
@@ -335,10 +335,8 @@ def _described(config: EvalConfig, path: Path, tasks: list[Task]) -> dict[str, A
 
 
 def _identity(path: Path) -> str:
-    """Of a model's files, by name, size and time: hashing gigabytes would take longer than some evaluations."""
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    told = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    """Of a model's files, by what they hold."""
+    return content_digest(path)[:16]
 
 
 def _drift(

@@ -24,6 +24,7 @@ from jindo_core.data.templates import Template, load_template
 from jindo_core.data.writers import RowWriter
 from jindo_core.data_config_inspect import RefineConfig, check_output
 from jindo_core.errors import InputError
+from jindo_core.files import content_digest
 from jindo_core.generation import stop_ids
 from jindo_core.hub import resolve_model
 from jindo_core.loader import load_model
@@ -230,12 +231,11 @@ def _count(config: RefineConfig, source: RowSource, form: Format) -> int:
 def _digest(
     config: RefineConfig, source: RowSource, form: Format, model: Path, tokenizer: Tokenizer, template: Template
 ) -> str:
-    """sha256 of what the results depend on: settings, rows, template, adapter, the base's files by name and size."""
+    """sha256 of what the results depend on: settings, rows, template, adapter, the base's files."""
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_IN_DIGEST}
     settings |= {"rows": source.digest(), "format": repr((form.name, form.mapped))}
     settings |= {"tokenizer": tokenizer.digest(), "template": template.identity()}
-    files = [model] if model.is_file() else sorted(path for path in model.iterdir() if path.is_file())
-    settings["base"] = [(path.name, path.stat().st_size) for path in files]
+    settings["base"] = content_digest(model)
     if config.lora_weights is not None:
         folder = Path(config.lora_weights).expanduser()
         for name in (CONFIG, WEIGHTS):
