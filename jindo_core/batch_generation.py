@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -56,18 +57,10 @@ def generate_batch(
             raise InputError(f"prompt {number} is {len(ids)} tokens long, the model's context {context}: shorten it")
     rooms = [max_new_tokens if context is None else min(max_new_tokens, context - len(ids)) for ids in prompts]
     if len(prompts) == 1 or depends_on_padding(model):  # one alone decodes faster: `decoding.Decoder`
-        return [
-            _answer(
-                list(
-                    generate_ids(
-                        model, ids, max_new_tokens=rooms[i], stop_ids=stop_ids, temperature=temperature, top_p=top_p,
-                        top_k=top_k, seed=None if seeds is None else seeds[i],
-                    )
-                ),
-                stop_ids,
-            )
-            for i, ids in enumerate(prompts)
-        ]  # fmt: skip
+        each = [None] * len(prompts) if seeds is None else seeds
+        alone = partial(generate_ids, model, stop_ids=stop_ids, temperature=temperature, top_p=top_p, top_k=top_k)
+        asked = zip(prompts, rooms, each, strict=True)
+        return [_answer(list(alone(ids, max_new_tokens=n, seed=seed)), stop_ids) for ids, n, seed in asked]
     generators = _generators(model, seeds, len(prompts))
     made: list[list[int]] = [[] for _ in prompts]
     was_training = model.training

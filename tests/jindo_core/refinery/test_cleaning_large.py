@@ -58,7 +58,8 @@ def test_a_million_rows(tmp_path, repo_root, recipe):
     argv = ["data", "clean", "--data_path", "in.jsonl", "--output_path", "out.jsonl", "--rejected_path", "gone.jsonl"]
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "job.py", *argv, "--recipe", recipe, "--workers", "2", "--json"], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, "job.py", *argv, "--recipe", recipe, "--workers", "2", "--json"],
+        cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(repo_root)}, check=True,
     )  # fmt: skip
     minutes = (time.monotonic() - started) / 60
