@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -55,29 +57,18 @@ def generate_batch(
             raise InputError(f"prompt {number} is {len(ids)} tokens long, the model's context {context}: shorten it")
     rooms = [max_new_tokens if context is None else min(max_new_tokens, context - len(ids)) for ids in prompts]
     if len(prompts) == 1 or depends_on_padding(model):  # one alone decodes faster: `decoding.Decoder`
-        singles = []
-        for i, ids in enumerate(prompts):
-            tokens = list(
-                generate_ids(
-                    model, ids, max_new_tokens=rooms[i], stop_ids=stop_ids, temperature=temperature, top_p=top_p,
-                    top_k=top_k, seed=None if seeds is None else seeds[i],
-                )
-            )  # fmt: skip
-            singles.append(_answer(tokens, stop_ids))
-        return singles
-    device = model.device
-    generators = [None if seeds is None else torch.Generator(device).manual_seed(seeds[i]) for i in range(len(prompts))]
+        each = [None] * len(prompts) if seeds is None else seeds
+        alone = partial(generate_ids, model, stop_ids=stop_ids, temperature=temperature, top_p=top_p, top_k=top_k)
+        asked = zip(prompts, rooms, each, strict=True)
+        return [_answer(list(alone(ids, max_new_tokens=n, seed=seed)), stop_ids) for ids, n, seed in asked]
+    generators = _generators(model, seeds, len(prompts))
+    made: list[list[int]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
     try:
         batch = _Batch(model, prompts, max(rooms, default=0))
-        made: list[list[int]] = [[] for _ in prompts]
         while batch.rows:
-            if temperature <= 0:
-                tokens = batch.logits.argmax(-1).tolist()
-            else:
-                drawn = zip(batch.logits, batch.rows, strict=True)
-                tokens = [pick_token(row, temperature, top_p, top_k, generators[i]) for row, i in drawn]
+            tokens = _picked(batch, generators, temperature, top_p, top_k)
             for i, token in zip(batch.rows, tokens, strict=True):
                 if not _ended(made[i], rooms[i], stop_ids):
                     made[i].append(token)
@@ -85,6 +76,22 @@ def generate_batch(
     finally:
         model.train(was_training)
     return [_answer(tokens, stop_ids) for tokens in made]
+
+
+def _generators(model: CausalLM, seeds: Sequence[int] | None, count: int) -> list[torch.Generator | None]:
+    if seeds is None:
+        return [None] * count
+    return [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
+
+
+def _picked(
+    batch: _Batch, generators: Sequence[torch.Generator | None], temperature: float, top_p: float, top_k: int
+) -> list[int]:
+    """The next token of each row of the batch."""
+    if temperature <= 0:
+        return cast("list[int]", batch.logits.argmax(-1).tolist())
+    drawn = zip(batch.logits, batch.rows, strict=True)
+    return [pick_token(row, temperature, top_p, top_k, generators[i]) for row, i in drawn]
 
 
 def depends_on_padding(model: CausalLM) -> bool:

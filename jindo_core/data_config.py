@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
 from jindo_core.config import read_fields
@@ -29,7 +30,7 @@ class CleanConfig:
     dataset_format: str | None = setting(None, _HOW, FORMAT_HELP, metavar="FORMAT")
     dry_run: bool = setting(False, _HOW, "count only; no rows are written")
     list_steps: bool = setting(False, _HOW, "list the steps with their options, and end")
-    seed: int = setting(42, _HOW, "for steps that choose at random", at_least=0)
+    seed: int = setting(42, _HOW, "for steps with an option seed, where the recipe gives it no value", at_least=0)
     workers: int = setting(0, _HOW, "processes; 0: one a core, none for a small file", at_least=0)
     report_path: str | None = setting(None, _REPORT, "file for the counts as JSON", path=True, metavar="FILE")
     json: bool = setting(False, _REPORT, "print the counts as JSON instead of a table")
@@ -42,7 +43,7 @@ class CleanConfig:
         if not self.dry_run:
             _need(self, "output_path")
         named = {name: getattr(self, f"{name}_path") for name in ("data", "output", "rejected", "flagged", "report")}
-        _check_apart({f"--{name}_path": path for name, path in named.items() if path is not None})
+        check_apart({f"--{name}_path": path for name, path in named.items() if path is not None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +70,15 @@ def _need(config: Config, name: str) -> None:
         raise InputError(f"--{name}: got nothing, expected {settings(type(config))[name].help}")
 
 
-def _check_apart(paths: dict[str, str]) -> None:
-    """Every file another: a file can't be read and written at once."""
+def check_apart(paths: dict[str, str]) -> None:
+    """Every file another: a file can't be read and written at once. `paths` by flag, --data_path among them."""
     seen: dict[Path, str] = {}
+    given = Path(paths["--data_path"]).expanduser()
+    sources = {given.resolve(), *(Path(found).resolve() for found in glob(str(given)))}
     for flag, path in paths.items():
         place = Path(path).expanduser().resolve()
         if place in seen:
             raise InputError(f"{flag}: got {path}, which is {seen[place]} too: expected another file")
-        if flag != "--data_path" and (source := Path(paths["--data_path"]).resolve()) in place.parents:
-            raise InputError(f"{flag}: got {path}, which lies in --data_path {source}: expected a place outside it")
+        if flag != "--data_path" and sources & {place, *place.parents}:
+            raise InputError(f"{flag}: got {path}, which lies in --data_path {given}: expected a place outside it")
         seen[place] = flag

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jindo_core.config import check_device, read_fields
+from jindo_core.data_config import check_apart
 from jindo_core.errors import InputError
 from jindo_core.settings import Config, setting, settings
 
@@ -91,6 +92,10 @@ class DataConvertConfig:
         read_fields(self)
         _need(self, "data_path", "output_path", "to")
         check_output(self.output_path, self.overwrite)
+        named = {name: getattr(self, f"{name}_path") for name in ("data", "output", "rejected")}
+        check_apart({f"--{name}_path": path for name, path in named.items() if path is not None})
+        if self.rejected_path is not None and not self.rejected_path.lower().endswith((".jsonl", ".json")):
+            raise InputError(f"--rejected_path: got {self.rejected_path}, expected a name that ends in .jsonl or .json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +167,7 @@ class RefineConfig:
         read_fields(self)
         _need(self, "data_path", "output_path", "mode")
         check_output(self.output_path, self.overwrite)
+        check_apart({"--data_path": str(self.data_path), "--output_path": str(self.output_path)})
         check_device(self.device)
         if self.mode == "rewrite":
             _need(self, "instruction")

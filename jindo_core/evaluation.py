@@ -19,7 +19,7 @@ from jindo_core.adapters import digest, load_adapter
 from jindo_core.causal_lm import CausalLM
 from jindo_core.errors import InputError, TrainingError
 from jindo_core.eval_config import KOBEST, EvalConfig, task_paths
-from jindo_core.files import identity, write_atomically
+from jindo_core.files import content_digest, write_atomically
 from jindo_core.formats import open_checkpoint
 from jindo_core.hub import resolve_model
 from jindo_core.likelihood import Request, Score, batches, score
@@ -319,7 +319,7 @@ def _described(config: EvalConfig, path: Path, tasks: list[Task]) -> dict[str, A
     settings = {name: getattr(config, name) for name in _KEPT} | {
         "tasks": [task.name for task in tasks],
         "data": {task.name: {"file": task.source, "sha256": task.digest} for task in tasks},
-        "base_model": {"name": path.name, "files": identity(path)},
+        "base_model": {"name": path.name, "files": content_digest(path)[:16]},
         "lora_weights": None,
         "device": device.type,
         "dtype": str(pick_dtype(config.dtype, device)).removeprefix("torch."),

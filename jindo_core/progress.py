@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +86,23 @@ def tokenizing_bar(console: Console, name: str) -> Iterator[Callable[[int, int, 
     with Progress(*columns, *more, console=console, transient=True) as bar:
         task = bar.add_task(name, total=None, rows=0)
         yield lambda rows, done, whole: bar.update(task, completed=done, total=whole, rows=rows)
+
+
+SPOKEN_EVERY = 30.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+
+def spoken(say: Callable[[str], object]) -> Callable[[str, int, int | None], None]:
+    """Progress without a terminal: what is told of each bit of work says a plain line now and then."""
+    last = time.monotonic()
+
+    def tell(part: str, done: int, whole: int | None) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SPOKEN_EVERY:
+            last = time.monotonic()
+            say(f"{part}: {done / whole:.0%}" if whole else f"{part}: {done:,}")
+
+    return tell
 
 
 def typed(command: Sequence[str]) -> str:
@@ -264,14 +282,23 @@ class ConversionView:
 
     @contextmanager
     def bar(self, what: str, total: int | None, *, in_bytes: bool = True) -> Iterator[Callable[[int], None]]:
-        """A bar of `total` bytes, or steps; what is yielded moves it on by so many. Without a terminal, a line."""
+        """A bar of `total` bytes, or steps; what is yielded moves it on by so many. Without a terminal, a line
+        now and then."""
         if not self.console.is_terminal and in_bytes and total is not None:
             self.say(f"{what}: {total / 1e6:,.0f} MB …")
         amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
         columns = (TextColumn(what), BarColumn(), amount, TextColumn("left"), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda amount: bar.advance(task, amount)
+            task, tell, done = bar.add_task(what, total=total), spoken(self.say), 0
+
+            def advance(amount: int) -> None:
+                nonlocal done
+                done += amount
+                bar.advance(task, amount)
+                if not self.console.is_terminal:
+                    tell(what, done, total)
+
+            yield advance
 
     def drift(self, rows: Sequence[tuple[str, float, float, float]], text: str) -> None:
         """Rows: (model, loss, mean KL from the first row's, largest difference of a logit)."""

@@ -23,7 +23,7 @@ from jindo_core.data.templates import Template, load_template
 from jindo_core.data.writers import RowWriter
 from jindo_core.data_config_inspect import RefineConfig, check_output
 from jindo_core.errors import InputError
-from jindo_core.files import identity
+from jindo_core.files import content_digest
 from jindo_core.generation import stop_ids
 from jindo_core.hub import resolve_model
 from jindo_core.loader import load_model
@@ -231,7 +231,7 @@ def _settings(
         "data_path": source.digest(),
         "dataset_format": repr((form.name, form.mapped)),
         "prompt_template_name": template.identity(),
-        "base_model": identity(model),
+        "base_model": content_digest(model)[:16],
         "tokenizer": tokenizer.digest(),
         "lora_weights": None if config.lora_weights is None else digest(config.lora_weights),
     }

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from jindo_core.data.readers import RowSource, kind_of, open_rows
 from jindo_core.data.writers import RowWriter
 from jindo_core.data_config import CleanConfig
 from jindo_core.errors import InputError
-from jindo_core.files import write_atomically
+from jindo_core.files import replacing
 from jindo_core.refinery.pipeline import Item, JoinStep, Passing, Rejected, SetStep, StepCounts
 from jindo_core.refinery.recipe import load_recipe
 from jindo_core.refinery.segments import (
@@ -130,23 +130,38 @@ def clean(config: CleanConfig, on_progress: Progress | None = None) -> Report:
     )
     try:
         with ExitStack() as stack:
-            report = _Run(plan, config, stack, on_progress or (lambda said, done, whole: None)).run(source, recipe.name)
+            run = _Run(plan, config, stack, on_progress or (lambda said, done, whole: None))
+            write = stack.enter_context(_report_file(config.report_path))
+            report = run.run(source, recipe.name)
+            write(json.dumps(report.as_dict(), indent=2, ensure_ascii=False).encode() + b"\n")
     except OSError as error:
         raise InputError(
             f"the refinery can't go on ({error.strerror or error}): nothing was written; is there room in "
             f"{tempfile.gettempdir()} (TMPDIR) for a copy of the rows?"
         ) from error
-    if config.report_path is not None:
-        write_atomically(
-            Path(config.report_path), json.dumps(report.as_dict(), indent=2, ensure_ascii=False).encode() + b"\n"
-        )
     return report
+
+
+@contextmanager
+def _report_file(path: str | None) -> Iterator[Callable[[bytes], object]]:
+    """Yields what takes the report. Its file is opened before the work, and in place before the output is."""
+    if path is None:
+        yield lambda content: None
+        return
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(replacing(Path(path)))
+        except OSError as error:
+            raise InputError(f"--report_path: {path} can't be written ({error.strerror}): nothing was") from error
+        yield file.write
 
 
 def _check_places(config: CleanConfig) -> None:
     notices = {"rejected": config.rejected_path, "flagged": config.flagged_path}
     rows = {} if config.dry_run else {"output": config.output_path, **notices}
     for name, path in {**rows, "report": config.report_path}.items():
+        if path is not None and Path(path).is_dir():
+            raise InputError(f"--{name}_path: {path} is a folder, expected a file")
         if path is not None and Path(path).exists() and not config.overwrite:
             raise InputError(f"--{name}_path: {path} is there already: give another name, or --overwrite to replace it")
     for name, path in notices.items():

@@ -8,25 +8,33 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from jindo_core.refinery.pipeline import Counted, Flagged, Item, Rejected, RowStep, map_texts, option
+from jindo_core.refinery.pipeline import Counted, Flagged, Item, Rejected, RowStep, map_texts, option, texts
 
 # Nothing that would make it part of a longer number or name. Hangul may follow: a particle.
-_BEFORE, _AFTER = r"(?<![A-Za-z0-9_+%-])(?<![0-9]\.)", r"(?![A-Za-z0-9_@]|[-.][A-Za-z0-9])"
+# Nor _ beside a word; round a number it is emphasis.
+_BEFORE = r"(?<![A-Za-z0-9+%-])(?<![0-9]\.)(?<![A-Za-z0-9]_)(?<![A-Za-z0-9]__)"
+_AFTER = r"(?![A-Za-z0-9@]|__?[A-Za-z0-9]|[-.][A-Za-z0-9])"
+_BETWEEN = "(?: ?[-–] ?|[. ])"  # what stands between a phone number's parts
+# Full-width forms, and dashes, one character for one: a match's place is its place in the text.
+_FOLDED = {0xFF10 + digit: str(digit) for digit in range(10)}
+_FOLDED |= dict(zip(map(ord, "＠．－＋（）‐‑‒—―−"), "@.-+()------", strict=True))
 
-_RESIDENT = re.compile(rf"{_BEFORE}([0-9]{{2}})([0-9]{{2}})([0-9]{{2}})( ?[-–] ?|)([0-9])([0-9]{{6}}){_AFTER}")
+_RESIDENT = re.compile(rf"{_BEFORE}([0-9]{{2}})([0-9]{{2}})([0-9]{{2}})( ?[-–] ?| ?)([0-9])([0-9]{{6}}){_AFTER}")
 _PHONE = re.compile(
     rf"{_BEFORE}(?:"
-    r"\+82[-. ]?(?:\(0\)[-. ]?)?(?:1[016789]|2|[3-6][1-5]|70)[-. ]?[0-9]{3,4}[-. ]?[0-9]{4}"
-    r"|01[016789](?P<m>[-. ]?)[0-9]{3,4}(?P=m)[0-9]{4}"
-    r"|(?:02|0(?:3[1-3]|4[1-4]|5[1-5]|6[1-4])|070|080|050[2-8])(?P<l>[- ])[0-9]{3,4}(?P=l)[0-9]{4}"
-    rf"){_AFTER}"
+    rf"(?:\+|00)82{_BETWEEN}?(?:\(0\){_BETWEEN}?)?(?:1[016789]|2|[3-6][1-5]|70){_BETWEEN}?[0-9]{{3,4}}{_BETWEEN}?[0-9]{{4}}"
+    rf"|82{_BETWEEN}10{_BETWEEN}[0-9]{{4}}{_BETWEEN}[0-9]{{4}}"
+    rf"|01[016789](?P<m>{_BETWEEN}?)[0-9]{{3,4}}(?P=m)[0-9]{{4}}"
+    r"|(?:02|0(?:3[1-3]|4[1-4]|5[1-5]|6[1-4])|070|080|050[2-8])"
+    rf"(?P<l>{_BETWEEN})[0-9]{{3,4}}(?P=l)[0-9]{{4}}){_AFTER}"
     # (02) 123-4567 and 02)123-4567
     rf"|{_BEFORE}\(?0(?:2|1[016789]|3[1-3]|4[1-4]|5[1-5]|6[1-4]|70)\) ?[0-9]{{3,4}}[- ][0-9]{{4}}{_AFTER}"
 )
 _MAIL = re.compile(
-    r"(?<![A-Za-z0-9_.+%@-])(?<!//)[A-Za-z0-9](?:[A-Za-z0-9._%+-]{0,63})@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})\.){1,6}"
+    r"(?<![A-Za-z0-9_.+%@-])(?<!//)"
+    r"(?:[A-Za-z0-9](?:[A-Za-z0-9._%+-]{0,63})|(?<![가-힣])[가-힣]{2,16})@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62})\.){1,6}"
     r"([A-Za-z]{2,24})(?![A-Za-z0-9_@(\[]|[.-][A-Za-z0-9]|:[A-Za-z0-9_/~])"
 )
 _CARD = re.compile(
@@ -40,6 +48,8 @@ _NETWORKS = re.compile(
     r"|3[47][0-9]{13}|3(?:0[0-5]|[689][0-9])[0-9]{11}|35[0-9]{14}|6(?:011|5[0-9]{2}|4[4-9][0-9]|2[0-9]{2})[0-9]{12}"
     r"|62[0-9]{17}|9[0-9]{15}"
 )
+_DIGIT = re.compile("[0-9０-９]")
+_VERSION = re.compile(r"@[0-9]+\.[0-9]+\.")  # package@20.1.com…
 _ABOUT_RESIDENT = re.compile(r"주민|등록 ?번호|외국인|resident|RRN", re.IGNORECASE)
 _ABOUT_CARD = re.compile(r"카드|card|결제|visa|master", re.IGNORECASE)
 # What ends like a name of the internet and is none: a file's ending, an attribute in code.
@@ -74,27 +84,32 @@ class PersonalData(RowStep):
     mask: Literal["korean", "english"] = option("korean", "language of the words put in its place")
     resident_numbers: bool = option(True, "Korean resident and foreigner registration numbers")
     check_digit: bool = option(
-        True, "resident numbers need their check digit; those given since October 2020 have none: False finds them too"
+        False, "resident numbers with a hyphen need their check digit too, which those since October 2020 have not"
     )
     phones: bool = option(True, "Korean phone numbers, +82 too")
     mails: bool = option(True, "mail addresses, those of RFC 2606 (example.com) left")
     cards: bool = option(True, "card numbers")
+    columns: bool = option(True, "also in columns that the rows' format does not know (name, url, …)")
 
     def __call__(self, item: Item) -> Item | Rejected | Flagged | Counted:
         found: Counter[str] = Counter()
         record = map_texts(item.record, lambda text: self.masked(text, found))
-        if not found:
+        values = item.values
+        if self.columns:
+            said = "\0".join(texts(item.record))  # the format's own columns hold it again
+            values = _mapped(item.values, lambda text: self.masked(text, found, said))
+        if not found and values is item.values:
             return item
         said = ", ".join(f"{kind} {count}" for kind, count in sorted(found.items()))
         if self.action == "reject":
             return Rejected(f"personal data: {said}")
         if self.action == "flag":
             return Flagged(item, f"personal data: {said}", found)
-        return Counted(replace(item, record=record), found)
+        return Counted(replace(item, record=record, values=values), found)
 
-    def masked(self, text: str, found: Counter[str]) -> str:
-        """The text with a mask for each finding; `found` counts them by kind."""
-        mail, digits = "@" in text, any(map(text.__contains__, "0123456789"))
+    def masked(self, text: str, found: Counter[str], counted: str = "") -> str:
+        """The text with a mask for each finding; `found` counts them by kind, but not those in the text `counted`."""
+        mail, digits = "@" in text or "＠" in text, _DIGIT.search(text) is not None
         for wanted, pattern, kind in (
             (self.mails and mail, _MAIL, _mail),
             (self.resident_numbers and digits, _RESIDENT, functools.partial(_resident, check=self.check_digit)),
@@ -102,15 +117,34 @@ class PersonalData(RowStep):
             (self.phones and digits, _PHONE, _phone),
         ):
             if wanted:
-                text = pattern.sub(functools.partial(self._mask, kind=kind, found=found), text)
+                text = self._masked(text, pattern, kind, found, counted)
         return text
 
-    def _mask(self, match: re.Match[str], kind: Callable[[re.Match[str]], str | None], found: Counter[str]) -> str:
-        name = kind(match)
-        if name is None:
-            return match[0]
-        found[name] += 1
-        return MASKS[self.mask][name]
+    def _masked(
+        self, text: str, pattern: re.Pattern[str], kind: Callable[[re.Match[str]], str | None], found: Counter[str],
+        counted: str,
+    ) -> str:  # fmt: skip
+        parts, end = [], 0
+        for match in pattern.finditer(text if text.isascii() else text.translate(_FOLDED)):
+            if (name := kind(match)) is not None:
+                if not counted or text[match.start() : match.end()] not in counted:
+                    found[name] += 1
+                parts += [text[end : match.start()], MASKS[self.mask][name]]
+                end = match.end()
+        return "".join(parts) + text[end:] if parts else text
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A column's value with `change` applied to every text in it; the same object if none changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        mapped = {name: _mapped(each, change) for name, each in value.items()}
+        return mapped if any(mapped[name] is not value[name] for name in value) else value
+    if isinstance(value, list):
+        listed = [_mapped(each, change) for each in value]
+        return listed if any(new is not old for new, old in zip(listed, value, strict=True)) else value
+    return value
 
 
 def _near(match: re.Match[str], words: re.Pattern[str], reach: int = 24) -> bool:
@@ -131,6 +165,8 @@ def _resident(match: re.Match[str], check: bool) -> str | None:
     right = digits[-1] == ((13 if foreign else 11) - total % 11) % 10
     # Without its hyphen it may be any id of 13 digits, milliseconds since 1970 among them.
     if not separator and not (right and _near(match, _ABOUT_RESIDENT)):
+        return None
+    if separator == " " and not right:
         return None
     if check and not right:
         return None
@@ -156,7 +192,7 @@ def _phone(match: re.Match[str]) -> str:
 
 
 def _mail(match: re.Match[str]) -> str | None:
-    return None if match[1].lower() in _NO_DOMAIN or _EXAMPLES.search(match[0]) else "mail"
+    return None if match[1].lower() in _NO_DOMAIN or _VERSION.search(match[0]) or _EXAMPLES.search(match[0]) else "mail"
 
 
 STEPS = (PersonalData,)

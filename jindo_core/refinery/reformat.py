@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,16 @@ from jindo_core.errors import InputError, nearest
 from jindo_core.progress import ConversionView
 
 _OF_TURNS = ("sharegpt", "vicuna", "messages")  # formats with room for any number of rounds
+
+
+@dataclass
+class _Made:
+    """The rows that one row became, and what they lack of it; counted only once all of them could be said."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    rounds_dropped: int = 0
+    turns_dropped: int = 0
+    left_behind: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -38,6 +47,14 @@ class Converted:
     rounds_dropped: int = 0
     turns_dropped: int = 0
     left_behind: Counter[str] = field(default_factory=Counter)
+
+    def add(self, made: _Made) -> None:
+        """Add what came of a row."""
+        self.made += len(made.rows) - 1
+        self.rows_out += len(made.rows)
+        self.rounds_dropped += made.rounds_dropped
+        self.turns_dropped += made.turns_dropped
+        self.left_behind.update(made.left_behind)
 
     def check(self) -> None:
         """Raises RuntimeError where a row got lost or came from nowhere: a defect."""
@@ -64,13 +81,13 @@ def run_convert(config: DataConvertConfig) -> Converted:
     with ExitStack() as stack:
         # The last to be entered is the first to be renamed: with the output in place, both are.
         writer = stack.enter_context(RowWriter(output))
-        rejected = None if config.rejected_path is None else stack.enter_context(_rejected(config, output))
+        rejected = None if config.rejected_path is None else stack.enter_context(_rejected(config))
         bar = stack.enter_context(view.bar("converting", source.size_bytes))
         read = 0
         for number, row in enumerate(source, 1):
             counts.rows_in += 1
             try:
-                made = list(_made(row, number, form, config, counts))
+                made = _made(row, number, form, config)
             except InputError as error:
                 if rejected is None:
                     raise InputError(f"{error} (--rejected_path FILE puts such rows aside)") from None
@@ -78,10 +95,9 @@ def run_convert(config: DataConvertConfig) -> Converted:
                 reason = error.reason if isinstance(error, RowError) else str(error)
                 rejected.write({"row": number, "reason": reason, "values": row.values})
                 continue
-            for values in made:
+            for values in made.rows:
                 writer.write(values)
-            counts.made += len(made) - 1
-            counts.rows_out += len(made)
+            counts.add(made)
             if number % 256 == 0:
                 bar(source.bytes_read - read)
                 read = source.bytes_read
@@ -92,30 +108,31 @@ def run_convert(config: DataConvertConfig) -> Converted:
     return counts
 
 
-def _rejected(config: DataConvertConfig, output: Path) -> RowWriter:
+def _rejected(config: DataConvertConfig) -> RowWriter:
     path = Path(str(config.rejected_path)).expanduser()
-    if path.resolve() == output.resolve():
-        raise InputError(f"--rejected_path: got {path}, which is --output_path too: expected another file")
     if path.exists() and not config.overwrite:
         raise InputError(f"--rejected_path: {path} is there already: give another name, or --overwrite to replace it")
     return RowWriter(path)
 
 
-def _made(
-    row: Row, number: int, form: Format, config: DataConvertConfig, counts: Converted
-) -> Iterator[dict[str, Any]]:
+def _made(row: Row, number: int, form: Format, config: DataConvertConfig) -> _Made:
     record = replace(form.record(row), row=number)
     own = dict(form.mapped)
     read = {name for column in form.columns for name in column.rstrip("?").split("|")} - set(form.marks)
     others = {name: value for name, value in row.values.items() if name not in {own.get(ours, ours) for ours in read}}
-    counts.turns_dropped += _unread_turns(row, record, form)
-    for each in _fitting(record, config, counts):
+    made = _Made(turns_dropped=_unread_turns(row, record, form))
+    fitting = _fitting(record, config)
+    if len(record.rounds) > 1 and config.rounds == "first":
+        made.rounds_dropped = len(record.rounds) - len(fitting[0].rounds)
+    for each in fitting:
         values = row_of(each, str(config.to))
-        taken = {name: value for name, value in others.items() if name not in values or name == "id"}
+        taken = {name for name in others if name == "id" and name in values}  # no number in place of its own id
         if config.keep_columns:
-            values |= taken
-        counts.left_behind.update(name for name in others if name not in taken or not config.keep_columns)
-        yield values
+            taken |= {name for name in others if name not in values or name == "id"}
+        values |= {name: value for name, value in others.items() if name in taken}
+        made.left_behind += [name for name in others if name not in taken]
+        made.rows.append(values)
+    return made
 
 
 def _unread_turns(row: Row, record: Record, form: Format) -> int:
@@ -125,13 +142,12 @@ def _unread_turns(row: Row, record: Record, form: Format) -> int:
     return sum(role != "system" for role, _ in conversation_turns(row)) - 2 * len(record.rounds)
 
 
-def _fitting(record: Record, config: DataConvertConfig, counts: Converted) -> list[Record]:
+def _fitting(record: Record, config: DataConvertConfig) -> list[Record]:
     """The record, or what `rounds` says is made of it where the target has room for one round only."""
     if len(record.rounds) == 1 or config.to in _OF_TURNS or config.rounds == "refuse":
         return [record]
     if config.rounds == "split":
         return split_rounds(record)
-    counts.rounds_dropped += len(record.rounds) - 1
     return [replace(record, rounds=record.rounds[:1])]
 
 

@@ -36,19 +36,22 @@ _JOINING += "\U00010a00-\U00011fff"
 # What an emoji of several is made of: pictographs, dingbats, arrows, skin tones, variation selector, keycap, tags.
 _EMOJI = "\u00a9\u00ae\u203c-\u3299\ufe0f\u20e3\U0001f000-\U0001faff\U000e0020-\U000e007f"
 _ZERO_WIDTH = re.compile(
-    "[\u00ad\u180e\u200b\u2060-\u2064\ufeff]"
-    f"|(?<![{_JOINING}])\u200c|\u200c(?![{_JOINING}])"
+    f"(?<![{_JOINING}])\u200c|\u200c(?![{_JOINING}])"
     f"|(?<![{_JOINING}{_EMOJI}])\u200d|(?<=[{_EMOJI}])\u200d(?![{_EMOJI}])"
 )
+_NEVER_SEEN = re.compile("[\u00ad\u180e\u200b\u2060-\u2064\ufeff]")
 _HANGUL_FILLER = re.compile("[\u3164\uffa0]")  # blank, and taken for a letter
-_ANSI = re.compile("\x1b\\[[0-?]*[ -/]*[@-~]")
+# Colours and the like; a title or a link (OSC) up to its end, which stands within the line.
+_ANSI = re.compile("\x1b\\[[0-?]*[ -/]*[@-~]|\x1b\\][^\x07\x1b\x9c\n]{0,2048}(?:\x07|\x1b\\\\|\x9c)")
 _BREAKS = re.compile("[\x0b\x0c\x85]")  # vertical tab, form feed, NEL
 _NONCHARACTERS = "".join(f"{chr(plane << 16 | 0xFFFE)}{chr(plane << 16 | 0xFFFF)}" for plane in range(17))
 _CONTROLS = re.compile(f"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufdd0-\ufdef{_NONCHARACTERS}]")
 
-_LINE_TAIL = re.compile(r"[ \t\u00a0\u3000]+(?=\n|\Z)")
+# From a run's start, and whole: else each blank of a long run would be tried again.
+_LINE_TAIL = re.compile(r"(?<![ \t\u00a0\u3000])[ \t\u00a0\u3000]++(?=\n|\Z)")
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|amp|lt|gt|quot|apos|nbsp);")
+_BARE = re.compile(r"<|&(?!#?[A-Za-z0-9]{1,31};)")
 _BLOCK_TAG = re.compile(r"<br\s*/?>|</?(?:p|div|li|ul|ol|tr|table|h[1-6])(?:\s[^<>]*)?>", re.IGNORECASE)
 _INLINE_TAG = re.compile(
     r"</?(?:a|b|i|u|em|strong|span|font|small|sup|sub|td|th|tbody|thead|center|img)(?:\s[^<>]*)?/?>", re.IGNORECASE
@@ -162,7 +165,8 @@ def _without_width(text: str, found: Counter[str]) -> str:
         return " "
 
     # Again where a removal has brought joiners beside something else: a step that ran twice changes nothing more.
-    text = _HANGUL_FILLER.sub(spaced, text)
+    # Joiners last: a space without width beside one is nothing that it could join.
+    text = _NEVER_SEEN.sub(removed, _HANGUL_FILLER.sub(spaced, text))
     while (cleaned := _ZERO_WIDTH.sub(removed, text)) != text:
         text = cleaned
     return text
@@ -231,8 +235,16 @@ class Mojibake(RowStep):
         return item
 
     def _repaired(self, text: str) -> str:
+        """Code alone is no sign: it may be about encodings. With it goes what was decoded with the prose."""
         if not _may_be_mojibake(text):
             return text
+        if "`" in text:
+            prose = "\n".join(_CODE.split(text)[::2])
+            if not _may_be_mojibake(prose) or self._decoded(prose) == prose:
+                return text
+        return self._decoded(text)
+
+    def _decoded(self, text: str) -> str:
         if self.euc_kr and (korean := _as_euc_kr(text)) is not None:
             return korean
         import ftfy
@@ -294,7 +306,8 @@ def _trimmed(text: str) -> str:
 class Html(RowStep):
     """Undoes what scrapers leave: entities such as &amp;amp; become their characters, once; tags are flagged.
 
-    Code (fenced, or between backquotes) stays as it is.
+    Code (fenced, or between backquotes) stays as it is, and so do the entities of a text in which a < or & stands by
+    itself: nobody escaped that text, so they are what it is about. Stripped tags don't count.
     """
 
     name = "html"
@@ -312,18 +325,19 @@ class Html(RowStep):
         if "&" not in text and "<" not in text:
             return text
         parts = _CODE.split(text)  # code at the odd places
-        parts[::2] = [self._prose(part, found) for part in parts[::2]]
+        prose = [self._without_tags(part, found) for part in parts[::2]]
+        if self.entities == "unescape" and not any(map(_BARE.search, prose)):
+            prose = [_ENTITY.sub(functools.partial(_character, found=found), part) for part in prose]
+        parts[::2] = prose
         return "".join(parts)
 
-    def _prose(self, text: str, found: Counter[str]) -> str:
+    def _without_tags(self, text: str, found: Counter[str]) -> str:
         if self.tags != "keep":
             without, blocks = _BLOCK_TAG.subn("\n", text)
             without, inline = _INLINE_TAG.subn("", without)
             if blocks + inline:
                 found["tags"] += blocks + inline
             text = without if self.tags == "strip" else text
-        if self.entities == "unescape":
-            text = _ENTITY.sub(functools.partial(_character, found=found), text)
         return text
 
 
@@ -392,11 +406,13 @@ class SpecialTokens(RowStep):
         return Flagged(item, f"{found} special tokens in the text", counts) if found else Counted(item, counts)
 
 
-_LAST_TOKENS = re.compile(rf"(?:\s*(?:{_SPECIAL.pattern}))+\s*\Z")
-
-
 def _without_last_tokens(text: str) -> str:
-    return _LAST_TOKENS.sub("", text)
+    kept = text
+    for match in reversed(list(_SPECIAL.finditer(text))):
+        if match.end() != len(kept.rstrip()):
+            break
+        kept = text[: match.start()]
+    return kept if kept is text else kept.rstrip()
 
 
 STEPS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from jindo_core.data_config import CleanConfig, SplitConfig
+from jindo_core.progress import spoken
 from jindo_core.refinery.cleaning import Report, clean
 from jindo_core.refinery.recipe import STEPS, step_help
 from jindo_core.refinery.split import split
@@ -94,14 +96,15 @@ def step_lines() -> Iterator[str]:
 
 
 @contextmanager
-def bars() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar for each part of the work, on a terminal only, and gone afterwards; on standard error, beside any JSON.
+def bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each part of the work, gone afterwards; without a terminal a line now and then. On standard error,
+    beside any JSON.
 
-    Yields what to call with the part's name, how far it has come, and the whole; None without a terminal.
+    Yields what to call with the part's name, how far it has come, and the whole.
     """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield None
+        yield spoken(lambda line: print(line, file=sys.stderr, flush=True))
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:

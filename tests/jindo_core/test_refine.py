@@ -270,7 +270,8 @@ def test_a_killed_run_goes_on_where_it_stopped(ends_sentences, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     "change",
-    ["instruction", "data_path", "prompt_template_name", "lora_weights", "max_new_tokens", "max_length_ratio"],
+    ["instruction", "data_path", "prompt_template_name", "lora_weights", "base_model", "max_new_tokens"]
+    + ["max_length_ratio"],
 )
 def test_what_a_run_depends_on_is_kept_and_named(change, ends_sentences, tmp_path, monkeypatch):
     data = write(tmp_path / "a.jsonl", ROWS)
@@ -278,10 +279,11 @@ def test_what_a_run_depends_on_is_kept_and_named(change, ends_sentences, tmp_pat
     def stop(*_, **__):
         raise KeyboardInterrupt
 
+    base = shutil.copytree(ends_sentences, tmp_path / "base")
     with monkeypatch.context() as patched:
         patched.setattr("jindo_core.refine._write", stop)
         with pytest.raises(KeyboardInterrupt):
-            refine(data, tmp_path / "o.jsonl", ends_sentences)
+            refine(data, tmp_path / "o.jsonl", base)
     more = {}
     if change == "data_path":
         write(data, ROWS[::-1])
@@ -291,12 +293,23 @@ def test_what_a_run_depends_on_is_kept_and_named(change, ends_sentences, tmp_pat
         model = attach_lora(load_model(ends_sentences, dtype="fp32", device="cpu"), r=2)
         torch.nn.init.ones_(next(layer for _, layer in adapted_layers(model)).lora_B)
         more["lora_weights"] = str(save_adapter(model, tmp_path / "adapter", base_model=str(ends_sentences)))
+    elif change == "base_model":  # another model of the same shapes: files of the same names and sizes
+        weights = next(iter(base.glob("*.safetensors")), None) or next(base.glob("*.bin"))
+        held = bytearray(weights.read_bytes())
+        held[-4:] = bytes(byte ^ 1 for byte in held[-4:])
+        weights.write_bytes(held)
     else:
         more[change] = {"instruction": "Two", "max_new_tokens": 9, "max_length_ratio": 8}[change]
     with pytest.raises(InputError, match=f"of a run with another {change}: take"):
-        refine(data, tmp_path / "o.jsonl", ends_sentences, **more)
-    counts, _ = refine(data, tmp_path / "o.jsonl", ends_sentences, **more, restart=True)
+        refine(data, tmp_path / "o.jsonl", base, **more)
+    counts, _ = refine(data, tmp_path / "o.jsonl", base, **more, restart=True)
     assert counts.resumed == 0
+
+
+def test_the_source_is_never_the_output(tmp_path):
+    data = str(write(tmp_path / "a.jsonl", ROWS))
+    with pytest.raises(InputError, match="which is --data_path too"):
+        RefineConfig(data_path=data, output_path=data, overwrite=True, mode="score")
 
 
 def test_all_done_but_the_writing_needs_no_model(ends_sentences, tmp_path, monkeypatch):

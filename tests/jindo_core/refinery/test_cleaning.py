@@ -170,6 +170,35 @@ def test_a_full_disk_is_said_and_the_old_output_stays(tmp_path, monkeypatch):
     assert (tmp_path / "out.jsonl").read_text() == "old"
 
 
+def test_a_report_that_can_not_be_written_leaves_no_output(tmp_path, monkeypatch):
+    write_rows(tmp_path / "in.jsonl", ["4"])
+    (tmp_path / "out.jsonl").write_text("old")
+    monkeypatch.setattr(cleaning, "replacing", lambda path: (_ for _ in ()).throw(OSError(13, "Permission denied")))
+    with pytest.raises(InputError, match=r"--report_path: .*can't be written .Permission denied"):
+        run(tmp_path, "flag", report_path=str(tmp_path / "report.json"))
+    assert (tmp_path / "out.jsonl").read_text() == "old"
+    monkeypatch.undo()
+    for name, step in TOYS.items():
+        monkeypatch.setitem(STEPS, name, step)
+    report = run(tmp_path, "flag", report_path=str(tmp_path / "report.json"))
+    assert json.loads((tmp_path / "report.json").read_text()) == report.as_dict()
+    with pytest.raises(InputError, match="no row of 1 is left"):
+        run(tmp_path, {"empty_answers": {"min_characters": 9}}, report_path=str(tmp_path / "report.json"))
+    assert json.loads((tmp_path / "report.json").read_text()) == report.as_dict()  # whole, or as it was
+
+
+def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch):
+    from jindo_core import progress
+
+    said = []
+    tell = progress.spoken(said.append)
+    tell("reading", 1, 4)
+    monkeypatch.setattr(progress, "SPOKEN_EVERY", 0)
+    tell("reading", 2, 4)
+    tell("writing", 1000, None)
+    assert said == ["reading: 50%", "writing: 1,000"]
+
+
 def test_rows_that_no_step_changed_are_as_they_were(tmp_path):
     row = {"z": None, "output": "a 4", "nested": {"x": [1, 2.5, True]}, "instruction": "q"}  # no input, odd order
     (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
@@ -229,6 +258,7 @@ def test_killed_in_the_middle_it_leaves_the_old_output_and_no_process(tmp_path, 
     job.wait()
     assert (tmp_path / "out.jsonl").read_text() == "old"
     assert not (tmp_path / "rejected.jsonl").exists()
+    assert not list(tmp_path.glob(".*"))
     while _runs(worker):
         assert time.monotonic() < deadline, "the worker outlived the killed run"
         time.sleep(0.02)
@@ -305,6 +335,11 @@ def test_places_that_do_not_serve(tmp_path):
     with pytest.raises(InputError, match="--output_path: got nothing"):
         CleanConfig(data_path="x.json")
     report = str(tmp_path / "no" / "r.json")
+    (tmp_path / "folder").mkdir()
+    for path, more in ((report, {"dry_run": True}), (str(tmp_path / "folder"), {"overwrite": True})):
+        with pytest.raises(InputError, match=r"the folder of|is a folder, expected a file"):
+            cleaning.clean(CleanConfig(data_path=str(tmp_path / "in.jsonl"), output_path=str(tmp_path / "new.jsonl"),
+                                       report_path=path, **more))  # fmt: skip
     with pytest.raises(InputError, match="the folder of"):
         cleaning.clean(CleanConfig(data_path=str(tmp_path / "in.jsonl"), dry_run=True, report_path=report))
     with pytest.raises(InputError, match="could not be written"):

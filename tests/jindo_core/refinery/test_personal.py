@@ -57,6 +57,17 @@ RESIDENT, FOREIGNER = registration("900307", "123456"), registration("880229", "
         ("(02) 123-4567", "[전화번호]", "phone"),
         ("031)123-4567", "[전화번호]", "phone"),
         ("070-1234-5678, 다음", "[전화번호], 다음", "phone"),
+        ("82-10-1234-5678", "[전화번호]", "phone"),
+        ("0082-10-1234-5678", "[전화번호]", "phone"),
+        ("010 - 1234 - 5678", "[전화번호]", "phone"),
+        ("010–1234–5678 또는", "[전화번호] 또는", "phone"),
+        ("번호０１０－１２３４－５６７８입니다", "번호[전화번호]입니다", "phone"),
+        ("02.123.4567", "[전화번호]", "phone"),
+        ("_010-1234-5678_ **굵게**", "_[전화번호]_ **굵게**", "phone"),
+        (f"{RESIDENT.replace('-', ' ')} 홍길동", "[주민등록번호] 홍길동", "resident number"),
+        ("201105-3123456", "[주민등록번호]", "resident number"),  # since October 2020 without a check digit
+        ("홍길동@naver.com", "[이메일]", "mail"),
+        ("hong＠naver.com", "[이메일]", "mail"),
         ("gildong.hong+a@mail.co.kr으로", "[이메일]으로", "mail"),
         ("<gildong@naver.com>", "<[이메일]>", "mail"),
         ("4111 1111 1111 1111", "[카드번호]", "card"),
@@ -72,7 +83,7 @@ def test_what_is_masked(text, masked, kind):
 @pytest.mark.parametrize(
     "text",
     [
-        registration("900307", "123456", wrong=1),  # check digit
+        registration("900307", "123456", wrong=1).replace("-", " "),  # check digit
         registration("901332", "123456"), registration("010229", "312345"),  # no such dates
         RESIDENT.replace("-", ""),  # any id of 13 digits
         "주문번호 1612130123456", "1700000000000",  # milliseconds
@@ -84,20 +95,31 @@ def test_what_is_masked(text, masked, kind):
         "4111 1111 1111 1112", "4111-1111 1111-1111", card("123456789012345"),  # check digit, separators, no network
         f"/item/{card('411111111111112')}", f"order_{card('411111111111112')}", card("941012345678901"), "0" * 16,
         "git@github.com:a/b.git", "user@host", "icon@2x.png", "@app.route", "pkg@1.2.3", "a @ b.com",
-        "x@y.transpose(1)", "user@example.com", "a@mail.example.org", "ssh://git@host.test/x", "a@b.test",
+        "x@y.transpose(1)", "@types/node@20.1.com",
+        "user@example.com", "a@mail.example.org", "ssh://git@host.test/x", "a@b.test",
     ],
 )  # fmt: skip
 def test_what_only_looks_like_it_stays(text):
     assert found(text) == (text, {})
 
 
-def test_numbers_since_2020_have_no_check_digit():
-    assert found("201105-3123456")[1] in ({}, {"resident number": 1})
+def test_the_check_digit_can_be_asked_for():
     late = registration("201105", "312345", wrong=3)
-    assert found(late) == (late, {})
-    assert found(late, check_digit=False) == ("[주민등록번호]", {"resident number": 1})
+    assert found(late, check_digit=True) == (late, {})
+    assert found(late) == ("[주민등록번호]", {"resident number": 1})
     impossible = registration("201305", "312345", wrong=3)
-    assert found(impossible, check_digit=False) == (impossible, {})
+    assert found(impossible) == (impossible, {})
+
+
+def test_columns_that_the_format_does_not_know_are_masked_too():
+    values = {"output": "010-1234-5678", "id": 7, "meta": {"by": ["홍, hong@naver.com", None]}}
+    row = Item(Record.single("전화?", "", "010-1234-5678"), values, 1)
+    answer = PersonalData()(row)
+    assert answer.counts == {"phone": 1, "mail": 1}  # the answer's own column counts once
+    assert answer.item.values == {"output": "[전화번호]", "id": 7, "meta": {"by": ["홍, [이메일]", None]}}
+    assert PersonalData(columns=False)(row).item.values is values
+    clean = Item(row.record.single("전화?", "", "없음"), {"name": "x", "list": [{"a": "b"}]}, 1)
+    assert PersonalData()(clean) is clean
 
 
 def test_all_kinds_in_one_text_and_each_can_be_left_out():

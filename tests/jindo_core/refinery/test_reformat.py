@@ -112,6 +112,18 @@ def test_a_row_that_does_not_fit_ends_it_and_nothing_is_written(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "d.json", "o.jsonl"]
 
 
+def test_an_id_stays_and_a_rejected_row_drops_nothing(tmp_path):
+    source = write(tmp_path / "a.json", ALPACA)
+    convert(source, tmp_path / "o.jsonl", "sharegpt")
+    assert [json.loads(line)["id"] for line in (tmp_path / "o.jsonl").read_text().splitlines()] == ["a", "b"]
+    # The first has a system message, a second round and an open question; qa has room for none of them.
+    counts = convert(
+        write(tmp_path / "c.json", CHATS), tmp_path / "q.jsonl", "qa", rounds="first",
+        rejected_path=str(tmp_path / "r.jsonl"),
+    )  # fmt: skip
+    assert (counts.rows_out, counts.rejected, counts.rounds_dropped, counts.turns_dropped) == (1, 2, 0, 0)
+
+
 def test_a_system_message_survives_in_messages(tmp_path):
     convert(write(tmp_path / "c.json", CHATS[:2]), tmp_path / "o.jsonl", "messages")
     first = read_records(tmp_path / "o.jsonl")[0]
@@ -126,12 +138,18 @@ def test_a_system_message_survives_in_messages(tmp_path):
         ({"to": "alpaca", "output_path": "{}/no/o.csv"}, "no is no folder: make it"),
         ({"to": "alpaca", "output_path": "{}/a.json"}, "is there already: give another name, or --overwrite"),
         ({"to": "alpaca", "rejected_path": "{}/o.jsonl"}, "which is --output_path too"),
-        ({"to": "alpaca", "rejected_path": "{}/a.json"}, "--rejected_path: .* is there already"),
+        ({"to": "alpaca", "rejected_path": "{}/b.json"}, "--rejected_path: .* is there already"),
+        ({"to": "alpaca", "rejected_path": "{}/r.csv"}, "--rejected_path: .*ends in .jsonl or .json"),
+        ({"to": "alpaca", "output_path": "{}/a.json", "overwrite": True}, "which is --data_path too"),
+        ({"to": "alpaca", "rejected_path": "{}/./a.json", "overwrite": True}, "which is --data_path too"),
+        ({"to": "alpaca", "data_path": "{}/*.json", "output_path": "{}/b.json", "overwrite": True}, "lies in --data"),
+        ({"to": "alpaca", "data_path": "{}", "overwrite": True}, "lies in --data_path"),
     ],
 )
 def test_what_can_not_be(tmp_path, more, message):
-    source = write(tmp_path / "a.json", ALPACA)
-    given = {"output_path": "{}/o.jsonl", **more}
+    write(tmp_path / "a.json", ALPACA)
+    write(tmp_path / "b.json", ALPACA)
+    given = {"data_path": "{}/a.json", "output_path": "{}/o.jsonl", **more}
     with pytest.raises(InputError, match=message):
-        run_convert(DataConvertConfig(data_path=str(source), **{k: v.format(tmp_path) for k, v in given.items()}))
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+        run_convert(DataConvertConfig(**{k: v if v is True else v.format(tmp_path) for k, v in given.items()}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]

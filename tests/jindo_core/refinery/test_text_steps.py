@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
 
 import ftfy.badness
@@ -68,6 +69,15 @@ def output_of(step, text):
         (Html(), "`&lt;b&gt;` 과 ```\n&amp;\n``` &amp;", "`&lt;b&gt;` 과 ```\n&amp;\n``` &"),
         (Html(tags="strip"), "<p>안녕</p><br/>a < b <span class='x'>c</span> x<y>", "\n안녕\n\na < b c x<y>"),
         (Html(entities="keep", tags="keep"), "<p>&amp;", "<p>&amp;"),
+        (Html(), "HTML에서 < 문자는 &lt; 로 씁니다", "HTML에서 < 문자는 &lt; 로 씁니다"),  # about entities
+        (Html(), "R&D 는 R&amp;D", "R&D 는 R&amp;D"),
+        (Html(), "`a & b` &amp; c", "`a & b` & c"),  # in code a bare one says nothing
+        (Mojibake(), "UTF-8을 잘못 읽으면 `Ã©`가 됩니다: ```\ndonâ€™t\n```",
+         "UTF-8을 잘못 읽으면 `Ã©`가 됩니다: ```\ndonâ€™t\n```"),
+        (Mojibake(), "donâ€™t `itâ€™s`", "don’t `it’s`"),  # all of it was decoded wrongly
+        (ZeroWidth(), "🧑\u200d\u200b🚀", "🧑\u200d🚀"),
+        (ControlCharacters(), "\x1b]0;title\x07x \x1b]8;;http://a\x1b\\링크\x1b]8;;\x1b\\", "x 링크"),
+        (SpecialTokens("strip"), "a </s> b</s>\n<|im_end|> \n", "a </s> b"),
         (SpecialTokens("strip"), "답입니다.</s> <|im_end|>\n", "답입니다."),
         (SpecialTokens("escape"), "a </s> [INST] <|eot_id|>", "a < /s> [ INST] < |eot_id|>"),
         (SpecialTokens(), "답입니다.</s>", "답입니다.</s>"),
@@ -75,6 +85,16 @@ def output_of(step, text):
 )  # fmt: skip
 def test_what_a_step_changes(step, before, after):
     assert output_of(step, before) == after
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+@pytest.mark.parametrize("run", [" ", "\t ", " \n", "</s> ", "&", "<a "], ids=repr)
+def test_a_long_run_takes_no_longer_than_its_length(step, run):
+    options = [{"action": "strip"}] if step is SpecialTokens else [{}]
+    for more in options:
+        started = time.process_time()
+        step(**more)(item(f"<|x|>a{run * (400_000 // len(run))}b"))
+        assert time.process_time() - started < 2  # 400,000 squared takes minutes
 
 
 def test_every_text_of_a_record_is_cleaned():
@@ -89,8 +109,9 @@ def test_what_is_found_is_counted():
         "control characters": 2, "terminal codes": 1, "form feeds": 1,
     }  # fmt: skip
     flagged = Html()(item("<p>a</p> &amp; <b>"))
-    assert (flagged.reason, dict(flagged.counts)) == ("3 HTML tags", {"tags": 3, "entities": 1})
-    assert flagged.item.record.output == "<p>a</p> & <b>"
+    assert (flagged.reason, dict(flagged.counts)) == ("3 HTML tags", {"tags": 3})
+    assert dict(Html(tags="strip")(item("<p>a</p> &amp; <b>")).counts) == {"tags": 3, "entities": 1}
+    assert flagged.item.record.output == "<p>a</p> &amp; <b>"
 
 
 def test_lost_text_rejects_or_flags():
