@@ -270,8 +270,10 @@ def test_a_killed_run_goes_on_where_it_stopped(ends_sentences, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     "change",
-    ["instruction", "data_path", "prompt_template_name", "lora_weights", "base_model", "max_new_tokens"]
-    + ["max_length_ratio"],
+    [
+        "instruction", "data_path", "prompt_template_name", "lora_weights", "base_model", "max_new_tokens",
+        "max_length_ratio",
+    ],  # fmt: skip
 )
 def test_what_a_run_depends_on_is_kept_and_named(change, ends_sentences, tmp_path, monkeypatch):
     data = write(tmp_path / "a.jsonl", ROWS)
