@@ -15,11 +15,11 @@ from jindo_core import embedded
 from jindo_core.causal_lm import CausalLM, ModelConfig
 from jindo_core.config import TrainConfig
 from jindo_core.data.batches import Portion
-from jindo_core.data.examples import Encoder, prompt_ids
+from jindo_core.data.examples import PROMPTS_TOO, Encoder, prompt_ids
 from jindo_core.data.packing import PackedRows
 from jindo_core.data.records import Record
 from jindo_core.data.store import Selection
-from jindo_core.data.templates import Template, load_template
+from jindo_core.data.templates import NONE, Template, load_template
 from jindo_core.errors import InputError
 from jindo_core.formats import open_checkpoint
 from jindo_core.hub import resolve_model
@@ -136,6 +136,7 @@ def _open(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> 
     if config.data_path is None:
         view.notice("no --data_path: the bundled Korean instructions are used")
     files = open_files(config)
+    config = _as_it_runs(config, files, explicit, view)
     if config.offload_folder is not None:
         PageStore(config.offload_folder).close()  # one that can't be written to is an error now
     path = resolve_model(config.base_model)
@@ -156,6 +157,24 @@ def _open(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> 
     return _Sources(config, path, architecture, tokenizer, template, encoder, files, capacity)
 
 
+def _as_it_runs(
+    config: TrainConfig, files: Sequence[DataFile], explicit: frozenset[str], view: TrainingView
+) -> TrainConfig:
+    """The settings as they take effect, and said where that is not what a person may expect."""
+    if config.train_on_inputs and "train_on_inputs" not in explicit:
+        view.notice(PROMPTS_TOO)
+    rows = config.accumulation_steps * config.micro_batch_size
+    if rows != config.batch_size:
+        micro = config.micro_batch_size
+        view.notice(f"--batch_size {config.batch_size} is no multiple of --micro_batch_size {micro}: {rows} rows a step")
+        config = dataclasses.replace(config, batch_size=rows)
+    if all(file.formatted for file in files):
+        if "prompt_template_name" in explicit and config.prompt_template_name != NONE:
+            view.notice("--prompt_template_name has no effect: the rows bring their own prompt, as template none does")
+        config = dataclasses.replace(config, prompt_template_name=NONE)
+    return config
+
+
 def _within_context(config: TrainConfig, architecture: ModelConfig, view: TrainingView) -> tuple[TrainConfig, int]:
     """The settings with no row longer than the model reads, and the most tokens of a sequence."""
     context, source, target = architecture.context, config.source_max_len, config.target_max_len
@@ -170,9 +189,10 @@ def _within_context(config: TrainConfig, architecture: ModelConfig, view: Traini
             config = dataclasses.replace(config, cutoff_len=context)
         return config, config.cutoff_len
     if context is not None and source + target > context:
-        target = min(target, context // 2)
-        given = f"source_max_len {source} and target_max_len {config.target_max_len}"
-        source = min(source, context - target)
+        given = f"source_max_len {source} and target_max_len {target}"
+        # The longer one gives way, until both are as long.
+        target = max(min(target, context // 2), context - source)
+        source = context - target
         view.notice(f"{given} are beyond the model's context of {context}: {source} and {target} are used")
         config = dataclasses.replace(config, source_max_len=source, target_max_len=target)
     return config, source + target
@@ -298,6 +318,6 @@ def _choose_probe(
     context; None if there is none."""
     for record in records[:100]:
         prompt = len(prompt_ids(tokenizer, template, record))
-        if prompt <= cutoff and (context is None or prompt + ANSWER_TOKENS <= context):
+        if 0 < prompt <= cutoff and (context is None or prompt + ANSWER_TOKENS <= context):
             return record
     return None

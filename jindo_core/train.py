@@ -24,6 +24,7 @@ from jindo_core.data.batches import BatchCursor
 from jindo_core.data.examples import end_ids, prompt_ids
 from jindo_core.data.packing import collate_documents
 from jindo_core.data.records import Record
+from jindo_core.data.templates import Template
 from jindo_core.errors import InputError, TrainingError
 from jindo_core.evaluate import held_out_loss
 from jindo_core.generation import generate
@@ -33,7 +34,7 @@ from jindo_core.optim import learning_rate_factor
 from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.prepare import ANSWER_TOKENS, TrainingJob, prepare
 from jindo_core.progress import TrainingView, draw_loss, typed
-from jindo_core.run_record import RunRecord, choose_output_dir, write_run
+from jindo_core.run_record import RunRecord, choose_output_dir, keep_template, write_run
 
 METRICS = "metrics.jsonl"
 _NOT_FINITE = "no adapter was saved; lower --learning_rate, use --dtype fp32, or look at the data"
@@ -101,7 +102,7 @@ def _run(job: TrainingJob, output_dir: Path, view: TrainingView) -> TrainResult:
     _save(job, output_dir)
     os.replace(part, output_dir / METRICS)
     result = TrainResult(output_dir, steps, before, after, speed, peak_bytes(job.model.device))
-    _record(config, result)
+    _record(config, result, job.template)
     draw_loss(history.rows, output_dir / "loss.png")
     _farewell(view, config, result, job.probe)
     return result
@@ -330,7 +331,7 @@ def _one_line(record: Record) -> str:
     return text if len(text) <= 100 else text[:99] + "…"
 
 
-def _record(config: TrainConfig, result: TrainResult) -> None:
+def _record(config: TrainConfig, result: TrainResult, template: Template) -> None:
     results = {
         "steps": result.steps,
         "held_out_loss_before": None if math.isnan(result.loss_before) else result.loss_before,
@@ -339,8 +340,8 @@ def _record(config: TrainConfig, result: TrainResult) -> None:
         "peak_bytes": result.peak_bytes,
     }
     settings = dataclasses.asdict(config)
-    template = _lasting(config.prompt_template_name) or config.prompt_template_name
-    write_run(result.output_dir, RunRecord(_lasting(config.base_model), template, settings, results))
+    name = keep_template(result.output_dir, config.prompt_template_name, template)
+    write_run(result.output_dir, RunRecord(_lasting(config.base_model), name, settings, results))
 
 
 def _lasting(name: str | None) -> str | None:
@@ -360,6 +361,8 @@ def _farewell(view: TrainingView, config: TrainConfig, result: TrainResult, prob
     view.say(f"Saved and read back: {result.output_dir}/{WEIGHTS}, {CONFIG}, {METRICS}, loss.png")
     base = [] if config.base_model is None else ["--base_model", config.base_model]
     asked = [("--instruction", probe.instruction), ("--input", probe.input)] if probe else [("--instruction", "…")]
+    if probe is not None and not probe.instruction:
+        asked[0] = ("--instruction", "…")  # rows that are learned whole: what stands for a prompt, only the user knows
     given = [part for flag, text in asked if text for part in (flag, text if len(text) < 80 else "…")]
     command = ["jindo-core", "generate", *base, "--lora_weights", str(result.output_dir), *given]
     view.say("Next: " + typed(command))

@@ -6,7 +6,7 @@ import itertools
 
 from rich.console import Console
 
-from jindo_core.data.examples import Encoder
+from jindo_core.data.examples import PROMPTS_TOO, Encoder
 from jindo_core.data.preview import preview
 from jindo_core.data.records import stream_records
 from jindo_core.data.templates import load_template
@@ -31,4 +31,6 @@ def run_preview(config: PreviewConfig) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=120)
+    rule = PROMPTS_TOO if config.train_on_inputs else "answers and their ends are learned, prompts are not"
+    console.print(f"note: {rule}", style="yellow", markup=False)
     preview(records, encoder, tokenizer, config.rows, console)
