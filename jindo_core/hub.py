@@ -58,12 +58,15 @@ def resolve_data(name: str) -> Path:
     path = Path(name).expanduser()
     if _exists(path) or (glob.has_magic(name) and glob.glob(str(path))):
         return path
+    if glob.has_magic(name) and not name.startswith(HUB):
+        raise InputError(f"data_path {name}: no file matches this pattern")
     parts = name.removeprefix(HUB).split("/", 2)
     repo, file = "/".join(parts[:2]), "".join(parts[2:])
     is_file = not name.startswith(HUB) and (file or name.endswith(DATA_ENDINGS))  # a path that was mistyped
     if is_file or not _looks_like_hub_id(repo):
         endings = ", ".join(DATA_ENDINGS)
-        raise InputError(f"data_path {name} does not exist: expected a file ({endings}), a folder or a Hub id")
+        hint = "; several are separated by spaces, not commas" if "," in name else ""
+        raise InputError(f"data_path {name} does not exist: expected a file ({endings}), a folder or a Hub id{hint}")
     if file:
         return _chosen(repo, file, None)
     if repo in _TRAINING_FILES:

@@ -20,7 +20,7 @@ from jindo_core.data.packing import PackedRows
 from jindo_core.data.records import Record
 from jindo_core.data.store import Selection
 from jindo_core.data.templates import NONE, Template, load_template
-from jindo_core.errors import InputError
+from jindo_core.errors import InputError, nearest
 from jindo_core.formats import open_checkpoint
 from jindo_core.hub import resolve_model
 from jindo_core.loader import load_model, pick_device, pick_dtype
@@ -40,7 +40,8 @@ from jindo_core.mmlu import Mmlu, load_mmlu
 from jindo_core.optim import build_optimizer
 from jindo_core.pages import PageStore, available_ram
 from jindo_core.plan import Job as Step
-from jindo_core.plan import Plan, fit, plan
+from jindo_core.plan import Plan, Sizes, fit, plan
+from jindo_core.plan_falcon import FalconSizes
 from jindo_core.progress import TrainingView, loading_bar
 from jindo_core.recompute import CheckpointOffload
 from jindo_core.tokenizer import Tokenizer, load_tokenizer
@@ -131,6 +132,7 @@ def preview(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -
 
 def _open(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> _Sources:
     """All but the rows and the model's weights."""
+    pick_device(config.device)  # one that is not there is an error now
     if config.base_model is None:
         view.say(f"Base model: {embedded.NAME}, embedded default (135M weights; it was made for English)")
     if config.data_path is None:
@@ -149,6 +151,7 @@ def _open(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> 
     if config.lora_target_modules != given:
         adapted = ", ".join(config.lora_target_modules)
         view.notice(f"this model has no {', '.join(given)}: {adapted} is adapted, or what --lora_target_modules names")
+    _check_targets(config, sizes_of(architecture))
     config, capacity = _within_context(config, architecture, view)
     encoder = Encoder(
         tokenizer, template, cutoff_len=config.cutoff_len, train_on_inputs=config.train_on_inputs,
@@ -173,6 +176,16 @@ def _as_it_runs(
             view.notice("--prompt_template_name has no effect: the rows bring their own prompt, as template none does")
         config = dataclasses.replace(config, prompt_template_name=NONE)
     return config
+
+
+def _check_targets(config: TrainConfig, sizes: Sizes | FalconSizes) -> None:
+    """Names that no layer has are an error before rows are tokenized and the model is loaded, as `attach_lora` has it."""
+    names, known = config.lora_target_modules, tuple(sizes.linears)
+    if names != ("all-linear",) and not any(name.rpartition(".")[2] in known for name in names):
+        raise InputError(
+            f"lora_target_modules [{', '.join(names)}] match no linear layer; this model has "
+            f"[{', '.join(sorted(known))}].{nearest(names[0], [*known, 'all-linear'])}"
+        )
 
 
 def _within_context(config: TrainConfig, architecture: ModelConfig, view: TrainingView) -> tuple[TrainConfig, int]:

@@ -181,7 +181,7 @@ def conversation(row: Row, turns: Sequence[Turn]) -> Record:
     for index, (role, _) in enumerate(spoken):
         expected = "assistant" if index % 2 else "user"
         if role != expected:
-            raise _row_error(row, f": turn {first + index} is the {role}'s, expected the {expected}'s: turns alternate")
+            raise _row_error(row, f": turn {first + index} is the {role}'s, expected the {expected}'s: turns alternate", REPAIR)
     answered = len(spoken) // 2 * 2
     if not answered:
         raise _row_error(row, f" has {len(turns)} turns and no answer to a question, expected at least one")
@@ -195,12 +195,12 @@ CONVERSATIONS = ("messages", "conversations", "conversation", "items")
 
 def _turns(row: Row, column: str, value: Any) -> list[Turn]:
     if not isinstance(value, list):
-        raise _row_error(row, f": {column!r} is a {type(value).__name__}, expected a list of turns")
+        raise _row_error(row, f": {column!r} is {in_words(value)}, expected a list of turns")
     turns = []
     for number, turn in enumerate(value, 1):
         said = f"turn {number} of {column!r}"
         if not isinstance(turn, dict):
-            raise _row_error(row, f": {said} is a {type(turn).__name__}, expected an object")
+            raise _row_error(row, f": {said} is {in_words(turn)}, expected an object")
         # What is null may be there for other rows' sake: Parquet gives each turn all keys.
         role = next((turn[key] for key in ("from", "role") if turn.get(key) is not None), None)
         text = next((turn[key] for key in ("value", "content") if turn.get(key) is not None), None)
@@ -210,7 +210,7 @@ def _turns(row: Row, column: str, value: Any) -> list[Turn]:
         if isinstance(text, list):
             text = _parts(row, said, text)
         if not isinstance(text, str):
-            held = f"{said} holds a {type(text).__name__}"
+            held = f"{said} holds {in_words(text)}"
             raise _row_error(row, f": {held}, expected text as value or content; its keys are {_keys(list(turn))}")
         _check_characters(row, said, text)
         turns.append((ROLES[role.lower()], text))
@@ -257,7 +257,7 @@ def _orca_dpo(row: Row) -> Record:
 def _seeds(row: Row) -> Record:
     instances = row.values.get("instances")
     if not isinstance(instances, list) or len(instances) != 1 or not isinstance(instances[0], dict):
-        got = f"{len(instances)} of them" if isinstance(instances, list) else f"a {type(instances).__name__}"
+        got = f"{len(instances)} of them" if isinstance(instances, list) else in_words(instances)
         raise _row_error(row, f": 'instances' is {got}, expected a list of one object; give each a row of its own")
     inner = replace(row, values=instances[0])
     rounds = (Round(_text(row, "instruction"), _text(inner, "input", optional=True), _text(inner, "output")),)
@@ -349,7 +349,7 @@ def _text(row: Row, *names: str, optional: bool = False) -> str:
     if value is None and optional:
         return ""
     if not isinstance(value, str):
-        raise _row_error(row, f": {column!r} is a {type(value).__name__}, expected text")
+        raise _row_error(row, f": {column!r} is {in_words(value)}, expected text")
     _check_characters(row, repr(column), value)
     return value
 
@@ -376,8 +376,22 @@ def _keys(columns: Sequence[str]) -> str:
     return ", ".join(map(repr, columns)) or "none"
 
 
-def _row_error(row: Row, problem: str) -> RowError:
-    return RowError(row.place + problem, problem.lstrip(": "))
+def in_words(value: Any) -> str:
+    """What a JSON value is, for a person: `null`, `the number 3`, `a list`."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return f"the number {value}" if len(str(value)) < 20 else "a number"
+    kinds = {str: "text", list: "a list", dict: "an object"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+REJECT = "jindo-core data clean leaves such rows out"
+REPAIR = "jindo-core data clean --recipe korean repairs or rejects them (its step conversation_roles)"
+
+
+def _row_error(row: Row, problem: str, way_out: str = REJECT) -> RowError:
+    return RowError(f"{row.place}{problem} ({way_out})", problem.lstrip(": "))
 
 
 def _lacks(row: Row, column: str, chosen: Format | None = None) -> RowError:

@@ -33,7 +33,7 @@ def run_inspect(config: InspectConfig) -> Inspection:
     """
     source = open_rows(config.data_path or "")
     form = detect_format(source, config.dataset_format)
-    folder = None if config.output_dir is None else _folder(Path(config.output_dir))
+    folder = None if config.output_dir is None else _folder(Path(config.output_dir), config.overwrite)
     tokenizer, template = _tokenizer(config)
     with loading_bar(Console(stderr=True), "reading twice") as on_progress:
         found = inspect(
@@ -56,7 +56,10 @@ def run_inspect(config: InspectConfig) -> Inspection:
     return found
 
 
-def _folder(path: Path) -> Path:
+def _folder(path: Path, overwrite: bool) -> Path:
+    there = next((name for name in (REPORT, PICTURE) if (path / name).exists()), None)
+    if there is not None and not overwrite:
+        raise InputError(f"{path / there} is there already: give another --output_dir, or --overwrite to replace it")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 from rich.console import Console
 
@@ -22,7 +23,8 @@ def run_preview(config: PreviewConfig) -> None:
         InputError: no such data, a row that does not fit its format or the template, no tokenizer.
     """
     records = list(itertools.islice(stream_records(config.data_path or "", config.dataset_format), config.rows))
-    tokenizer = load_tokenizer(resolve_model(config.base_model))
+    path = resolve_model(config.base_model) if config.tokenizer is None else Path(config.tokenizer)
+    tokenizer = load_tokenizer(path)
     encoder = Encoder(
         tokenizer, load_template(config.prompt_template_name, tokenizer), cutoff_len=config.cutoff_len,
         train_on_inputs=config.train_on_inputs, source_max_len=config.source_max_len,
