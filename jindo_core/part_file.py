@@ -61,6 +61,8 @@ class PartFile:
                 break
             found = self._parse(line)
             if number == 0 and found.get("digest") != digest:
+                if not self._file.readline().endswith(b"\n"):
+                    break  # no row of it: nothing is lost
                 raise InputError(
                     f"{self.path} holds the rows of a run with other settings, data or weights: run that one to its "
                     "end, or --restart to throw its rows away"

@@ -168,8 +168,8 @@ def _as_it_runs(
         view.notice(PROMPTS_TOO)
     rows = config.accumulation_steps * config.micro_batch_size
     if rows != config.batch_size:
-        micro = config.micro_batch_size
-        view.notice(f"--batch_size {config.batch_size} is no multiple of --micro_batch_size {micro}: {rows} rows a step")
+        given = f"--batch_size {config.batch_size} is no multiple of --micro_batch_size {config.micro_batch_size}"
+        view.notice(f"{given}: {rows} rows a step")
         config = dataclasses.replace(config, batch_size=rows)
     if all(file.formatted for file in files):
         if "prompt_template_name" in explicit and config.prompt_template_name != NONE:
@@ -179,7 +179,7 @@ def _as_it_runs(
 
 
 def _check_targets(config: TrainConfig, sizes: Sizes | FalconSizes) -> None:
-    """Names that no layer has are an error before rows are tokenized and the model is loaded, as `attach_lora` has it."""
+    """Names that no layer has are an error before anything is tokenized or loaded, as `attach_lora` has it."""
     names, known = config.lora_target_modules, tuple(sizes.linears)
     if names != ("all-linear",) and not any(name.rpartition(".")[2] in known for name in names):
         raise InputError(
@@ -233,6 +233,8 @@ def _plan(
         view.notice(f"to keep within {config.max_memory_MB} MB: {change.text} ({change.cost})")
     found = plan(step)
     view.plan(found, "CUDA context" if cuda else "Python and its libraries")
+    if not cuda:
+        view.say("on a CPU the plan is a guide: a run may take twice as much")
     _check_host(config, found, cuda)
     keep_budget(device, config.max_memory_MB)
     return config, step

@@ -181,7 +181,8 @@ def conversation(row: Row, turns: Sequence[Turn]) -> Record:
     for index, (role, _) in enumerate(spoken):
         expected = "assistant" if index % 2 else "user"
         if role != expected:
-            raise _row_error(row, f": turn {first + index} is the {role}'s, expected the {expected}'s: turns alternate", REPAIR)
+            said = f"turn {first + index} is the {role}'s, expected the {expected}'s: turns alternate"
+            raise _row_error(row, f": {said}", REPAIR)
     answered = len(spoken) // 2 * 2
     if not answered:
         raise _row_error(row, f" has {len(turns)} turns and no answer to a question, expected at least one")
@@ -382,7 +383,7 @@ def in_words(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int | float):
         return f"the number {value}" if len(str(value)) < 20 else "a number"
-    kinds = {str: "text", list: "a list", dict: "an object"}
+    kinds: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 
