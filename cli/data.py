@@ -12,7 +12,7 @@ jindo-core data: look at instruction data, bring it to another format, clean it,
 
 commands:
   inspect     rows, format, languages, lengths, duplicates, dirt
-  convert     between alpaca, ShareGPT, orca, KoAlpaca and messages
+  convert     to another format: alpaca, ShareGPT, messages, orca, text, …
   clean       by a recipe of named steps, each with its counts
   split       a training and a test file, by a seed
   preview     rows as the model will learn them, with their mask

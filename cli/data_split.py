@@ -6,7 +6,8 @@ from jindo_core.cli.flags import parse_flags
 from jindo_core.data_config import SplitConfig
 
 _DESCRIPTION = """\
-Split a file of instruction data: train and test, with its ending, each row in one of them as it was."""
+Split a file of instruction data: train and test, with its ending, each row in one of them as it was.
+Rows of any columns are split: no format is asked of them."""
 
 _EPILOG = """\
 examples:

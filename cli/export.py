@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jindo_core.cli.flags import parse_flags
-from jindo_core.convert_config import ExportConfig
+from jindo_core.convert_config import ExportConfig, check_free
 
 _DESCRIPTION = """\
 Write a model, with an adapter merged if one is named, for other programs: Hugging Face's sharded safetensors,
@@ -20,6 +20,7 @@ def run(argv: list[str]) -> int:
     """Converts as `argv` says and returns 0. Raises InputError for wrong input."""
     given = parse_flags(ExportConfig, argv, prog="jindo-core export", description=_DESCRIPTION, epilog=_EPILOG)
     config = ExportConfig(**given)
+    check_free(config.output_file or config.output_dir, config.overwrite)
 
     from jindo_core.convert import run_export
 

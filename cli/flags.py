@@ -145,7 +145,7 @@ def _read(setting: Setting, said: str | list[str]) -> Any:
 def _canonical(config_class: type[Config], argv: Sequence[str], prog: str) -> Iterator[str]:
     """What was typed, as `--name=value` with single values, `--name` and `--no_name` for booleans."""
     known = accepted(config_class)
-    words = list(argv)
+    words, before = list(argv), None
     while words:
         word = words.pop(0)
         spelled, equals, value = word.partition("=")
@@ -158,6 +158,7 @@ def _canonical(config_class: type[Config], argv: Sequence[str], prog: str) -> It
                 value = _LISTS[setting.kind].join([value, *_take_list(words)])
             parts = [value] if _verbatim(setting) else [_unquoted(part) for part in value.split(SEPARATOR)]
             yield f"--{name}={SEPARATOR.join(parts)}"
+            before = setting
         elif name in known:
             if not equals:
                 value = words.pop(0) if words and not words[0].startswith("-") else "True"
@@ -171,6 +172,11 @@ def _canonical(config_class: type[Config], argv: Sequence[str], prog: str) -> It
         elif name is not None and not equals and name.startswith("no_") and _is_word(known, name[3:]):
             yield f"--{name[3:]}=False"
         else:
+            if before is not None and before.name == "data_path" and not word.startswith(tuple(_DASHES)):
+                raise InputError(
+                    f"got {word!r} after a --data_path, and this command takes one: give a folder or a quoted pattern. "
+                    f"See {prog} --help"
+                )
             raise InputError(_unknown(word, config_class, prog))
 
 

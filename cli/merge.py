@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jindo_core.cli.flags import parse_flags
-from jindo_core.convert_config import MergeConfig
+from jindo_core.convert_config import MergeConfig, check_free
 
 _DESCRIPTION = """\
 Add a LoRA adapter to its base model's weights, in the base's own dtype, a tensor at a time.
@@ -21,6 +21,7 @@ def run(argv: list[str]) -> int:
     """Converts as `argv` says and returns 0. Raises InputError for wrong input."""
     given = parse_flags(MergeConfig, argv, prog="jindo-core merge", description=_DESCRIPTION, epilog=_EPILOG)
     config = MergeConfig(**given)
+    check_free(config.output_dir, config.overwrite)
 
     from jindo_core.convert import run_merge
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jindo_core.cli.flags import parse_flags
-from jindo_core.convert_config import QuantizeConfig
+from jindo_core.convert_config import QuantizeConfig, check_free
 
 _DESCRIPTION = """\
 Write a model in 4 bits (NF4): half a byte a weight, loaded by train, generate and transformers as it is.
@@ -19,6 +19,7 @@ def run(argv: list[str]) -> int:
     """Converts as `argv` says and returns 0. Raises InputError for wrong input."""
     given = parse_flags(QuantizeConfig, argv, prog="jindo-core quantize", description=_DESCRIPTION, epilog=_EPILOG)
     config = QuantizeConfig(**given)
+    check_free(config.output_dir, config.overwrite)
 
     from jindo_core.convert import run_quantize
 

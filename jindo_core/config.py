@@ -271,6 +271,7 @@ class GenerateConfig:
     stream: bool = setting(True, _SAMPLING, "print the answer while it is written")
 
     quantize: Literal["nf4", "none"] = setting("nf4", _MEMORY, "how the base model is kept")
+    load_8bit: bool = setting(False, _MEMORY, "alpaca-lora's; NF4 serves", hidden=True)
     double_quant: bool = setting(True, _MEMORY, "quantize NF4's scales too")
     offload_embedding: bool = setting(False, _MEMORY, "keep the input embedding on the host")
     offload_head: bool = setting(False, _MEMORY, "stream the head from the host in slices")
@@ -345,6 +346,8 @@ def did_you_mean(name: str, config_class: type[Config], prefix: str = "") -> str
         meant.append(prefix + qlora.FLAGS[name].ours)
     if meant and meant[0] in known:
         return f" Did you mean '{meant[0]}'?"
+    if name in qlora.FLAGS and not qlora.FLAGS[name].ours:
+        return ""  # another trainer's, which nothing here is like
     # What has an effect first: lora_rank is as close to local_rank as to lora_r.
     idle = {prefix + flag.name for flag in qlora.FLAGS.values() if flag.does not in ("setting", "rule")}
     return nearest(prefix + name, [word for word in known if word not in idle]) or nearest(prefix + name, known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from jindo_core.config import check_device, read_fields
@@ -107,6 +108,17 @@ class ExportConfig:
             _need(self, "onto")
         elif self.onto is not None:
             raise InputError(f"--onto: got {self.onto}, expected it together with --lora_weights only")
+
+
+def check_free(name: str | None, overwrite: bool) -> None:
+    """See that nothing is in the way, before anything is loaded that takes time. Raises InputError."""
+    target = Path(name or "").expanduser()
+    try:
+        taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    except (OSError, ValueError):
+        return  # what is wrong with it, writing says
+    if name is not None and taken and not overwrite:
+        raise InputError(f"{target} is there already: give another name, or --overwrite to replace it")
 
 
 def _need(config: Config, name: str) -> None:

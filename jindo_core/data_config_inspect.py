@@ -58,13 +58,13 @@ class InspectConfig:
     )
     seed: int = setting(42, _WORK, "of the sample", at_least=0, at_most=_SEED_LIMIT)
     output_dir: str | None = setting(None, _OUTPUT, "folder for lengths.png and report.json", path=True, metavar="DIR")
+    overwrite: bool = setting(False, _OUTPUT, "replace an earlier report there")
     json: bool = setting(False, _OUTPUT, "JSON for machines in place of the tables")
 
     def __post_init__(self) -> None:
         read_fields(self)
         _need(self, "data_path")
-        if self.base_model is not None and self.tokenizer is not None:
-            raise InputError("inspect: got both --base_model and --tokenizer, expected one: they name the same thing")
+        _check_tokenizer("inspect", self.base_model, self.tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,7 @@ class PreviewConfig:
     base_model: str | None = setting(
         None, _MODEL, "the model whose tokenizer it is; left out: SmolLM2-135M", path=True, metavar="MODEL"
     )
+    tokenizer: str | None = setting(None, _MODEL, "or this one: a folder or .gguf file", path=True, metavar="PATH")
     prompt_template_name: str = setting("alpaca", _MODEL, "a template's name or file", metavar="NAME")
     rows: int = setting(3, _WORK, "rows to show, from the first", at_least=1)
     cutoff_len: int = setting(256, _WORK, "longest row in tokens", at_least=2)
@@ -117,6 +118,7 @@ class PreviewConfig:
     def __post_init__(self) -> None:
         read_fields(self)
         _need(self, "data_path")
+        _check_tokenizer("preview", self.base_model, self.tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +191,11 @@ def _need(config: Config, *names: str) -> None:
             known = settings(type(config))[name]
             expected = f"{known.expected()} ({known.help})" if known.choices else known.help
             raise InputError(f"--{name}: got nothing, expected {expected}")
+
+
+def _check_tokenizer(command: str, base_model: str | None, tokenizer: str | None) -> None:
+    if base_model is not None and tokenizer is not None:
+        raise InputError(f"{command}: got both --base_model and --tokenizer, expected one: they name the same thing")
 
 
 def check_output(path: str | None, overwrite: bool) -> Path:

@@ -228,7 +228,7 @@ def held_out_examples(
             paths = [bundled_path()] if data is None else [resolve_data(path) for path in data]
             records = [record for path in paths for record in read_records(path)]
         except InputError as error:
-            raise InputError(f"{error}; or give --eval_text FILE") from None
+            raise InputError(f"{error}; or give --eval_text FILE, or --eval_rows 0 to measure nothing") from None
         size = settings.get("val_set_size") or rows
         _, records, _ = split_records(records, size, settings.get("seed", 42))
         told = "rows held out" if settings.get("val_set_size") else "rows (perhaps trained on: its run held none out)"

@@ -142,7 +142,7 @@ def run_generate(config: GenerateConfig) -> str:
     from jindo_core.data.examples import end_ids, prompt_ids
     from jindo_core.data.records import Record, Round
     from jindo_core.data.templates import load_template
-    from jindo_core.hub import resolve_model
+    from jindo_core.hub import holds_model, resolve_model
     from jindo_core.loader import load_model
     from jindo_core.pages import PageStore
     from jindo_core.progress import loading_bar
@@ -152,6 +152,11 @@ def run_generate(config: GenerateConfig) -> str:
     if config.instruction is None:
         raise InputError("there is no instruction: expected --instruction TEXT or text on standard input")
     base, run = base_and_run(config.base_model, config.lora_weights)
+    if config.lora_weights is not None and holds_model(config.lora_weights):
+        raise InputError(f"lora_weights {config.lora_weights} is a model, not an adapter: --base_model names a model")
+    console = Console(stderr=True)  # standard output is the answer's
+    if config.load_8bit and config.quantize == "nf4":
+        console.print("note: --load_8bit: 8-bit weights are served by NF4, which takes half the memory")
     template_name = config.prompt_template_name or (run.prompt_template_name if run else "alpaca")
     path = resolve_model(base)
     tokenizer = load_tokenizer(path)
@@ -160,7 +165,6 @@ def run_generate(config: GenerateConfig) -> str:
     prompt = prompt_ids(tokenizer, template, asked)
     if config.offload_folder is not None:
         PageStore(config.offload_folder).close()  # one that can't be written to is an error before anything is loaded
-    console = Console(stderr=True)  # standard output is the answer's
     with loading_bar(console) as on_progress:
         model = load_model(
             path, quantize=config.quantize, double_quant=config.double_quant, dtype=config.dtype,

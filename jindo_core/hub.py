@@ -12,6 +12,8 @@ from jindo_core.errors import InputError
 MODEL_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
 OLDER_FILES = ["pytorch_model*.bin", "consolidated.*.pth"]
 """Weights of a model that was published without safetensors."""
+_OF_A_MODEL = ("config.json", "params.json", "tokenizer.json", "tokenizer.model", "adapter_config.json")
+"""One of these at least is in the folder of a model, or of a tokenizer."""
 DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 """What files of rows end in; all but Parquet's may be compressed, with .gz after it."""
 HUB = "hf://datasets/"
@@ -39,11 +41,21 @@ def resolve_model(name: str | None) -> Path:
     if _exists(path) and path.is_file() and path.suffix != ".gguf":
         raise InputError(f"base model {name} is a file, expected the folder that holds it, or a .gguf file")
     if _exists(path):
+        if path.is_dir() and not any((path / file).exists() for file in _OF_A_MODEL):
+            inside = next(iter(sorted(path.glob("*.gguf"))), None)
+            hint = f"; give the file, {inside}" if inside else ""
+            raise InputError(f"base model {name}: no model here, expected config.json or params.json in it{hint}")
         return path
     if not _looks_like_hub_id(name):
         raise InputError(f"base model {name} does not exist: expected a folder, a .gguf file or a Hub id owner/name")
     folder = _snapshot(name, "model", MODEL_FILES)
     return folder if any(folder.glob("*.safetensors")) else _snapshot(name, "model", MODEL_FILES + OLDER_FILES)
+
+
+def holds_model(folder: str | Path) -> bool:
+    """Whether it is a model's folder, and no adapter's."""
+    path = Path(folder).expanduser()
+    return (path / "config.json").exists() and not (path / "adapter_config.json").exists()
 
 
 def resolve_data(name: str) -> Path:
@@ -58,12 +70,15 @@ def resolve_data(name: str) -> Path:
     path = Path(name).expanduser()
     if _exists(path) or (glob.has_magic(name) and glob.glob(str(path))):
         return path
+    if glob.has_magic(name) and not name.startswith(HUB):
+        raise InputError(f"data_path {name}: no file matches this pattern")
     parts = name.removeprefix(HUB).split("/", 2)
     repo, file = "/".join(parts[:2]), "".join(parts[2:])
     is_file = not name.startswith(HUB) and (file or name.endswith(DATA_ENDINGS))  # a path that was mistyped
     if is_file or not _looks_like_hub_id(repo):
         endings = ", ".join(DATA_ENDINGS)
-        raise InputError(f"data_path {name} does not exist: expected a file ({endings}), a folder or a Hub id")
+        hint = "; several are separated by spaces, not commas" if "," in name else ""
+        raise InputError(f"data_path {name} does not exist: expected a file ({endings}), a folder or a Hub id{hint}")
     if file:
         return _chosen(repo, file, None)
     if repo in _TRAINING_FILES:

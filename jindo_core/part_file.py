@@ -70,6 +70,8 @@ class PartFile:
             if self._end:
                 self._places[found["key"]] = self._end, len(line)
             elif found != header:
+                if not file.readline().endswith(b"\n"):
+                    break  # no batch of it: nothing is lost
                 names = [name for name in {**header, **found} if header.get(name) != found.get(name)]
                 raise InputError(
                     f"{self._path} is of a run with another {', '.join(names)}: take its settings to go on with it, "

@@ -15,12 +15,12 @@ import torch
 from jindo_core import embedded
 from jindo_core.causal_lm import CausalLM, ModelConfig
 from jindo_core.config import TrainConfig
-from jindo_core.data.examples import Encoder, prompt_ids
+from jindo_core.data.examples import PROMPTS_TOO, Encoder, prompt_ids
 from jindo_core.data.packing import PackedRows
 from jindo_core.data.records import Record
 from jindo_core.data.store import Selection
-from jindo_core.data.templates import Template, load_template
-from jindo_core.errors import InputError
+from jindo_core.data.templates import NONE, Template, load_template
+from jindo_core.errors import InputError, nearest
 from jindo_core.formats import open_checkpoint
 from jindo_core.hub import resolve_model
 from jindo_core.loader import load_model, pick_device, pick_dtype
@@ -40,7 +40,8 @@ from jindo_core.mmlu import Mmlu, load_mmlu
 from jindo_core.optim import build_optimizer
 from jindo_core.pages import PageStore, available_ram
 from jindo_core.plan import Job as Step
-from jindo_core.plan import Plan, fit, plan
+from jindo_core.plan import Plan, Sizes, fit, plan
+from jindo_core.plan_falcon import FalconSizes
 from jindo_core.progress import TrainingView, loading_bar
 from jindo_core.recompute import CheckpointOffload
 from jindo_core.tokenizer import Tokenizer, load_tokenizer
@@ -143,11 +144,13 @@ def preview(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -
 
 def _open(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> _Sources:
     """All but the rows and the model's weights."""
+    pick_device(config.device)  # one that is not there is an error now
     if config.base_model is None:
         view.say(f"Base model: {embedded.NAME}, embedded default (135M weights; it was made for English)")
     if config.data_path is None:
         view.notice("no --data_path: the bundled Korean instructions are used")
     files = open_files(config)
+    config = _as_it_runs(config, files, explicit, view)
     if config.offload_folder is not None:
         PageStore(config.offload_folder).close()  # one that can't be written to is an error now
     path = resolve_model(config.base_model)
@@ -160,12 +163,41 @@ def _open(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> 
     if config.lora_target_modules != given:
         adapted = ", ".join(config.lora_target_modules)
         view.notice(f"this model has no {', '.join(given)}: {adapted} is adapted, or what --lora_target_modules names")
+    _check_targets(config, sizes_of(architecture))
     config, capacity = _within_context(config, architecture, view)
     encoder = Encoder(
         tokenizer, template, cutoff_len=config.cutoff_len, train_on_inputs=config.train_on_inputs,
         source_max_len=config.source_max_len, target_max_len=config.target_max_len,
     )  # fmt: skip
     return _Sources(config, path, architecture, tokenizer, template, encoder, files, capacity)
+
+
+def _as_it_runs(
+    config: TrainConfig, files: Sequence[DataFile], explicit: frozenset[str], view: TrainingView
+) -> TrainConfig:
+    """The settings as they take effect, and said where that is not what a person may expect."""
+    if config.train_on_inputs and "train_on_inputs" not in explicit:
+        view.notice(PROMPTS_TOO)
+    rows = config.accumulation_steps * config.micro_batch_size
+    if rows != config.batch_size:
+        given = f"--batch_size {config.batch_size} is no multiple of --micro_batch_size {config.micro_batch_size}"
+        view.notice(f"{given}: {rows} rows a step")
+        config = dataclasses.replace(config, batch_size=rows)
+    if all(file.formatted for file in files):
+        if "prompt_template_name" in explicit and config.prompt_template_name != NONE:
+            view.notice("--prompt_template_name has no effect: the rows bring their own prompt, as template none does")
+        config = dataclasses.replace(config, prompt_template_name=NONE)
+    return config
+
+
+def _check_targets(config: TrainConfig, sizes: Sizes | FalconSizes) -> None:
+    """Names that no layer has are an error before anything is tokenized or loaded, as `attach_lora` has it."""
+    names, known = config.lora_target_modules, tuple(sizes.linears)
+    if names != ("all-linear",) and not any(name.rpartition(".")[2] in known for name in names):
+        raise InputError(
+            f"lora_target_modules [{', '.join(names)}] match no linear layer; this model has "
+            f"[{', '.join(sorted(known))}].{nearest(names[0], [*known, 'all-linear'])}"
+        )
 
 
 def _within_context(config: TrainConfig, architecture: ModelConfig, view: TrainingView) -> tuple[TrainConfig, int]:
@@ -182,9 +214,10 @@ def _within_context(config: TrainConfig, architecture: ModelConfig, view: Traini
             config = dataclasses.replace(config, cutoff_len=context)
         return config, config.cutoff_len
     if context is not None and source + target > context:
-        target = min(target, context // 2)
-        given = f"source_max_len {source} and target_max_len {config.target_max_len}"
-        source = min(source, context - target)
+        given = f"source_max_len {source} and target_max_len {target}"
+        # The longer one gives way, until both are as long.
+        target = max(min(target, context // 2), context - source)
+        source = context - target
         view.notice(f"{given} are beyond the model's context of {context}: {source} and {target} are used")
         config = dataclasses.replace(config, source_max_len=source, target_max_len=target)
     return config, source + target
@@ -212,6 +245,8 @@ def _plan(
         view.notice(f"to keep within {config.max_memory_MB} MB: {change.text} ({change.cost})")
     found = plan(step)
     view.plan(found, "CUDA context" if cuda else "Python and its libraries")
+    if not cuda:
+        view.say("on a CPU the plan is a guide: a run may take twice as much")
     _check_host(config, found, cuda)
     keep_budget(device, config.max_memory_MB)
     return config, step
@@ -310,6 +345,6 @@ def _choose_probe(
     context; None if there is none."""
     for record in records[:100]:
         prompt = len(prompt_ids(tokenizer, template, record))
-        if prompt <= cutoff and (context is None or prompt + ANSWER_TOKENS <= context):
+        if 0 < prompt <= cutoff and (context is None or prompt + ANSWER_TOKENS <= context):
             return record
     return None

@@ -196,7 +196,8 @@ class TrainingView:
             table.add_row(f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
             self.console.print(table)
         for instruction, first, second in answers:
-            table = Table(title=f"Instruction: {instruction}", title_justify="left", title_style="bold")
+            title = f"Instruction: {instruction}" if instruction else "What it writes without a prompt"
+            table = Table(title=title, title_justify="left", title_style="bold")
             table.add_column("before", ratio=1)
             table.add_column("after", ratio=1)
             table.add_row(_plain(first), _plain(second))

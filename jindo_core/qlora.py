@@ -82,6 +82,7 @@ class Flag:
 _NOTHING = ("", "none", "false", "0", "no", "off")
 _YES = ("true", "1", "yes", "on")
 _NO_ANSWERS = "no answers are written while training: jindo-core generate has the settings of sampling"
+_NOT_IN_GENERATE = "no answers are written while training, and jindo-core generate has no such setting"
 _OWN_CODE = "models are built from the engine's own code: nothing of a checkpoint's is ever run"
 _HUB_LOGIN = "the Hub's own login counts: hf auth login, or HF_TOKEN"
 _NO_WANDB = "no reports to other services yet: metrics.jsonl and loss.png are written to output_dir"
@@ -140,9 +141,9 @@ _TABLE = [
     *_refused("local_rank", _ONE_DEVICE + ": leave it out", ("-1",)),
     *_inert("ddp_backend ddp_timeout", _ONE_DEVICE),
     # generation
-    *_inert("max_new_tokens min_new_tokens do_sample num_beams num_beam_groups penalty_alpha use_cache", _NO_ANSWERS),
-    *_inert("temperature top_k top_p typical_p diversity_penalty repetition_penalty", _NO_ANSWERS),
-    *_inert("length_penalty no_repeat_ngram_size generation_max_length generation_num_beams", _NO_ANSWERS),
+    *_inert("max_new_tokens do_sample use_cache temperature top_k top_p generation_max_length", _NO_ANSWERS),
+    *_inert("min_new_tokens num_beams num_beam_groups generation_num_beams penalty_alpha typical_p", _NOT_IN_GENERATE),
+    *_inert("diversity_penalty repetition_penalty length_penalty no_repeat_ngram_size", _NOT_IN_GENERATE),
     # files and reports
     Flag("save_strategy", "rule", "save_steps", "steps, or no for none", kind="text"),
     *_inert("logging_strategy logging_first_step logging_dir", _LOGGED),

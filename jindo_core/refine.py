@@ -197,7 +197,11 @@ def run_refine(config: RefineConfig) -> Refined:
             view.say(f"going on at row {resumed + 1} of {total:,}, where an earlier run stopped")
         if resumed < total:
             worker = _worker(config, view, path, tokenizer, template)
-            _work(config, view, part, _rows(config, source), form, worker, total)
+            try:
+                _work(config, view, part, _rows(config, source), form, worker, total)
+            except KeyboardInterrupt:
+                view.say(f"{part.done:,} rows are kept: the same command goes on behind them")
+                raise
         texts = _write(config, output, source, form, part)
         part.remove()
     said = ", ".join(f"{count:,} {what}" for what, count in texts.most_common())
@@ -250,6 +254,8 @@ def _worker(config: RefineConfig, view: ConversionView, path: Path, tokenizer: T
     if config.mode == "score":
         context = model.config.context
         cutoff = config.cutoff_len if context is None else min(config.cutoff_len, context)
+        if cutoff < config.cutoff_len:
+            view.say(f"note: cutoff_len {config.cutoff_len} is beyond the model's context: {cutoff} is used")
         encoder = Encoder(tokenizer, template, cutoff_len=cutoff, train_on_inputs=False)
         return Scorer(model, tokenizer, encoder, config.batch_size)
     assert config.instruction is not None  # the config has seen to it

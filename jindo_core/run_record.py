@@ -12,15 +12,19 @@ from typing import Any
 from jindo_core import checkpoint
 from jindo_core.adapters import CONFIG, WEIGHTS, base_of
 from jindo_core.config import TrainConfig
+from jindo_core.data.templates import CHAT, Template, template_names
 from jindo_core.errors import InputError
 from jindo_core.files import read_json, write_atomically
 
 FILE = "jindo_run.json"
+TEMPLATE = "prompt_template.json"
+"""A copy of the user's own template, beside the record that names it."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """base_model: as the user named it, None for the embedded one. results: figures of the run."""
+    """base_model: as the user named it, None for the embedded one. prompt_template_name: a template's name, or the path
+    of its copy in the run's folder. results: figures of the run."""
 
     base_model: str | None
     prompt_template_name: str
@@ -38,6 +42,17 @@ def write_run(folder: Path, record: RunRecord) -> None:
     write_atomically(folder / FILE, record_bytes(record))
 
 
+def keep_template(folder: Path, name: str, template: Template) -> str:
+    """What to record of a run's template: a name of the package's, or that of a copy of the user's own file, which may
+    be changed or taken away later."""
+    if name in (CHAT, *template_names()):
+        (folder / TEMPLATE).unlink(missing_ok=True)  # another run's
+        return name
+    texts = {key: value for key, value in vars(template).items() if value and key != "name"}
+    write_atomically(folder / TEMPLATE, (json.dumps(texts, indent=2, ensure_ascii=False) + "\n").encode())
+    return TEMPLATE
+
+
 def read_run(folder: str | Path | None) -> RunRecord | None:
     """The record in `folder`; None where there is none (an adapter that another tool made)."""
     path = None if folder is None else Path(folder).expanduser() / FILE
@@ -50,6 +65,8 @@ def read_run(folder: str | Path | None) -> RunRecord | None:
     base, template = raw["base_model"], raw["prompt_template_name"]
     if not isinstance(base, str | None) or not isinstance(template, str):
         raise InputError(f"{path} has base_model {base!r} and template {template!r}, expected names: it was damaged")
+    if template == TEMPLATE:
+        raw["prompt_template_name"] = str(path.with_name(TEMPLATE))
     return RunRecord(**{name: raw[name] for name in names})
 
 

@@ -25,6 +25,7 @@ from jindo_core.data.batches import BatchCursor
 from jindo_core.data.examples import end_ids, prompt_ids
 from jindo_core.data.packing import collate_documents
 from jindo_core.data.records import Record
+from jindo_core.data.templates import Template
 from jindo_core.errors import InputError, Stopped, TrainingError
 from jindo_core.evaluate import held_out_loss
 from jindo_core.files import held
@@ -37,7 +38,7 @@ from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.prepare import ANSWER_TOKENS, TrainingJob, prepare
 from jindo_core.progress import TrainingView, draw_loss, typed
 from jindo_core.resume import Foreign, Saver, base_digest, load_best, restore, take_weights
-from jindo_core.run_record import RunRecord, choose_output_dir, write_run
+from jindo_core.run_record import RunRecord, choose_output_dir, keep_template, write_run
 from jindo_core.run_state import NOT_FINITE, Best, History, RunState, Skipped
 
 METRICS = "metrics.jsonl"
@@ -122,7 +123,7 @@ def _finish(run: _Run, part: Path, total: int, after: float, kept: int) -> Train
     result = TrainResult(
         output_dir, total, kept, state.before, after, state.tokens_per_second, peak_bytes(job.model.device)
     )
-    _record(job.config, result)
+    _record(job.config, result, job.template)
     draw_loss(history.rows, output_dir / "loss.png")
     _farewell(view, job.config, result, job.probe)
     return result
@@ -383,7 +384,7 @@ def _one_line(record: Record) -> str:
     return text if len(text) <= 100 else text[:99] + "…"
 
 
-def _record(config: TrainConfig, result: TrainResult) -> None:
+def _record(config: TrainConfig, result: TrainResult, template: Template) -> None:
     results = {
         "steps": result.steps,
         "adapter_of_step": result.adapter_step,
@@ -392,11 +393,13 @@ def _record(config: TrainConfig, result: TrainResult) -> None:
         "tokens_per_second": result.tokens_per_second,
         "peak_bytes": result.peak_bytes,
     }
-    write_run(result.output_dir, _record_of(config, results))
+    name = keep_template(result.output_dir, config.prompt_template_name, template)
+    write_run(result.output_dir, _record_of(config, results, name))
 
 
-def _record_of(config: TrainConfig, results: dict[str, Any]) -> RunRecord:
-    template = _lasting(config.prompt_template_name) or config.prompt_template_name
+def _record_of(config: TrainConfig, results: dict[str, Any], template: str | None = None) -> RunRecord:
+    """template: left out, the user's own file where it lies."""
+    template = template or _lasting(config.prompt_template_name) or config.prompt_template_name
     return RunRecord(_lasting(config.base_model), template, dataclasses.asdict(config), results)
 
 
@@ -422,6 +425,8 @@ def _farewell(view: TrainingView, config: TrainConfig, result: TrainResult, prob
     view.say(f"Saved and read back: {result.output_dir}/{WEIGHTS}, {CONFIG}, {METRICS}, loss.png")
     base = [] if config.base_model is None else ["--base_model", config.base_model]
     asked = [("--instruction", probe.instruction), ("--input", probe.input)] if probe else [("--instruction", "…")]
+    if probe is not None and not probe.instruction:
+        asked[0] = ("--instruction", "…")  # rows that are learned whole: what stands for a prompt, only the user knows
     given = [part for flag, text in asked if text for part in (flag, text if len(text) < 80 else "…")]
     command = ["jindo-core", "generate", *base, "--lora_weights", str(result.output_dir), *given]
     view.say("Next: " + typed(command))

@@ -44,6 +44,11 @@ class DataFile:
     source: RowSource
     format: Format
 
+    @property
+    def formatted(self) -> bool:
+        """Whether its rows bring their own prompt, so that no template is put round them."""
+        return self.format.record(self.source.head(1)[0]).formatted
+
     def records(self) -> Iterator[Record]:
         """In order; each call reads anew."""
         return (self.format.record(row) for row in self.source)

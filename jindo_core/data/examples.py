@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 """The label of a token that the loss passes over."""
+PROMPTS_TOO = "prompts are learned too, alpaca-lora's default; --train_on_inputs False for answers only"
+"""What is said where nobody asked for it."""
 _VERSION = 1  # of the rules in this file and in script.py: kept tokens of another version are not used
 
 

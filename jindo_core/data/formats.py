@@ -13,6 +13,7 @@ from jindo_core.data.turns import (
     CONVERSATIONS,
     conversation,
     conversation_turns,
+    in_words,
     keys_text,
     lacks,
     row_error,
@@ -184,7 +185,7 @@ def _history(row: Row) -> Iterator[Round]:
     """Earlier rounds of an alpaca row, as LLaMA-Factory has them: a list of questions with their answers."""
     history = row.values.get("history") or []
     if not isinstance(history, list):
-        raise row_error(row, f": 'history' is a {type(history).__name__}, expected a list of [question, answer]")
+        raise row_error(row, f": 'history' is {in_words(history)}, expected a list of [question, answer]")
     for number, pair in enumerate(history, 1):
         if not isinstance(pair, list) or len(pair) != 2:
             raise row_error(row, f": part {number} of 'history' is no pair, expected [question, answer]")
@@ -215,7 +216,7 @@ def _orca_dpo(row: Row) -> Record:
 def _seeds(row: Row) -> Record:
     instances = row.values.get("instances")
     if not isinstance(instances, list) or len(instances) != 1 or not isinstance(instances[0], dict):
-        got = f"{len(instances)} of them" if isinstance(instances, list) else f"a {type(instances).__name__}"
+        got = f"{len(instances)} of them" if isinstance(instances, list) else in_words(instances)
         raise row_error(row, f": 'instances' is {got}, expected a list of one object; give each a row of its own")
     inner = replace(row, values=instances[0])
     rounds = (Round(text_of(row, "instruction"), text_of(inner, "input", optional=True), text_of(inner, "output")),)

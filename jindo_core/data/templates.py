@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 CHAT = "chat"
 """The name of the tokenizer's own chat template."""
+NONE = "none"
+"""The name of the template that adds nothing: the instruction is the prompt as it stands."""
 BOS, EOS = "{bos}", "{eos}"
 """In a segment of kind template or end: the tokenizer's token that begins or ends a text."""
 _FIELD = re.compile(r"\{(instruction|input|system|user|output)\}")

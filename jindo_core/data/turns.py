@@ -63,7 +63,8 @@ def conversation(row: Row, turns: Sequence[Turn]) -> Record:
     for index, (role, _) in enumerate(spoken):
         expected = "assistant" if index % 2 else "user"
         if role != expected:
-            raise row_error(row, f": turn {first + index} is the {role}'s, expected the {expected}'s: turns alternate")
+            said = f"turn {first + index} is the {role}'s, expected the {expected}'s: turns alternate"
+            raise row_error(row, f": {said}", REPAIR)
     answered = len(spoken) // 2 * 2
     if not answered:
         raise row_error(row, f" has {len(turns)} turns and no answer to a question, expected at least one")
@@ -77,12 +78,12 @@ CONVERSATIONS = ("messages", "conversations", "conversation", "items")
 
 def turns_of(row: Row, column: str, value: Any) -> list[Turn]:
     if not isinstance(value, list):
-        raise row_error(row, f": {column!r} is a {type(value).__name__}, expected a list of turns")
+        raise row_error(row, f": {column!r} is {in_words(value)}, expected a list of turns")
     turns = []
     for number, turn in enumerate(value, 1):
         said = f"turn {number} of {column!r}"
         if not isinstance(turn, dict):
-            raise row_error(row, f": {said} is a {type(turn).__name__}, expected an object")
+            raise row_error(row, f": {said} is {in_words(turn)}, expected an object")
         # What is null may be there for other rows' sake: Parquet gives each turn all keys.
         role = next((turn[key] for key in ("from", "role") if turn.get(key) is not None), None)
         text = next((turn[key] for key in ("value", "content") if turn.get(key) is not None), None)
@@ -95,7 +96,7 @@ def turns_of(row: Row, column: str, value: Any) -> list[Turn]:
         if isinstance(text, list):
             text = _parts(row, said, text)
         if not isinstance(text, str):
-            held = f"{said} holds a {type(text).__name__}"
+            held = f"{said} holds {in_words(text)}"
             raise row_error(row, f": {held}, expected text as value or content; its keys are {keys_text(list(turn))}")
         _check_characters(row, said, text)
         turns.append((ROLES[role.lower()], text))
@@ -125,7 +126,7 @@ def text_of(row: Row, *names: str, optional: bool = False) -> str:
     if value is None and optional:
         return ""
     if not isinstance(value, str):
-        raise row_error(row, f": {column!r} is a {type(value).__name__}, expected text")
+        raise row_error(row, f": {column!r} is {in_words(value)}, expected text")
     _check_characters(row, repr(column), value)
     return value
 
@@ -148,8 +149,22 @@ def keys_text(columns: Sequence[str]) -> str:
     return ", ".join(map(repr, columns)) or "none"
 
 
-def row_error(row: Row, problem: str) -> RowError:
-    return RowError(row.place + problem, problem.lstrip(": "))
+def in_words(value: Any) -> str:
+    """What a JSON value is, for a person: `null`, `the number 3`, `a list`."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return f"the number {value}" if len(str(value)) < 20 else "a number"
+    kinds: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+REJECT = "jindo-core data clean leaves such rows out"
+REPAIR = "jindo-core data clean --recipe korean repairs or rejects them (its step conversation_roles)"
+
+
+def row_error(row: Row, problem: str, way_out: str = REJECT) -> RowError:
+    return RowError(f"{row.place}{problem} ({way_out})", problem.lstrip(": "))
 
 
 def lacks(row: Row, column: str, expected: str = "") -> RowError:

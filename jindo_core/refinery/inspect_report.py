@@ -18,6 +18,7 @@ from jindo_core.hub import resolve_model
 from jindo_core.progress import loading_bar
 from jindo_core.refinery.inspect import FIELDS, LIMITS, Inspection, inspect
 from jindo_core.refinery.lengths import draw_lengths, text_histogram
+from jindo_core.refinery.recipe import load_recipe, recipe_names
 from jindo_core.tokenizer import Tokenizer, load_tokenizer
 
 PICTURE, REPORT = "lengths.png", "report.json"
@@ -33,7 +34,7 @@ def run_inspect(config: InspectConfig) -> Inspection:
     """
     source = open_rows(config.data_path or "")
     form = detect_format(source, config.dataset_format)
-    folder = None if config.output_dir is None else _folder(Path(config.output_dir))
+    folder = None if config.output_dir is None else _folder(Path(config.output_dir), config.overwrite)
     tokenizer, template = _tokenizer(config)
     with loading_bar(Console(stderr=True), "reading twice") as on_progress:
         found = inspect(
@@ -56,7 +57,10 @@ def run_inspect(config: InspectConfig) -> Inspection:
     return found
 
 
-def _folder(path: Path) -> Path:
+def _folder(path: Path, overwrite: bool) -> Path:
+    there = next((name for name in (REPORT, PICTURE) if (path / name).exists()), None)
+    if there is not None and not overwrite:
+        raise InputError(f"{path / there} is there already: give another --output_dir, or --overwrite to replace it")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -82,6 +86,10 @@ def _draw(found: Inspection, path: Path) -> None:
     draw_lengths(panels, LIMITS if len(panels) > 1 else (), scratch)
     write_atomically(path, scratch.read_bytes())
     scratch.unlink()
+
+
+def _steps_of(recipe: str) -> set[str]:
+    return {step.name for step in load_recipe(recipe).steps}
 
 
 def show(found: Inspection, template_name: str, *, named: bool = False) -> None:
@@ -168,11 +176,14 @@ def _show_sample(found: Inspection, template_name: str, console: Console, say) -
         return
     table = Table(title="Dirt: what each step of `data clean` would do by itself", title_justify="left")
     table.add_column("step")
+    table.add_column("in recipe")
     for name in ("change", "reject", "flag"):
         table.add_column(name, justify="right")
     table.add_column("found")
     for counts in dirty:
         told = [f"{n:,} {what}" for what, n in (counts.reasons + counts.found).most_common(3)]
         numbers = (f"{n:,}" if n else "" for n in (counts.changed, counts.rejected, counts.flagged))
-        table.add_row(counts.name, *numbers, "; ".join(told))
+        recipes = [name for name in recipe_names() if counts.name in _steps_of(name)]
+        table.add_row(counts.name, ", ".join(recipes) or "none", *numbers, "; ".join(told))
     console.print(table)
+    say("N in a finding is any number. Steps of no recipe run where a recipe of your own names them (docs/refinery.md)")

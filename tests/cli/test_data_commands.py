@@ -41,7 +41,7 @@ def test_inspect(data, stories260k, tmp_path, capsys):
     assert "█" in said
     assert (tmp_path / "r" / "lengths.png").read_bytes()[:4] == b"\x89PNG"
     report = json.loads((tmp_path / "r" / "report.json").read_text())
-    assert main(["data", "inspect", *flags, "--json"]) == 0
+    assert main(["data", "inspect", *flags, "--json", "--overwrite"]) == 0
     assert json.loads(capsys.readouterr().out) == report
     assert report["rows"] == 2
     assert {path.name for path in (tmp_path / "r").iterdir()} == {"lengths.png", "report.json"}

@@ -258,7 +258,7 @@ def test_the_rows_that_training_held_out(stories, stories260k, tmp_path, capsys)
     delta = read_adapter(adapter, source.linears).delta(norm.removesuffix(".weight"))
     assert torch.equal(found[norm], weight + delta)
     (tmp_path / "data.json").unlink()
-    with pytest.raises(InputError, match=r"data.json does not exist.*; or give --eval_text FILE"):
+    with pytest.raises(InputError, match=r"data.json does not exist.*; or give --eval_text FILE, or --eval_rows 0"):
         merge(adapter, tmp_path / "n", "nf4", eval_rows=32)
     assert not (tmp_path / "n").exists()
 

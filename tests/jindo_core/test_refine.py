@@ -273,7 +273,7 @@ def test_a_killed_run_goes_on_where_it_stopped(ends_sentences, tmp_path, monkeyp
     [
         "instruction", "data_path", "prompt_template_name", "lora_weights", "base_model", "max_new_tokens",
         "max_length_ratio",
-    ],  # fmt: skip
+    ],
 )
 def test_what_a_run_depends_on_is_kept_and_named(change, ends_sentences, tmp_path, monkeypatch):
     data = write(tmp_path / "a.jsonl", ROWS)
@@ -332,6 +332,6 @@ def test_all_done_but_the_writing_needs_no_model(ends_sentences, tmp_path, monke
 def test_a_row_that_can_not_be_read_is_an_error_before_the_model_is_loaded(ends_sentences, tmp_path, monkeypatch):
     data = write(tmp_path / "a.jsonl", [*ROWS, {"instruction": "x", "output": 3}])
     monkeypatch.setattr("jindo_core.refine.load_model", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(InputError, match=r"row 5 \(line 5\).*'output' is a int"):
+    with pytest.raises(InputError, match=r"row 5 \(line 5\).*'output' is the number 3"):
         refine(data, tmp_path / "o.jsonl", ends_sentences)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

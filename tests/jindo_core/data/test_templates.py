@@ -70,6 +70,7 @@ VICUNA = (
 CHATS = {
     "vicuna_v1.1": ("S USER: u\n\ni ASSISTANT: a{eos}USER: v ASSISTANT: b{eos}", VICUNA),
     "wizard_13b": ("S USER: u\n\ni ASSISTANT: a{eos}USER: v ASSISTANT: b{eos}", VICUNA),
+    "none": ("S\n\nu\n\nia{eos}vb{eos}", ""),
     "guanaco": ("S\n### Human: u\n\ni### Assistant: a{eos}### Human: v### Assistant: b{eos}", ""),
     "orca": (
         "### System:\nS\n\n### User:\nu\n\n### Input:\ni\n\n### Response:\na{eos}\n\n"

@@ -144,7 +144,7 @@ def test_a_row_that_its_format_cannot_read_is_rejected(tmp_path):
     report = run(tmp_path, "flag")
     (rejected,) = read_rows(tmp_path / "rejected.jsonl")
     assert (rejected["row"], rejected["step"], rejected["values"]) == (21, "read", rows[20])
-    assert rejected["reason"] == "'output' is a NoneType, expected text"
+    assert rejected["reason"] == "'output' is null, expected text"
     assert (report.rows_in, report.rows_out) == (30, 29)
 
 

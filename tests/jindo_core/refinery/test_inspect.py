@@ -68,7 +68,7 @@ def test_rows_that_can_not_be_read_are_counted_and_named(tmp_path):
     found = look(write(tmp_path / "rows.jsonl", rows))
     assert (found.rows, found.unreadable, found.sample.of) == (4, 2, 2)
     assert "row 2 (line 2)" in found.reasons[0]
-    assert "'output' is a int, expected text" in found.reasons[0]
+    assert "'output' is the number 3, expected text" in found.reasons[0]
     assert "lacks 'instruction'" in found.reasons[1]
     assert found.row_characters.count == 2
 
