@@ -145,7 +145,7 @@ class Scorer:
             if encoded.example is not None:
                 examples.append(encoded.example)
                 places.append(place)
-                results[place] = {"cut": encoded.cut}
+                results[place] = {"cut": encoded.cut or encoded.shortened}
         for place, found in zip(
             places, score(self.model, self.tokenizer, examples, batch_size=self.batch_size), strict=True
         ):

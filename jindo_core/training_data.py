@@ -147,8 +147,8 @@ def _tokenized(file: DataFile, config: TrainConfig, encoder: Encoder, view: Trai
 
 
 def _warn(part: Selection, files: Sequence[DataFile], encoder: Encoder, view: TrainingView) -> None:
-    for file, asked, left_out, cut in zip(files, part.asked, part.left_out, part.cut, strict=True):
-        for problem in report(asked, left_out, cut, encoder.limit):
+    for file, asked, losses in zip(files, part.asked, part.losses, strict=True):
+        for problem in report(asked, losses, encoder.limit):
             view.notice(problem if len(files) == 1 else f"{file.source.paths[0].name}: {problem}")
 
 

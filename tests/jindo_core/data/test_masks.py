@@ -247,6 +247,23 @@ def test_a_token_on_the_border_counts_where_its_last_character_lies(smollm2):
     assert learned(example) == [*smollm2.encode("\n\n"), smollm2.eos_id]
 
 
+def test_an_answer_melts_with_the_space_that_ends_its_prompt(llama, assets):
+    """qlora's prompts end in a space; in one text with the answer it is the first word's own, which is learned."""
+    template = load_template("qlora_alpaca")
+    lines = (assets / "data/en/self_instruct_seed_tasks.jsonl").read_text(encoding="utf-8").splitlines()
+    tasks = [(row["instruction"], row["instances"][0]) for row in map(json.loads, lines)]
+    records = [Record.single(asked, first["input"], first["output"], 1) for asked, first in tasks]
+    records += [Record.single("q", "", "yes", 1)]
+    encoder = Encoder(llama, template, cutoff_len=100_000, train_on_inputs=False)
+    found = [learned(layout.example) for layout in encoder.lay_out(records)]
+    assert found[-1] == [*llama.encode("yes")[1:], llama.eos_id]
+    for record, ids in zip(records, found, strict=True):
+        shown = llama.decode([*llama.encode("x"), *ids])[1:]
+        assert shown.removeprefix(" ") == record.output.removeprefix(" ")
+    apart = Encoder(llama, template, cutoff_len=9, train_on_inputs=False, source_max_len=999, target_max_len=999)
+    assert learned(apart.lay_out(records[-1:])[0].example) == found[-1]
+
+
 def test_eos_is_learned_though_the_prompt_has_more_tokens_alone(llama):
     """Prompt and answer melt into one token, where alpaca-lora's count of the prompt alone would mask EOS too."""
     template = SingleTurnTemplate("own", "", "{instruction}{input}", "{instruction}", "?")
