@@ -92,8 +92,10 @@ def show_rows(
     files: Sequence[DataFile], config: TrainConfig, encoder: Encoder, tokenizer: Tokenizer, console: Console
 ) -> None:
     """The first `config.preview` rows, as they would be learnt."""
-    records = itertools.chain.from_iterable(file.records() for file in files)
-    preview(list(itertools.islice(records, config.preview)), encoder, tokenizer, config.preview, console)
+    rows = ((record, file.source.paths[0].name) for file in files for record in file.records())
+    shown = list(itertools.islice(rows, config.preview))
+    names = [name for _, name in shown] if len(files) > 1 else []
+    preview([record for record, _ in shown], encoder, tokenizer, config.preview, console, names)
 
 
 def read_data(

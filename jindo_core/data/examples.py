@@ -66,10 +66,10 @@ class Encoder:
     the tokenizer adds one), cut on the right at `cutoff_len`; EOS follows where it still fits; unless
     `train_on_inputs`, as many labels as the prompt alone has tokens are -100. Source: its finetune.py,
     generate_and_tokenize_prompt. Where prompt and answer melt into one token, that count is off: then a token counts
-    if its last character lies in the answer and all that it holds of the prompt is white space. Given `source_max_len` and `target_max_len`, prompt and answer with its EOS are
-    tokenized and cut apart, as qlora does (its DataCollatorForCausalLM). Conversations are tokenized between their
-    special tokens, as LLaMA's own tokenizer is around </s>, and cut on the right; there a token counts if the last
-    character that it stands for lies in an answer.
+    if its last character lies in the answer and all that it holds of the prompt is white space. Given `source_max_len`
+    and `target_max_len`, prompt and answer with its EOS are tokenized and cut apart, as qlora does (its
+    DataCollatorForCausalLM). Conversations are tokenized between their special tokens, as LLaMA's own tokenizer is
+    around </s>, and cut on the right; there a token counts if the last character that it stands for lies in an answer.
     """
 
     def __init__(

@@ -48,7 +48,8 @@ def llama_calls(stories15m):
 @pytest.fixture(scope="module")
 def rows(assets):
     real = read_records(assets / "data/ko/ko_sharegpt_deepl_translate_cleaned_v2.json")
-    odd = [Record.single("인용", "", "'말'"), Record.single("질문"), Record.single(""), Record.single("{input}", "{instruction}", "x")]
+    odd = [Record.single("질문"), Record.single(""), Record.single("{input}", "{instruction}", "x")]
+    odd.append(Record.single("인용", "", "'말'"))
     return odd + read_records(bundled_path())[:25] + real[:10]
 
 

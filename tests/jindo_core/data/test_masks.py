@@ -186,7 +186,7 @@ def test_where_fastchats_arithmetic_fails_ours_does_not(llama, processor):
 GOLDEN = [
     ("koalpaca_v1.1", [("x", "", "y")],
      "<s> ▁### ▁ <0xEC> <0xA7> <0x88> 문 : ▁x <0x0A> <0x0A> "
-     "## # ▁ <0xEB> <0x8B> <0xB5> <0xEB> <0xB3> <0x80> : | y </s>"),
+     "## # ▁ <0xEB> <0x8B> <0xB5> <0xEB> <0xB3> <0x80> : | ▁y </s>"),
     ("wizard_7b", [("x", "", "y")], "<s> ▁x <0x0A> <0x0A> ## # ▁Response : | y </s>"),
     ("wizard_7b", [("x", "z", "y")], "<s> ▁x <0x0A> z <0x0A> <0x0A> ## # ▁Response : | y </s>"),
     ("wizard_7b", [("x", "", "")], "<s> ▁x <0x0A> <0x0A> ## # ▁Response : | </s>"),
@@ -313,7 +313,7 @@ def test_white_space_beside_a_token_that_takes_it(words):
         record = Record.single(" \u00a0x \n", "", "\t y ", 1)
         encoder = Encoder(tokenizer, template, cutoff_len=99, train_on_inputs=False)
         example = encoder.lay_out([record])[0].example
-        text = "<|user|> \u00a0x \n<|end|><|im_start|>assistant\n\t y <|end|>\n"
+        text = "<|user|> \u00a0x \n<|end|><|im_start|>assistant\n\t y <|end|>"
         assert example.input_ids == tokenizer.encode(text)
         assert tokenizer.decode(learned(example)) == ("\t y" if side == "lstrip" else "\t y ")
 
@@ -322,6 +322,17 @@ def test_train_on_inputs_learns_everything(llama):
     record = Record((Round("q", "", "a"), Round("r", "", "b")), row=1)
     example = Encoder(llama, load_template("vicuna_v1.1"), cutoff_len=99, train_on_inputs=True).lay_out([record])[0]
     assert example.example.labels == example.example.input_ids
+
+
+@pytest.mark.parametrize("name", ["orca", "chatml", "chat"])
+def test_a_row_ends_with_its_end_token(smollm2, name):
+    """What a template puts behind an answer's end is there for the next round, and never learned after the last."""
+    record = Record((Round("q", "", "a"), Round("r", "", "b")), row=1)
+    encoder = Encoder(smollm2, load_template(name, smollm2), cutoff_len=99, train_on_inputs=True)
+    ids = encoder.lay_out([record])[0].example.labels
+    ends = [place for place, token in enumerate(ids) if token == smollm2.eos_id]
+    assert ends[-1] == len(ids) - 1
+    assert smollm2.decode(ids[ids.index(smollm2.eos_id) + 1 :]).startswith("\n") or name == "chat"
 
 
 def test_what_is_cut_and_left_out(llama):
