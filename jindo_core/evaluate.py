@@ -8,6 +8,7 @@ import torch
 
 from jindo_core.causal_lm import CausalLM
 from jindo_core.data.examples import Example, collate
+from jindo_core.data.store import Selection
 
 
 @torch.no_grad()
@@ -29,7 +30,8 @@ def _summed(model: CausalLM, examples: Sequence[Example], batch_size: int, pad_i
     """(the summed cross entropy, the supervised tokens)"""
     total, count = 0.0, 0
     # Alike lengths together: the mean does not depend on the order, and less padding is computed.
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    lengths = examples.lengths if isinstance(examples, Selection) else [len(one.input_ids) for one in examples]
+    order = sorted(range(len(examples)), key=lambda i: int(lengths[i]))
     for start in range(0, len(order), batch_size):
         batch = collate([examples[i] for i in order[start : start + batch_size]], pad_id)
         labels = batch["labels"].to(model.device)

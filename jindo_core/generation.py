@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,8 @@ from jindo_core.decoding import Decoder
 from jindo_core.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from jindo_core.config import GenerateConfig
     from jindo_core.tokenizer import Tokenizer
 
@@ -52,15 +55,9 @@ def generate(
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     stops = stop_ids(model, tokenizer) | ends
     tokens = generate_ids(
-        model,
-        ids,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stops,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
+        model, ids, max_new_tokens=max_new_tokens, stop_ids=stops, temperature=temperature, top_p=top_p, top_k=top_k,
         seed=seed,
-    )
+    )  # fmt: skip
     for token in tokens:
         if token not in stops:
             pieces.append(decoder.push(token))
@@ -138,14 +135,10 @@ def run_generate(config: GenerateConfig) -> str:
     """
     from rich.console import Console
 
-    from jindo_core.adapters import load_adapter
     from jindo_core.data.examples import end_ids, prompt_ids
     from jindo_core.data.records import Record, Round
     from jindo_core.data.templates import load_template
     from jindo_core.hub import holds_model, resolve_model
-    from jindo_core.loader import load_model
-    from jindo_core.pages import PageStore
-    from jindo_core.progress import loading_bar
     from jindo_core.run_record import base_and_run
     from jindo_core.tokenizer import load_tokenizer
 
@@ -163,6 +156,28 @@ def run_generate(config: GenerateConfig) -> str:
     template = load_template(template_name, tokenizer)
     asked = Record((Round(config.instruction, config.input or ""),), system=config.system or "", row=1)
     prompt = prompt_ids(tokenizer, template, asked)
+    model = _load(config, path, tokenizer, console)
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    answer = generate(
+        model, tokenizer, prompt, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+        top_p=config.top_p, top_k=config.top_k, seed=config.seed, ends=end_ids(tokenizer, template),
+        on_text=show if config.stream else None,
+    )  # fmt: skip
+    show("\n" if config.stream else answer + "\n")
+    return answer
+
+
+def _load(config: GenerateConfig, path: Path, tokenizer: Tokenizer, console: Console) -> CausalLM:
+    """The model at `path`, with its adapter."""
+    from jindo_core.adapters import load_adapter
+    from jindo_core.loader import load_model
+    from jindo_core.pages import PageStore
+    from jindo_core.progress import loading_bar
+
     if config.offload_folder is not None:
         PageStore(config.offload_folder).close()  # one that can't be written to is an error before anything is loaded
     with loading_bar(console) as on_progress:
@@ -178,22 +193,4 @@ def run_generate(config: GenerateConfig) -> str:
     tokenizer.check(model.config.vocab_size)
     if config.lora_weights is not None:
         load_adapter(model, config.lora_weights)
-
-    def show(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    answer = generate(
-        model,
-        tokenizer,
-        prompt,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        seed=config.seed,
-        ends=end_ids(tokenizer, template),
-        on_text=show if config.stream else None,
-    )
-    show("\n" if config.stream else answer + "\n")
-    return answer
+    return model

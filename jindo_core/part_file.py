@@ -89,6 +89,11 @@ class PartFile:
         found: dict[str, Any] = json.loads(text + b"}")
         return found
 
+    @property
+    def batches(self) -> int:
+        """Batches that it holds now."""
+        return len(self._places)
+
     def get(self, key: str) -> list[Any] | None:
         """A batch's results, read from the disk; None where they are to be made."""
         if self._file is None or key not in self._places:

@@ -144,7 +144,7 @@ class Scorer:
             if encoded.example is not None:
                 examples.append(encoded.example)
                 places.append(place)
-                results[place] = {"cut": encoded.cut}
+                results[place] = {"cut": encoded.cut or encoded.shortened}
         for place, found in zip(
             places, score(self.model, self.tokenizer, examples, batch_size=self.batch_size), strict=True
         ):
@@ -200,7 +200,8 @@ def run_refine(config: RefineConfig) -> Refined:
             try:
                 _work(config, view, part, _rows(config, source), form, worker, total)
             except KeyboardInterrupt:
-                view.say(f"{part.done:,} rows are kept: the same command goes on behind them")
+                kept_rows = min(part.batches * config.batch_size * _CHUNK, total)
+                view.say(f"{kept_rows:,} rows are kept: the same command goes on behind them")
                 raise
         texts = _write(config, output, source, form, part)
         part.remove()

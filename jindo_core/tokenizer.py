@@ -290,10 +290,6 @@ def _load_sentencepiece(folder: Path) -> Tokenizer:
     adds_bos = config.get("add_bos_token")
     vocab_size = max(size, *(token + 1 for token in (bos, eos) if token is not None), 1)
     control = {processor.id_to_piece(i): i for i in range(size) if processor.is_control(i)}
-    names = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    for name, token in (("bos_token", bos), ("eos_token", eos)):
-        if names[name] is None and token is not None and token < size:
-            names[name] = str(processor.id_to_piece(token))
     return _SentencePiece(
         processor,
         vocab_size=vocab_size,
@@ -304,8 +300,19 @@ def _load_sentencepiece(folder: Path) -> Tokenizer:
         # Tokens added later have rows in the embedding only as far as the vocabulary is known to reach.
         special_tokens={text: SpecialToken(i) for text, i in (control | added).items() if i < vocab_size},
         chat_template=_chat_template(folder, config),
-        special_texts={name: text for name, text in names.items() if text is not None},
+        special_texts=_special_texts(processor, config, bos, eos),
     )
+
+
+def _special_texts(
+    processor: SentencePieceProcessor, config: dict[str, Any], bos: int | None, eos: int | None
+) -> dict[str, str]:
+    """What a chat template's variables bos_token, … say: the configuration's words, else the model's pieces."""
+    names = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    for name, token in (("bos_token", bos), ("eos_token", eos)):
+        if names[name] is None and token is not None and token < processor.get_piece_size():
+            names[name] = str(processor.id_to_piece(token))
+    return {name: text for name, text in names.items() if text is not None}
 
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[str, int]:

@@ -118,8 +118,10 @@ def show_rows(
     """The first `config.preview` rows, as they would be learnt."""
     for passed_over in filter(None, map(_passed_over, files)):
         console.print(passed_over, markup=False, highlight=False, soft_wrap=True)
-    records = itertools.chain.from_iterable(file.records() for file in files)
-    preview(list(itertools.islice(records, config.preview)), encoder, tokenizer, config.preview, console)
+    rows = ((record, file.source.paths[0].name) for file in files for record in file.records())
+    shown = list(itertools.islice(rows, config.preview))
+    names = [name for _, name in shown] if len(files) > 1 else []
+    preview([record for record, _ in shown], encoder, tokenizer, config.preview, console, names)
 
 
 def read_data(
@@ -182,8 +184,8 @@ def _tokenized(file: DataFile, config: TrainConfig, encoder: Encoder, view: Trai
 
 
 def _warn(part: Selection, files: Sequence[DataFile], encoder: Encoder, view: TrainingView) -> None:
-    for file, asked, left_out, cut in zip(files, part.asked, part.left_out, part.cut, strict=True):
-        for problem in report(asked, left_out, cut, encoder.limit):
+    for file, asked, losses in zip(files, part.asked, part.losses, strict=True):
+        for problem in report(asked, losses, encoder.limit):
             view.notice(problem if len(files) == 1 else f"{file.source.paths[0].name}: {problem}")
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from jindo_core.data.records import Record
 from jindo_core.data.script import LEARNED, Part, Script
-from jindo_core.data.templates import Template
+from jindo_core.data.templates import Segment, Template
 from jindo_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ IGNORE = -100
 """The label of a token that the loss passes over."""
 PROMPTS_TOO = "prompts are learned too, alpaca-lora's default; --train_on_inputs False for answers only"
 """What is said where nobody asked for it."""
-_VERSION = 1  # of the rules in this file and in script.py: kept tokens of another version are not used
+_VERSION = 2  # of the rules in this file and in script.py: kept tokens of another version are not used
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,16 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What became of a row. example: None where it has nothing to learn. cut: some of it did not fit."""
+    """What became of a row.
+
+    example: None where it has nothing to learn. cut: its end did not fit. shortened: its prompt did not, cut apart
+    from the answer.
+    """
 
     example: Example | None
     cut: bool
     row: int
+    shortened: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +67,11 @@ class Encoder:
     A row of one round in a template for one is tokenized as alpaca-lora does: prompt and answer as one text (BOS where
     the tokenizer adds one), cut on the right at `cutoff_len`; EOS follows where it still fits; unless
     `train_on_inputs`, as many labels as the prompt alone has tokens are -100. Source: its finetune.py,
-    generate_and_tokenize_prompt. Given `source_max_len` and `target_max_len`, prompt and answer with its EOS are
-    tokenized and cut apart, as qlora does (its DataCollatorForCausalLM). Conversations are tokenized between their
-    special tokens, as LLaMA's own tokenizer is around </s>, and cut on the right; there a token counts if the last
-    character that it stands for lies in an answer.
+    generate_and_tokenize_prompt. Where prompt and answer melt into one token, that count is off: then a token counts
+    if its last character lies in the answer and all that it holds of the prompt is white space. Given `source_max_len`
+    and `target_max_len`, prompt and answer with its EOS are tokenized and cut apart, as qlora does (its
+    DataCollatorForCausalLM). Conversations are tokenized between their special tokens, as LLaMA's own tokenizer is
+    around </s>, and cut on the right; there a token counts if the last character that it stands for lies in an answer.
     """
 
     def __init__(
@@ -116,7 +122,7 @@ class Encoder:
             InputError: a row that the template has no place for.
         """
         return [
-            Encoded(found.example if found.learns else None, bool(found.cut_prompt or found.cut_end), found.row)
+            Encoded(found.example if found.learns else None, found.cut_end > 0, found.row, found.cut_prompt > 0)
             for found in self.lay_out(records)
         ]
 
@@ -124,21 +130,34 @@ class Encoder:
         """As `encode`, with the rows that have nothing to learn, and with what was cut."""
         plans = [self._plan(record) for record in records]
         self._script.tokenize([part for plan in plans for part in plan.parts])
+        melted = {place: self._melted(record) for place, record in enumerate(records) if plans[place].melts}
+        self._script.tokenize([part for plan in melted.values() for part in plan.parts])
+        plans = [melted.get(place, plan) for place, plan in enumerate(plans)]
         return [self._finish(plan, record.row) for plan, record in zip(plans, records, strict=True)]
 
     def _plan(self, record: Record) -> _Plan:
         segments = self._template.render(record)
         bos = self._script.bos(record)
-        first = next((i for i, segment in enumerate(segments) if segment.kind in LEARNED), len(segments))
+        first = _first(segments, LEARNED)
         if len(record.rounds) > 1 or not (self._apart or record.formatted or self._template.single_turn):
             return _Plan("conversation", [self._script.parts(segments)], bos)
         if self._apart:
             return _Plan("apart", [self._script.parts(segments[:first]), self._script.parts(segments[first:])], bos)
-        end = next((i for i, segment in enumerate(segments) if segment.kind == "end"), len(segments))
-        # The prompt's own tokens say what the loss passes over: where its text ends inside the whole is not asked.
+        end = _first(segments, ("end",))
+        # The prompt's own tokens say what the loss passes over, if the whole begins with them: asking for every
+        # token's place takes several times as long.
         prompt = [] if self._train_on_inputs else segments[:first]
         pieces = (prompt, segments[:end], segments[end:])
         return _Plan("alpaca-lora", [self._script.parts(piece, learned=False) for piece in pieces], bos)
+
+    def _melted(self, record: Record) -> _Plan:
+        """A row of alpaca-lora's ids, whose tokens are asked for their places."""
+        segments = self._template.render(record)
+        end = _first(segments, ("end",))
+        sides = [self._script.parts(piece) for piece in (segments[:end], segments[end:])]
+        for part in sides[0]:
+            part.own = True
+        return _Plan("conversation", sides, self._script.bos(record))
 
     def _finish(self, plan: _Plan, row: int) -> Layout:
         ids, learned = [*plan.bos], [False] * len(plan.bos)
@@ -154,14 +173,12 @@ class Encoder:
                 ids[:kept] + target_ids, learned, len(ids) - kept, len(target[0]) - len(target_ids), row
             )
         if plan.kind == "conversation":
-            found, flags = _joined(plan.sides[0])
+            found, flags = _joined(plan.parts)
             ids, learned = ids + found, learned + flags
         else:
             prompt, whole, end = (_joined(parts)[0] for parts in plan.sides)
-            # A prompt can have more tokens than it has as the beginning of a longer text.
-            masked = min(len(prompt), len(whole))
             ids = [*ids, *whole, *end]
-            learned += [False] * masked + [True] * (len(whole) - masked + len(end))
+            learned += [False] * len(prompt) + [True] * (len(whole) - len(prompt) + len(end))
         # Only what would have been learned counts as cut: not a line break behind the last EOS.
         cut = len(learned[self._cutoff :]) if any(learned[self._cutoff :]) else 0
         return self._layout(ids[: self._cutoff], learned[: self._cutoff], 0, cut, row)
@@ -185,8 +202,21 @@ class _Plan:
     def parts(self) -> Iterator[Part]:
         return (part for side in self.sides for part in side)
 
+    @property
+    def melts(self) -> bool:
+        """Whether the prompt's tokens are others with its answer behind it. Asked when all are tokenized."""
+        if self.kind != "alpaca-lora":
+            return False
+        prompt, whole = (_joined(parts)[0] for parts in self.sides[:2])
+        return whole[: len(prompt)] != prompt
 
-def _joined(parts: Sequence[Part]) -> tuple[list[int], list[bool]]:
+
+def _first(segments: Sequence[Segment], kinds: Sequence[str]) -> int:
+    """Where the first segment of one of these kinds stands."""
+    return next((place for place, segment in enumerate(segments) if segment.kind in kinds), len(segments))
+
+
+def _joined(parts: Iterable[Part]) -> tuple[list[int], list[bool]]:
     ids: list[int] = []
     learned: list[bool] = []
     for part in parts:
@@ -212,26 +242,34 @@ def end_ids(tokenizer: Tokenizer, template: Template) -> frozenset[int]:
     return Script(tokenizer, template).require_end()
 
 
-def report(total: int, left_out: Sequence[int], cut: Sequence[int], limit: str) -> list[str]:
-    """A warning each for rows with nothing to learn and for rows that did not fit.
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """The numbers of rows that are not learned as they are.
+
+    Attributes:
+        filled: left out, for their prompt leaves no room. empty: left out, with nothing to learn even whole.
+        cut: without their end. shortened: without some of their prompt.
+    """
+
+    filled: Sequence[int]
+    empty: Sequence[int]
+    cut: Sequence[int]
+    shortened: Sequence[int]
+
+
+def report(total: int, losses: Losses, limit: str) -> list[str]:
+    """A warning for each of the four that is not nothing.
 
     Args:
-        total: rows in all. left_out, cut: the numbers of those rows. limit: `Encoder.limit`.
+        total: rows in all. limit: `Encoder.limit`.
     """
-    warnings = []
-    if left_out:
-        warnings.append(f"{_rows(left_out)} of {total} left out: the prompt alone fills {limit}; raise it")
-    if cut:
-        warnings.append(f"{_rows(cut)} of {total} cut at {limit}: their end and EOS are not learned")
-    return warnings
-
-
-def encode_example(
-    tokenizer: Tokenizer, template: Template, record: Record, *, cutoff_len: int, train_on_inputs: bool
-) -> Example:
-    """One row as ids and labels, also where it has nothing to learn."""
-    encoder = Encoder(tokenizer, template, cutoff_len=cutoff_len, train_on_inputs=train_on_inputs)
-    return encoder.lay_out([record])[0].example
+    said = (
+        (losses.filled, f"left out: the prompt alone fills {limit}; raise it"),
+        (losses.empty, "left out: nothing to learn, whatever their length"),
+        (losses.cut, f"cut at {limit}: their end and EOS are not learned"),
+        (losses.shortened, f"have a shortened prompt ({limit}): its end is cut off, the answer follows"),
+    )
+    return [f"{_rows(rows)} of {total} {what}" for rows, what in said if len(rows)]
 
 
 def encode_all(
@@ -249,11 +287,13 @@ def encode_all(
     """
     encoder = Encoder(tokenizer, template, cutoff_len=cutoff_len, train_on_inputs=train_on_inputs)
     found = encoder.encode(records)
-    left_out = [row.row for row in found if row.example is None]
-    cut = [row.row for row in found if row.cut and row.example is not None]
-    return [row.example for row in found if row.example is not None], report(
-        len(found), left_out, cut, encoder.limit
+    losses = Losses(
+        filled=[row.row for row in found if row.example is None and row.cut],
+        empty=[row.row for row in found if row.example is None and not row.cut],
+        cut=[row.row for row in found if row.example is not None and row.cut],
+        shortened=[row.row for row in found if row.example is not None and row.shortened],
     )
+    return [row.example for row in found if row.example is not None], report(len(found), losses, encoder.limit)
 
 
 def collate(examples: Sequence[Example], pad_id: int, *, multiple_of: int = 8) -> dict[str, Tensor]:

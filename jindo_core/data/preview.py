@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
-from itertools import groupby, islice
+from collections.abc import Iterable, Sequence
+from itertools import chain, groupby, islice, repeat
 from typing import TYPE_CHECKING
 
 from jindo_core.data.examples import IGNORE, Encoder, Layout
@@ -24,12 +24,15 @@ _SPECIAL = "bold magenta"
 
 
 def preview(
-    records: Sequence[Record], encoder: Encoder, tokenizer: Tokenizer, n: int, console: Console
-) -> None:
+    records: Iterable[Record], encoder: Encoder, tokenizer: Tokenizer, n: int, console: Console,
+    files: Iterable[str] = (),
+) -> None:  # fmt: skip
     """Show the first `n` rows: every token, which of them the loss counts, special tokens by name, what was cut.
 
     In a terminal with colours learned tokens are green; elsewhere they stand between ⟦ and ⟧.
 
+    Args:
+        files: the file of each record, said where there is one.
     Raises:
         InputError: a row that the template has no place for.
     """
@@ -40,8 +43,9 @@ def preview(
     if shown:
         key = Text("learned", style=_LEARNED[0]) if colour else Text("{}learned{}".format(*_MARKS))
         console.print(Text("Rows as the model sees them; ") + key + Text(" is what the loss counts.\n"))
-    for layout in shown:
-        console.print(Text(f"── {_heading(layout, encoder.limit)}", style="bold"), soft_wrap=True)
+    for layout, file in zip(shown, chain(files, repeat("")), strict=False):
+        where = f"{file}, " if file else ""
+        console.print(Text(f"── {where}{_heading(layout, encoder.limit)}", style="bold"), soft_wrap=True)
         console.print(_row(layout, tokenizer, colour), soft_wrap=True)
         console.print()
 

@@ -27,12 +27,14 @@ _SPACE += "\u2028\u2029\u202f\u205f\u3000"
 class Part:
     """A run of text, or a special token (no text). Filled by `Script.tokenize`.
 
-    spans: where, in characters, the text is an answer. opens: no special token stands before it in its row.
+    spans: where, in characters, the text is an answer. opens: no special token stands before it in its row. own: a
+    token that holds words before an answer as well, and not just white space, is none of the answer's.
     """
 
     text: str = ""
     spans: list[tuple[int, int]] = field(default_factory=list)
     opens: bool = True
+    own: bool = False
     ids: list[int] = field(default_factory=list)
     learned: list[bool] = field(default_factory=list)
 
@@ -107,8 +109,10 @@ class Script:
                 part.ids, part.learned = ids, [False] * len(ids)
                 for start, end in part.spans:
                     # Places never fall: tokens stand in their text's order.
-                    tokens = slice(bisect_left(last, start), bisect_left(last, end))
-                    part.learned[tokens] = [True] * (tokens.stop - tokens.start)
+                    first, stop = bisect_left(last, start), bisect_left(last, end)
+                    if part.own and (last[first - 1] + 1 if first else 0) < len(part.text[:start].rstrip()):
+                        first = min(first + 1, stop)
+                    part.learned[first:stop] = [True] * (stop - first)
 
     def _cut(self, text: str) -> list[str | SpecialToken]:
         """A template's own text, cut at its special tokens."""

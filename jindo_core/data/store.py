@@ -1,7 +1,7 @@
 """Tokenized rows on disk: made once for a file, a format and an encoder, then read a row at a time.
 
 A store is one file: a number for every token, the id where it is supervised and ~id where it is not; after them each
-record's length (0: left out), its row, and whether it was cut; then a footer with sizes and a checksum, by which a
+record's length (0: left out), its row, and what of it was cut; then a footer with sizes and a checksum, by which a
 damaged one is noticed. Rows are read, not mapped: pages of a map would count as the process's memory. What stays in
 memory is 12 bytes a record.
 """
@@ -27,7 +27,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from jindo_core.data.examples import IGNORE, Encoded, Example
+from jindo_core.data.examples import IGNORE, Encoded, Example, Losses
 from jindo_core.data.formats import Format
 from jindo_core.data.lazy import LazySequence
 from jindo_core.data.readers import RowSource
@@ -43,6 +43,7 @@ _MAGIC = b"jindo-t1"
 _TAIL = struct.Struct("<Q8s")  # the footer's length, and the magic
 _STALE = 24 * 3600.0  # seconds after which a part that nobody wrote to is a killed run's
 _BUFFER = 4 << 20
+_END, _PROMPT = 1, 2  # what of a record was cut
 
 Progress = Callable[[int, int, int], None]
 """Told how far tokenizing is: rows, bytes read, bytes in all."""
@@ -84,22 +85,19 @@ class TokenizedRows(LazySequence[Example]):
         """int32: each record's row in its file, from 1."""
         return np.frombuffer(self._read(self._behind, 4 * len(self)), "<i4")
 
-    @property
-    def was_cut(self) -> NDArray[np.bool_]:
-        """bool: whether a record's end is missing."""
-        return np.frombuffer(self._read(self._behind + 4 * len(self), len(self)), np.bool_)
+    def losses(self, chosen: NDArray[np.int64]) -> Losses:
+        """Of the chosen records, their rows in the order of the file."""
+        cut = np.frombuffer(self._read(self._behind + 4 * len(self), len(self)), np.uint8)[chosen]
+        rows, there = self.rows[chosen], self.lengths[chosen] > 0
 
-    @property
-    def left_out(self) -> list[int]:
-        """Rows with nothing to learn."""
-        found: list[int] = self.rows[self.lengths == 0].tolist()
-        return found
+        def of(these: NDArray[np.bool_]) -> array[int]:  # an array: all rows of a large file may be among them
+            return array("i", np.sort(rows[these]).astype(np.intc).tobytes())
 
-    @property
-    def cut(self) -> list[int]:
-        """Rows whose end is missing, of those that are learnt."""
-        found: list[int] = self.rows[self.was_cut & (self.lengths > 0)].tolist()
-        return found
+        end, prompt = cut & _END > 0, cut & _PROMPT > 0
+        gone = end | prompt
+        return Losses(
+            filled=of(~there & gone), empty=of(~there & ~gone), cut=of(there & end), shortened=of(there & prompt)
+        )
 
     def _read(self, start: int, size: int) -> bytes:
         parts = []
@@ -264,7 +262,7 @@ def _write(file: IO[bytes], path: Path | None, chunks: Iterator[list[Encoded]], 
         put(_flat([one.example for one in chunk if one.example is not None]))
         lengths.extend(0 if one.example is None else len(one.example.input_ids) for one in chunk)
         rows.extend(one.row for one in chunk)
-        cut.extend(one.cut for one in chunk)
+        cut.extend(_END * one.cut | _PROMPT * one.shortened for one in chunk)
     tokens = size // 4
     for numbers in (lengths, rows):
         put(np.asarray(numbers, "<i4").tobytes())
@@ -372,7 +370,7 @@ class Selection(LazySequence[Example]):
             within theirs.
     Attributes:
         lengths: int32, tokens of each. bounds: (start, end) of each source's examples.
-        left_out, cut: for each source, the chosen records' rows that were left out, and that were cut.
+        losses: for each source, which of the chosen records' rows were left out or cut.
         asked: for each source, how many records were chosen.
     """
 
@@ -380,17 +378,14 @@ class Selection(LazySequence[Example]):
         self._sources = tuple(sources)
         firsts = np.cumsum([0, *(len(source) for source in sources)])
         self.bounds: list[tuple[int, int]] = []
-        self.left_out: list[array[int]] = []  # arrays: all rows of a large file may be among them
-        self.cut: list[array[int]] = []
+        self.losses: list[Losses] = []
         self.asked: list[int] = []
         kept, lengths, start = [], [], 0
         for source, first, end in zip(sources, firsts[:-1], firsts[1:], strict=True):
             here = chosen[(chosen >= first) & (chosen < end)] - first
             there = here[source.lengths[here] > 0]
-            rows, was_cut = source.rows, source.was_cut
             self.asked.append(len(here))
-            for found, these in ((self.left_out, here[source.lengths[here] == 0]), (self.cut, there[was_cut[there]])):
-                found.append(array("i", np.sort(rows[these]).astype(np.intc).tobytes()))
+            self.losses.append(source.losses(here))
             kept.append(there)
             lengths.append(source.lengths[there])
             self.bounds.append((start, start + len(there)))

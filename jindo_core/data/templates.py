@@ -30,6 +30,11 @@ BOS, EOS = "{bos}", "{eos}"
 _FIELD = re.compile(r"\{(instruction|input|system|user|output)\}")
 _SUFFIXES = (".yaml", ".yml", ".json")
 _SINGLE = {"prompt_input", "prompt_no_input", "response_split"}
+# What a template is called elsewhere, as `_plain` makes it, where that is not its name in another spelling.
+_ALIASES = {
+    "vicuna": "vicuna_v1.1", "llama2": "llama2_chat", "llama3chat": "llama3", "llama3instruct": "llama3",
+    "qlora": "qlora_alpaca", "openorca": "orca",
+}  # fmt: skip
 _CHAT_REQUIRED = {"user_turn", "end"}
 _CHAT_TEXTS = _CHAT_REQUIRED | {"begin", "system", "system_turn", "assistant_turn", "answer", "after", "with_input"}
 _CHAT_KEYS = _CHAT_TEXTS | {"strip"}
@@ -75,7 +80,11 @@ class Template(ABC):
         """
         if record.formatted:
             return _formatted(record, open)
-        return self._render(record, open)
+        segments = self._render(record, open)
+        # A row ends with its end token: what follows an answer's end is there for the next round.
+        while segments and segments[-1].kind == "template" and not open:
+            segments.pop()
+        return segments
 
     @abstractmethod
     def _render(self, record: Record, open: bool) -> list[Segment]:
@@ -92,7 +101,8 @@ class SingleTurnTemplate(Template):
 
     prompt_input and prompt_no_input hold {instruction} (and {input}); any other brace but {bos} and {eos} is itself.
     response_split is the text between a prompt and its answer. In a conversation every round is a prompt and an answer
-    with its EOS; what stands before the header of the instruction comes once.
+    with its EOS; what stands before the header of the instruction comes once. answer: what the model writes, holds
+    {output}.
     """
 
     name: str
@@ -100,6 +110,7 @@ class SingleTurnTemplate(Template):
     prompt_input: str
     prompt_no_input: str
     response_split: str
+    answer: str = "{output}"
 
     single_turn = True
 
@@ -133,11 +144,11 @@ class SingleTurnTemplate(Template):
                 pattern = pattern[_preamble(pattern) :]
             segments += _fill(pattern, {"instruction": turn.instruction, "input": turn.input})
             if not open or number + 1 < len(record.rounds):
-                segments += [Segment(turn.output, "answer"), Segment(EOS, "end")]
+                segments += [Segment(_answer(self.answer, turn.output), "answer"), Segment(EOS, "end")]
         return segments
 
     def identity(self) -> str:
-        return repr((self.prompt_input, self.prompt_no_input))
+        return repr((self.prompt_input, self.prompt_no_input, self.answer))
 
 
 @dataclass(frozen=True)
@@ -186,7 +197,7 @@ class ChatTemplate(Template):
             segments.append(Segment(self.assistant_turn, "template"))
             if not open or number + 1 < len(record.rounds):
                 segments += [
-                    Segment(self.answer.replace("{output}", self._own(turn.output), 1), "answer"),
+                    Segment(_answer(self.answer, self._own(turn.output)), "answer"),
                     Segment(self.end, "end"),
                     Segment(self.after, "template"),
                 ]
@@ -225,8 +236,9 @@ def template_names() -> list[str]:
 def load_template(name_or_path: str | Path, tokenizer: Tokenizer | None = None) -> Template:
     """A template of the package by name, or the user's own from a .yaml, .yml or .json file.
 
-    The file holds prompt_input, prompt_no_input and response_split, the form of alpaca-lora's templates, or the keys
-    of a `ChatTemplate`; and a description if it likes. "chat" is the tokenizer's own chat template.
+    The file holds prompt_input, prompt_no_input and response_split, the form of alpaca-lora's templates, and perhaps
+    answer; or the keys of a `ChatTemplate`; and a description if it likes. "chat" is the tokenizer's own chat
+    template. A name may be spelt with other cases and separators: "llama-2-chat".
 
     Raises:
         InputError: no such name or file, a file that is no template, or "chat" of a tokenizer that has none.
@@ -236,8 +248,8 @@ def load_template(name_or_path: str | Path, tokenizer: Tokenizer | None = None) 
         from jindo_core.data.chat_template import own_template
 
         return own_template(tokenizer)
-    if text in template_names():
-        return _read(text, Path(str(files("jindo_core.data") / "templates" / f"{text}.yaml")))
+    if (name := _named(text)) is not None:
+        return _read(name, Path(str(files("jindo_core.data") / "templates" / f"{name}.yaml")))
     path = Path(text).expanduser()
     if path.suffix.lower() not in _SUFFIXES:
         names = [CHAT, *template_names()]
@@ -248,6 +260,16 @@ def load_template(name_or_path: str | Path, tokenizer: Tokenizer | None = None) 
     if not path.is_file():
         raise InputError(f"prompt template file {text} does not exist: expected a .yaml or .json file")
     return _read(path.stem, path)
+
+
+def _named(text: str) -> str | None:
+    """The package's template of that name, however it is spelt."""
+    names = template_names()
+    return text if text in names else {**_ALIASES, **{_plain(name): name for name in names}}.get(_plain(text))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.\s]", "", name).lower()
 
 
 # --- from a row to segments -----------------------------------------------------------------------------
@@ -281,6 +303,10 @@ def _fill(pattern: str, values: dict[str, str]) -> list[Segment]:
     return segments
 
 
+def _answer(pattern: str, output: str) -> str:
+    return pattern.replace("{output}", output, 1)
+
+
 def _preamble(pattern: str) -> int:
     """Characters of a prompt before the header of its instruction: up to the last empty line before that field."""
     head = pattern[: pattern.index("{instruction}")]
@@ -299,7 +325,7 @@ def _read(name: str, path: Path) -> Template:
     if not isinstance(raw, dict):
         raise InputError(f"prompt template {path} is a {type(raw).__name__}, expected keys and values")
     chat = bool(_CHAT_KEYS & raw.keys()) and not _SINGLE & raw.keys()
-    required, known = (_CHAT_REQUIRED, _CHAT_KEYS) if chat else (_SINGLE, _SINGLE)
+    required, known = (_CHAT_REQUIRED, _CHAT_KEYS) if chat else (_SINGLE, _SINGLE | {"answer"})
     for key in sorted(required - raw.keys()):
         raise InputError(f"prompt template {path} lacks {key}: expected {', '.join(sorted(required))}")
     for key in raw:
@@ -320,6 +346,8 @@ def _single(name: str, path: Path, raw: dict[str, str]) -> SingleTurnTemplate:
             wanted = " and ".join(f"{{{field}}}" for field in sorted(fields, reverse=True))
             held = " and ".join(f"{{{field}}}" for field in sorted(found, reverse=True)) or "no field"
             raise InputError(f"prompt template {path}: {key} holds {held}, expected {wanted}")
+    if _FIELD.findall(raw.get("answer", "{output}")) != ["output"]:
+        raise InputError(f"prompt template {path}: answer is {raw['answer']!r}, expected {{output}} in it once")
     if not raw["response_split"].strip():
         raise InputError(f"prompt template {path}: response_split is empty, expected the text before an answer")
     return SingleTurnTemplate(
@@ -328,6 +356,7 @@ def _single(name: str, path: Path, raw: dict[str, str]) -> SingleTurnTemplate:
         raw["prompt_input"],
         raw["prompt_no_input"],
         raw["response_split"],
+        raw.get("answer", "{output}"),
     )
 
 

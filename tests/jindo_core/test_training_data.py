@@ -187,6 +187,14 @@ def test_lengths_apart_stay_within_the_context(stories260k, tmp_path, capsys):
     assert "source_max_len 1024 and target_max_len 256 are beyond the model's context of 512: 256 and 256" in said
 
 
+def test_a_preview_of_several_files_names_each(stories260k, tmp_path, capsys):
+    one, other = write(tmp_path / "one.json", 1), write(tmp_path / "other.json", 9)
+    config, explicit, _ = config_of(stories260k, one, other, preview=3)
+    prepare.preview(config, explicit, TrainingView())
+    heads = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("── ")]
+    assert heads == ["── one.json, row 1", "── other.json, row 1", "── other.json, row 2"]
+
+
 def test_a_preview_loads_no_model_and_writes_nothing(stories260k, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prepare, "load_model", lambda *a, **k: pytest.fail("loaded"))
     path, out = write(tmp_path / "rows.json", 20), tmp_path / "out"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jindo_core.data.examples import Example, collate, encode_all, encode_example
-from jindo_core.data.records import Record, bundled_path, read_records
+from jindo_core.data.examples import Encoder, Example, Losses, collate, encode_all, report
+from jindo_core.data.records import Record, Round, bundled_path, read_records
 from jindo_core.data.templates import load_template
 
 CUTOFFS = [1, 2, 7, 16, 40, 256]
@@ -23,6 +23,10 @@ def alpaca_lora(tokenize, eos, template, record, cutoff_len, train_on_inputs):
         prompt = len(tokenize(template.prompt(record.instruction, record.input), cutoff_len))
         labels = [-100] * prompt + labels[prompt:]
     return ids, labels
+
+
+def encode_example(tokenizer, template, record, **settings):
+    return Encoder(tokenizer, template, **settings).lay_out([record])[0].example
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,7 @@ def llama_calls(stories15m):
 def rows(assets):
     real = read_records(assets / "data/ko/ko_sharegpt_deepl_translate_cleaned_v2.json")
     odd = [Record.single("질문"), Record.single(""), Record.single("{input}", "{instruction}", "x")]
+    odd.append(Record.single("인용", "", "'말'"))
     return odd + read_records(bundled_path())[:25] + real[:10]
 
 
@@ -112,6 +117,32 @@ def test_rows_with_nothing_to_learn_are_left_out(smollm2):
     examples, warnings = encode_all(records, smollm2, template, cutoff_len=1, train_on_inputs=True)
     assert examples == []  # one token predicts nothing
     assert warnings[0].startswith("3 rows (4, 5, 6) of 3 left out")
+    # A row of one token: no length would help.
+    empty = [Record.single("", "", "", 7), *records[:1]]
+    _, warnings = encode_all(empty, smollm2, template, cutoff_len=256, train_on_inputs=True)
+    assert warnings == []
+    formatted = [Record((Round("", "", ""),), formatted=True, row=7)]
+    _, warnings = encode_all(formatted, smollm2, template, cutoff_len=256, train_on_inputs=True)
+    assert warnings == ["1 row (7) of 1 left out: nothing to learn, whatever their length"]
+
+
+def test_a_prompt_cut_apart_is_no_answer_cut(llama):
+    """qlora's two lengths: each side has its own report, and a shortened prompt leaves answer and EOS whole."""
+    encoder = Encoder(
+        llama, load_template("alpaca_short"), cutoff_len=9, train_on_inputs=False, source_max_len=20, target_max_len=6
+    )
+    records = [
+        Record.single("가 " * 30, "", "나", 1), Record.single("q", "", "나 " * 30, 2),
+        Record.single("가 " * 30, "", "나 " * 30, 3), Record.single("q", "", "나", 4),
+    ]  # fmt: skip
+    found = encoder.encode(records)
+    assert [(row.shortened, row.cut) for row in found] == [(True, False), (False, True), (True, True), (False, False)]
+    assert [row.example.labels[-1] == llama.eos_id for row in found] == [True, False, False, True]
+    assert report(4, Losses([], [], [2, 3], [1, 3]), encoder.limit) == [
+        "2 rows (2, 3) of 4 cut at source_max_len 20 and target_max_len 6: their end and EOS are not learned",
+        "2 rows (1, 3) of 4 have a shortened prompt (source_max_len 20 and target_max_len 6): its end is cut off, the "
+        "answer follows",
+    ]
 
 
 def test_warnings_stay_short(smollm2):

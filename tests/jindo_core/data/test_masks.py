@@ -186,7 +186,7 @@ def test_where_fastchats_arithmetic_fails_ours_does_not(llama, processor):
 GOLDEN = [
     ("koalpaca_v1.1", [("x", "", "y")],
      "<s> ▁### ▁ <0xEC> <0xA7> <0x88> 문 : ▁x <0x0A> <0x0A> "
-     "## # ▁ <0xEB> <0x8B> <0xB5> <0xEB> <0xB3> <0x80> : | y </s>"),
+     "## # ▁ <0xEB> <0x8B> <0xB5> <0xEB> <0xB3> <0x80> : | ▁y </s>"),
     ("wizard_7b", [("x", "", "y")], "<s> ▁x <0x0A> <0x0A> ## # ▁Response : | y </s>"),
     ("wizard_7b", [("x", "z", "y")], "<s> ▁x <0x0A> z <0x0A> <0x0A> ## # ▁Response : | y </s>"),
     ("wizard_7b", [("x", "", "")], "<s> ▁x <0x0A> <0x0A> ## # ▁Response : | </s>"),
@@ -247,6 +247,23 @@ def test_a_token_on_the_border_counts_where_its_last_character_lies(smollm2):
     assert learned(example) == [*smollm2.encode("\n\n"), smollm2.eos_id]
 
 
+def test_an_answer_melts_with_the_space_that_ends_its_prompt(llama, assets):
+    """qlora's prompts end in a space; in one text with the answer it is the first word's own, which is learned."""
+    template = load_template("qlora_alpaca")
+    lines = (assets / "data/en/self_instruct_seed_tasks.jsonl").read_text(encoding="utf-8").splitlines()
+    tasks = [(row["instruction"], row["instances"][0]) for row in map(json.loads, lines)]
+    records = [Record.single(asked, first["input"], first["output"], 1) for asked, first in tasks]
+    records += [Record.single("q", "", "yes", 1)]
+    encoder = Encoder(llama, template, cutoff_len=100_000, train_on_inputs=False)
+    found = [learned(layout.example) for layout in encoder.lay_out(records)]
+    assert found[-1] == [*llama.encode("yes")[1:], llama.eos_id]
+    for record, ids in zip(records, found, strict=True):
+        shown = llama.decode([*llama.encode("x"), *ids])[1:]
+        assert shown.removeprefix(" ") == record.output.removeprefix(" ")
+    apart = Encoder(llama, template, cutoff_len=9, train_on_inputs=False, source_max_len=999, target_max_len=999)
+    assert learned(apart.lay_out(records[-1:])[0].example) == found[-1]
+
+
 def test_eos_is_learned_though_the_prompt_has_more_tokens_alone(llama):
     """Prompt and answer melt into one token, where alpaca-lora's count of the prompt alone would mask EOS too."""
     template = SingleTurnTemplate("own", "", "{instruction}{input}", "{instruction}", "?")
@@ -296,7 +313,7 @@ def test_white_space_beside_a_token_that_takes_it(words):
         record = Record.single(" \u00a0x \n", "", "\t y ", 1)
         encoder = Encoder(tokenizer, template, cutoff_len=99, train_on_inputs=False)
         example = encoder.lay_out([record])[0].example
-        text = "<|user|> \u00a0x \n<|end|><|im_start|>assistant\n\t y <|end|>\n"
+        text = "<|user|> \u00a0x \n<|end|><|im_start|>assistant\n\t y <|end|>"
         assert example.input_ids == tokenizer.encode(text)
         assert tokenizer.decode(learned(example)) == ("\t y" if side == "lstrip" else "\t y ")
 
@@ -305,6 +322,17 @@ def test_train_on_inputs_learns_everything(llama):
     record = Record((Round("q", "", "a"), Round("r", "", "b")), row=1)
     example = Encoder(llama, load_template("vicuna_v1.1"), cutoff_len=99, train_on_inputs=True).lay_out([record])[0]
     assert example.example.labels == example.example.input_ids
+
+
+@pytest.mark.parametrize("name", ["orca", "chatml", "chat"])
+def test_a_row_ends_with_its_end_token(smollm2, name):
+    """What a template puts behind an answer's end is there for the next round, and never learned after the last."""
+    record = Record((Round("q", "", "a"), Round("r", "", "b")), row=1)
+    encoder = Encoder(smollm2, load_template(name, smollm2), cutoff_len=99, train_on_inputs=True)
+    ids = encoder.lay_out([record])[0].example.labels
+    ends = [place for place, token in enumerate(ids) if token == smollm2.eos_id]
+    assert ends[-1] == len(ids) - 1
+    assert smollm2.decode(ids[ids.index(smollm2.eos_id) + 1 :]).startswith("\n") or name == "chat"
 
 
 def test_what_is_cut_and_left_out(llama):

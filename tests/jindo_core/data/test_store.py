@@ -61,6 +61,14 @@ def make(path, cache, encoder=None, **more):
     return tokenize(source, detect_format(source), encoder or Characters(), cache=cache, **more)
 
 
+def plain(found):
+    return tuple(list(rows) for rows in (found.filled, found.empty, found.cut, found.shortened))
+
+
+def losses(rows):
+    return plain(rows.losses(np.arange(len(rows))))
+
+
 def stores(cache):
     return sorted(cache.glob("*.rows"))
 
@@ -77,7 +85,7 @@ def test_what_is_read_is_what_was_encoded(cached, data, cache, monkeypatch):
     assert rows[1] == Example([], [])
     assert rows[3] == Example([0, 122], [0, 122]), "an id of 0 is an id"
     assert rows[-3:] == [rows[2], rows[3], rows[4]]
-    assert (rows.left_out, rows.cut) == ([2, 5], [3])
+    assert losses(rows) == ([], [2, 5], [3], [])
     assert [done for done, _, _ in said] == [2, 4, 5]
     assert said[-1][1] <= said[-1][2] == data.stat().st_size
     assert bool(cache.exists()) == cached
@@ -122,13 +130,26 @@ def test_memory_does_not_grow_with_long_rows(tmp_path, stories15m):
     assert float(growth) < 120
 
 
+def test_why_a_row_is_left_out_and_which_side_is_cut(data, cache):
+    """Each record has its reasons, kept in the file."""
+
+    class Sided(Characters):
+        def _one(self, record):
+            sides = {1: (True, False), 2: (True, False), 3: (False, True), 4: (True, True), 5: (False, False)}
+            example = None if record.output == "x" else Example([1], [1])
+            return Encoded(example, sides[record.row][0], record.row, sides[record.row][1])
+
+    assert losses(make(data, cache, Sided())) == ([2], [5], [1, 4], [3, 4])
+    assert losses(make(data, cache, Sided())) == ([2], [5], [1, 4], [3, 4]), "and are read from there"
+
+
 def test_the_second_time_nothing_is_encoded(data, cache):
     first, encoder = make(data, cache), Characters()
     second = make(data, cache, encoder)
     assert encoder.calls == []
     assert (first.from_cache, second.from_cache) == (False, True)
     assert list(second) == list(first)
-    assert (second.left_out, second.cut) == (first.left_out, first.cut)
+    assert losses(second) == losses(first)
     (path,) = stores(cache)
     assert path.stat().st_mode & 0o077 == 0, "rows are their owner's alone"
 
@@ -314,8 +335,8 @@ def test_a_selection_of_several_sources(data, cache, tmp_path):
     assert list(chosen) == [first[3], first[2], second[2], second[0]], "source by source, in the order asked for"
     assert chosen.lengths.tolist() == [len(example.input_ids) for example in chosen]
     assert chosen.bounds == [(0, 2), (2, 4)]
-    rows = [[list(numbers) for numbers in part] for part in (chosen.left_out, chosen.cut)]
-    assert (rows, chosen.asked) == ([[[5], [2]], [[3], []]], [3, 3])
+    assert [plain(part) for part in chosen.losses] == [([], [5], [3], []), ([], [2], [], [])]
+    assert chosen.asked == [3, 3]
     assert chosen[-1] == chosen[3] == chosen[3:][0]
     with pytest.raises(IndexError):
         chosen[4]

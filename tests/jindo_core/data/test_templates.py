@@ -7,7 +7,7 @@ import json
 import pytest
 
 from jindo_core.data.records import Record, Round
-from jindo_core.data.templates import Segment, load_template, template_names
+from jindo_core.data.templates import Segment, SingleTurnTemplate, load_template, template_names
 from jindo_core.errors import InputError
 
 ALPACA = (
@@ -74,7 +74,7 @@ CHATS = {
     "guanaco": ("S\n### Human: u\n\ni### Assistant: a{eos}### Human: v### Assistant: b{eos}", ""),
     "orca": (
         "### System:\nS\n\n### User:\nu\n\n### Input:\ni\n\n### Response:\na{eos}\n\n"
-        "### User:\nv\n\n### Response:\nb{eos}\n\n",
+        "### User:\nv\n\n### Response:\nb{eos}",
         "### System:\nYou are an AI assistant that follows instruction extremely well. Help as much as you can.\n\n",
     ),
     "llama2_chat": (
@@ -90,7 +90,7 @@ CHATS = {
     ),
     "chatml": (
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nu\n\ni<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
-        "<|im_start|>user\nv<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n",
+        "<|im_start|>user\nv<|im_end|>\n<|im_start|>assistant\nb<|im_end|>",
         "<|im_start|>user\n",
     ),
 }
@@ -177,6 +177,31 @@ def test_own_files(tmp_path, suffix, mark):
         assert template.prompt("a", "b") == "a|b="
 
 
+def test_an_answer_of_its_own(tmp_path):
+    """KoAlpaca 1.1 was trained on a space before the answer, which the model writes itself."""
+    template = load_template("koalpaca_v1.1")
+    segments = template.render(Record((Round("가", "나", "{output}"),)))
+    assert "".join(segment.text for segment in segments) == "### 질문: 가\n\n### 맥락: 나\n\n### 답변: {output}{eos}"
+    assert segments[-2] == Segment(" {output}", "answer")
+    assert template.prompt("가") == "### 질문: 가\n\n### 답변:"
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({**OWN, "answer": "<{output}>"}), encoding="utf-8")
+    assert load_template(file).render(Record.single("a", "", "b"))[-2] == Segment("<b>", "answer")
+    assert load_template(file).identity() != SingleTurnTemplate("mine", "", *OWN.values()).identity()
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ("llama-2-chat", "llama2_chat"), ("Llama-2", "llama2_chat"), ("llama-3", "llama3"), ("vicuna", "vicuna_v1.1"),
+        ("vicuna-v1_1", "vicuna_v1.1"), ("wizard_7B", "wizard_7b"), ("Wizard-13B", "wizard_13b"), ("ChatML", "chatml"),
+        ("KoAlpaca-v1.1", "koalpaca_v1.1"), ("qlora", "qlora_alpaca"),
+    ],
+)  # fmt: skip
+def test_names_in_other_spellings(asked, name):
+    assert load_template(asked) == load_template(name)
+
+
 def test_a_name_that_is_unknown():
     with pytest.raises(InputError, match=r"'alpaka' is unknown.*Did you mean 'alpaca'\?"):
         load_template("alpaka")
@@ -192,6 +217,7 @@ def test_a_name_that_is_unknown():
         ({"prompt_input": None}, "prompt_input is None, expected text"),
         ({"response_split": 3}, "response_split is 3, expected text"),
         ({"response_split": " "}, "response_split is empty"),
+        ({"answer": "x"}, r"answer is 'x', expected \{output\} in it once"),
         ({"prompt_no_input": "no field"}, r"prompt_no_input holds no field, expected \{instruction\}"),
         ({"prompt_no_input": "{instruction}{input}"}, r"holds \{instruction\} and \{input\}, expected"),
         ({"prompt_input": "{instruction}"}, r"holds \{instruction\}, expected \{instruction\} and \{input\}"),
@@ -280,7 +306,7 @@ def test_an_own_conversation(tmp_path, suffix):
     file.write_text(json.dumps(OWN_CHAT, ensure_ascii=False), encoding="utf-8")
     template = load_template(file)
     text = "".join(s.text for s in template.render(Record((Round(" {input} ", " {user}", "{end} "), Round("v")))))
-    assert text == "{bos}[친절하게.]<{user}/{input}>=~{end}{eos}\n<v>=~{eos}\n"
+    assert text == "{bos}[친절하게.]<{user}/{input}>=~{end}{eos}\n<v>=~{eos}"
     assert template.name == "mine"
 
 
