@@ -138,15 +138,13 @@ def run_generate(config: GenerateConfig) -> str:
     from jindo_core.data.examples import end_ids, prompt_ids
     from jindo_core.data.records import Record, Round
     from jindo_core.data.templates import load_template
-    from jindo_core.hub import holds_model, resolve_model
+    from jindo_core.hub import resolve_model
     from jindo_core.run_record import base_and_run
     from jindo_core.tokenizer import load_tokenizer
 
     if config.instruction is None:
         raise InputError("there is no instruction: expected --instruction TEXT or text on standard input")
     base, run = base_and_run(config.base_model, config.lora_weights)
-    if config.lora_weights is not None and holds_model(config.lora_weights):
-        raise InputError(f"lora_weights {config.lora_weights} is a model, not an adapter: --base_model names a model")
     console = Console(stderr=True)  # standard output is the answer's
     if config.load_8bit and config.quantize == "nf4":
         console.print("note: --load_8bit: 8-bit weights are served by NF4, which takes half the memory")

@@ -15,6 +15,7 @@ from jindo_core.config import TrainConfig
 from jindo_core.data.templates import CHAT, Template, template_names
 from jindo_core.errors import InputError
 from jindo_core.files import read_json, write_atomically
+from jindo_core.hub import holds_model
 
 FILE = "jindo_run.json"
 TEMPLATE = "prompt_template.json"
@@ -74,6 +75,8 @@ def base_and_run(base_model: str | None, lora_weights: str | None) -> tuple[str 
     """The base to load, the adapter's where none is named, and the adapter's record. Raises InputError."""
     if lora_weights is not None and not Path(lora_weights).expanduser().is_dir():
         raise InputError(f"lora_weights {lora_weights} is no folder: expected one that holds a LoRA adapter")
+    if lora_weights is not None and holds_model(lora_weights):
+        raise InputError(f"lora_weights {lora_weights} is a model, not an adapter: --base_model names a model")
     run = read_run(lora_weights)
     return base_model or (run.base_model if run else base_of(lora_weights)), run
 

@@ -173,7 +173,7 @@ def test_columns_passed_over_are_told():
     found = FORMATS["orca"].passed_over(["id", "question", "chosen", "rejected", "system"])
     assert found == ["id", "rejected"]
     assert FORMATS["alpaca"].passed_over(["instruction", "input", "context", "output"]) == ["context"]
-    wrong = (("x", "'history' is a str"), ([["q"]], "part 1 of 'history' is no pair"), ([[1, "a"]], "is a int"))
+    wrong = (("x", "'history' is text"), ([["q"]], "part 1 of 'history' is no pair"), ([[1, "a"]], "is the number 1"))
     for history, problem in wrong:
         with pytest.raises(RowError, match=problem):
             FORMATS["alpaca"].record(row(instruction="i", output="o", history=history))

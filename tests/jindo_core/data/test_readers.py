@@ -249,7 +249,7 @@ def test_a_folder_without_data_and_a_pattern(tmp_path):
         write_rows(tmp_path / name)
     found = open_rows(tmp_path / "train-*.jsonl")
     assert [path.name for path in found.paths] == ["train-0.jsonl", "train-1.jsonl"]
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="no file matches this pattern"):
         open_rows(tmp_path / "valid-*.jsonl")
 
 
