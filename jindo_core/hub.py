@@ -41,7 +41,7 @@ def resolve_model(name: str | None) -> Path:
     if _exists(path) and path.is_file() and path.suffix != ".gguf":
         raise InputError(f"base model {name} is a file, expected the folder that holds it, or a .gguf file")
     if _exists(path):
-        if path.is_dir() and not any((path / file).exists() for file in _OF_A_MODEL):
+        if path.is_dir() and path.suffix != ".gguf" and not any((path / file).exists() for file in _OF_A_MODEL):
             inside = next(iter(sorted(path.glob("*.gguf"))), None)
             hint = f"; give the file, {inside}" if inside else ""
             raise InputError(f"base model {name}: no model here, expected config.json or params.json in it{hint}")

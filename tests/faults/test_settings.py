@@ -125,6 +125,7 @@ def test_what_gave_way_gives_way_again(settings, stop_after, tmp_path, monkeypat
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_budget_is_planned_once(settings, stop_after, tmp_path, monkeypatch):
     """What the process holds differs from start to start, and so would the micro-batch."""
     more = {"max_memory_MB": 600, "micro_batch_size": 8, "cutoff_len": 200}
@@ -171,6 +172,7 @@ def test_a_run_that_ended_can_be_lengthened(settings, tmp_path):
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_named_checkpoint_goes_on_where_it_lies_or_elsewhere(settings, tmp_path):
     train(*settings("out"))
     whole = (tmp_path / "out" / WEIGHTS).read_bytes()

@@ -42,6 +42,7 @@ def test_peft_loads_ours_and_gives_our_logits(stories260k, tmp_path, targets):
             assert (theirs(ids).logits - model(ids).logits).abs().max() > 0.1  # the adapter does something
 
 
+@pytest.mark.slow
 def test_a_real_adapter_gives_pefts_logits(assets, smollm2_gguf):
     folder = assets / "adapters" / "smollm-135m-medical-r16-qv"
     model = load_model(smollm2_gguf, quantize=None, dtype="fp32", device="cpu")

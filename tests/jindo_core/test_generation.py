@@ -36,6 +36,7 @@ def test_greedy_equals_transformers_for_64_tokens(assets, name):
     assert list(generate_ids(ours, ids, max_new_tokens=64)) == expected
 
 
+@pytest.mark.slow
 def test_greedy_of_smollm2_equals_transformers(smollm2_gguf):
     ours = load_model(smollm2_gguf, quantize=None, dtype="fp32", device="cpu")
     ids = load_tokenizer(smollm2_gguf).encode("The capital of France is")
