@@ -37,6 +37,9 @@ GRACE = 1.0
 _POLL = 0.05
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
+_MEETINGS = itertools.count()
+"""Of this process: each has words of its own in the store."""
+
 T = TypeVar("T")
 
 
@@ -241,8 +244,11 @@ ALONE = Ranks()
 
 @contextlib.contextmanager
 def whole(layer: nn.Module) -> Iterator[None]:
-    """* A sharded layer has all of its weights inside; any other has them anyway."""
-    if not isinstance(getattr(layer, "unshard", None), Callable):  # type: ignore[arg-type]
+    """* A sharded layer has all of its weights inside; any other has them anyway.
+
+    Nothing may hold them as numpy's: their memory is freed behind the block.
+    """
+    if not is_sharded(layer):
         yield
         return
     layer.unshard()  # type: ignore[operator]
@@ -250,6 +256,11 @@ def whole(layer: nn.Module) -> Iterator[None]:
         yield
     finally:
         layer.reshard()  # type: ignore[operator]
+
+
+def is_sharded(layer: nn.Module) -> bool:
+    """Whether `Ranks.shard` had it."""
+    return hasattr(layer, "unshard")
 
 
 def cut(batches: Sequence[list[int]], most: int) -> list[list[int]]:
@@ -284,6 +295,7 @@ def joined(config: TrainConfig) -> Iterator[tuple[Ranks, TrainConfig]]:
         yield ranks, config
         distributed.barrier()  # the first one has written all; whoever leaves earlier takes the connection along
     except (InputError, TrainingError, Stopped) as error:
+        distributed.destroy_process_group()
         _say_once(ranks, error)
     except RuntimeError as error:
         if not _is_lost(error):
@@ -362,6 +374,7 @@ def _meet(device: str, size: int) -> distributed.Store:
     if distributed.is_initialized():
         raise InputError("torch.distributed has a process group already: training makes its own, leave that to it")
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    store = distributed.PrefixStore(f"meeting/{next(_MEETINGS)}", store)
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=distributed.PrefixStore("group", store), rank=rank,
         world_size=size, timeout=TIMEOUT,

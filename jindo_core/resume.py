@@ -40,7 +40,7 @@ from jindo_core.head import StreamedHead
 from jindo_core.lora import adapted_layers
 from jindo_core.memory import BUDGETED
 from jindo_core.nf4 import CONSTANTS
-from jindo_core.parallel import whole
+from jindo_core.parallel import is_sharded, whole
 from jindo_core.prepare import TrainingJob
 from jindo_core.progress import TrainingView
 from jindo_core.run_state import RunState, random_states, set_random_states
@@ -174,19 +174,19 @@ def _frozen(model: CausalLM) -> Iterator[tuple[str, str]]:
             held = contextlib.nullcontext() if stack.stream is None else stack.stream.use(layers[module])
             with held, whole(module):
                 for name, part in module.named_modules(prefix=path):
-                    yield from _own(name, part)
+                    yield from _own(name, part, copied=is_sharded(module))
         elif module not in inside:
             yield from _own(path, module)
 
 
-def _own(path: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+def _own(path: str, module: nn.Module, *, copied: bool = False) -> Iterator[tuple[str, str]]:
     if isinstance(module, StreamedHead):
         yield f"{path}.weight", checksum(module.whole())
         return
     held = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
     for name, value in held:
         if not value.requires_grad and (isinstance(value, nn.Parameter) or name in CONSTANTS):
-            yield f"{path}.{name} {value.dtype} {tuple(value.shape)}", checksum(value)
+            yield f"{path}.{name} {value.dtype} {tuple(value.shape)}", checksum(value.clone() if copied else value)
 
 
 def surroundings(device: torch.device, ranks: int = 1) -> dict[str, Any]:

@@ -34,7 +34,6 @@ from jindo_core.memory import current_bytes, is_out_of_memory, keep_budget, peak
 from jindo_core.mmlu import Mmlu, Scores
 from jindo_core.optim import learning_rate_factor
 from jindo_core.paged_adamw import PagedAdamW
-from jindo_core.parallel import ALONE, Ranks
 from jindo_core.prepare import ANSWER_TOKENS, TrainingJob, prepare
 from jindo_core.progress import TrainingView, draw_loss, typed
 from jindo_core.resume import Foreign, Saver, base_digest, load_best, restore, take_weights
@@ -311,7 +310,7 @@ def _step(
         """The gradients' norm before."""
         return float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
 
-    loss = job.relief.outlive(lambda: _accumulate(job, batches, job.ranks), step, view.notice)
+    loss = job.relief.outlive(lambda: _accumulate(job, batches), step, view.notice)
     loss = job.ranks.sum_gradients(parameters, loss)
     norm = job.relief.outlive(clip, step, view.notice, in_update=True)
     if not skipped.count(step, loss, norm, lambda: job.data.said(batches), view.notice):
@@ -327,12 +326,12 @@ def count_steps(per_epoch: int, config: TrainConfig) -> int:
     return config.max_steps if config.max_steps > 0 else max(math.ceil(per_epoch * config.num_epochs), 1)
 
 
-def _accumulate(job: TrainingJob, batches: list[list[int]], ranks: Ranks = ALONE) -> float:
+def _accumulate(job: TrainingJob, batches: list[list[int]]) -> float:
     """Forward and backward of this rank's part of a step; returns its part of the loss. Every supervised token of all
     ranks weighs the same."""
-    own = ranks.share(batches, job.relief.micro_batch, lambda i: int(job.examples.lengths[i]))
+    own = job.ranks.share(batches, job.relief.micro_batch, lambda i: int(job.examples.lengths[i]))
     collated = [collate_documents([job.examples[i] for i in batch] or [_IDLE], job.tokenizer.pad_id) for batch in own]
-    counted = int(*ranks.totals(sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch, _ in collated)))
+    counted = int(*job.ranks.totals(sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch, _ in collated)))
     device = job.model.device
     parts = []
     for batch, documents in collated:

@@ -1,0 +1,145 @@
+"""Several runs in the processes of one torchrun: `launch` starts this file, and every rank does each job in turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from jindo_core import train as training
+from jindo_core.config import resolve_train_config
+
+
+def launch(folder, size, jobs, *, limit=120, check=True):
+    """Do jobs in `size` ranks; returns {job's name: what each rank has to say of it}, and the finished process.
+
+    jobs: {name: {"settings": …, and perhaps a fault and where: "signal", "memory", "update_memory", "nan", "die":
+    [rank, step]}}.
+    """
+    folder.mkdir()
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(size), __file__, str(folder)]
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=limit, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0 or not check, done.stderr
+    found = {}
+    for name in jobs:
+        said = [folder / f"{name}.{rank}.json" for rank in range(size)]
+        found[name] = [json.loads(path.read_text()) if path.exists() else None for path in said]
+    return found, done
+
+
+def given(model, rows, out, **changes):
+    """A run's settings: 8 steps of 8 rows, five and a half to an epoch."""
+    return {
+        "base_model": str(model), "data_path": str(rows), "output_dir": str(out), "batch_size": 8,
+        "micro_batch_size": 4, "max_steps": 8, "learning_rate": 1e-2, "cutoff_len": 96, "val_set_size": 5,
+        "lora_dropout": 0.0, "prompt_template_name": "alpaca_short", "device": "cpu", "dtype": "fp32",
+        "save_steps": 3, "lora_r": 2, "eval_steps": 4, "train_on_inputs": False,
+    } | changes  # fmt: skip
+
+
+def write_rows(path):
+    """43 rows of differing length."""
+    animals = ("cat", "dog", "bird", "fish", "little red fox")
+    data = [
+        {"instruction": f"Name animal {i}.", "input": "", "output": f"It is a {animals[i % 5]}" + ", I think" * (i % 4)}
+        for i in range(43)
+    ]
+    path.write_text(json.dumps(data))
+    return path
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    """Of every step and every measurement, in order."""
+    return [row[name] for row in metrics(out) for name in ("loss", "eval_loss") if name in row]
+
+
+# --- inside a rank --------------------------------------------------------------------------------------
+
+
+def make_faults(job, rank, name):
+    """Break this rank where the job says so; once."""
+    step_of, accumulate, seen = [0], ORIGINAL["_accumulate"], set()
+
+    def due(kind):
+        if job.get(kind) == [rank, step_of[0]] and kind not in seen:
+            seen.add(kind)
+            return True
+        return False
+
+    def step(own, batches, number, *rest):
+        step_of[0] = number
+        if due("signal"):
+            signal.raise_signal(signal.SIGTERM)
+        if due("update_memory"):
+            original = own.optimizer.step
+
+            def short(*given, **more):
+                own.optimizer.step = original
+                raise torch.OutOfMemoryError("out of memory")
+
+            own.optimizer.step = short
+        return ORIGINAL["_step"](own, batches, number, *rest)
+
+    def accumulated(own, batches):
+        loss = accumulate(own, batches)
+        if due("memory"):
+            raise torch.OutOfMemoryError("out of memory")
+        if due("nan"):
+            next(p for p in own.model.parameters() if p.grad is not None).grad.fill_(float("nan"))
+        if due("die"):
+            Path(f"{sys.argv[1]}/{name}.died").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
+    training._step, training._accumulate = step, accumulated
+
+
+ORIGINAL = {"_step": training._step, "_accumulate": training._accumulate, "prepare": training.prepare}
+
+
+def do(job, rank, name):
+    """One run; what became of it."""
+    kept = []
+
+    def prepared(*given):
+        kept.append(ORIGINAL["prepare"](*given))
+        return kept[-1]
+
+    training.prepare = prepared
+    make_faults(job, rank, name)
+    said = {"rank": rank}
+    try:
+        training.train(*resolve_train_config(job["settings"]))
+        said["ended"] = "well"
+    except (ValueError, RuntimeError, training.Stopped, SystemExit) as error:
+        said |= {"ended": type(error).__name__, "text": str(error), "code": getattr(error, "code", None)}
+    said["at"] = time.time()
+    if kept:
+        frozen = [p for p in kept[0].model.stack.layers.parameters() if not p.requires_grad and p.ndim > 1]
+        own = [p.to_local() if hasattr(p, "to_local") else p for p in frozen]
+        said["matrix_bytes"] = sum(p.nbytes for p in own)
+        said["gave_way"] = kept[0].relief.state()
+        said["adapter"] = [p.sum().item() for p in kept[0].model.parameters() if p.requires_grad]
+        said["random"] = torch.get_rng_state().sum().item()
+    return said
+
+
+if __name__ == "__main__":
+    folder, own_rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    training.ANSWER_TOKENS, training.draw_loss = 2, lambda *_: None
+    for job_name, given_job in json.loads((folder / "jobs.json").read_text()).items():
+        (folder / f"{job_name}.{own_rank}.json").write_text(json.dumps(do(given_job, own_rank, job_name)))
