@@ -22,7 +22,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
 from jindo_core.config import TrainConfig
 from jindo_core.errors import InputError, Stopped, TrainingError
@@ -108,9 +108,9 @@ class Ranks:
             try:
                 said = (run(), None)
             except (OSError, InputError, TrainingError) as error:
-                self._store.set(key, pickle.dumps((None, error)))
+                self._put(key, pickle.dumps((None, error)))
                 raise
-            self._store.set(key, pickle.dumps(said))
+            self._put(key, pickle.dumps(said))
             return said[0]
         self._wait(key)
         value, failure = pickle.loads(self._store.get(key))
@@ -125,7 +125,6 @@ class Ranks:
         if self.size == 1:
             yield
             return
-        assert self._store is not None
         key = f"turn/{next(self._turns)}/{os.environ.get('GROUP_RANK', '0')}"
         if self.local:
             self._wait(key)
@@ -133,7 +132,11 @@ class Ranks:
             yield
         finally:  # where it failed the others find out for themselves
             if not self.local:
-                self._store.set(key, b"1")
+                self._put(key, b"1")
+
+    def _put(self, key: str, value: bytes) -> None:
+        assert self._store is not None
+        self._store.set(key, value)  # type: ignore[arg-type]  # which is what it takes besides str
 
     def _wait(self, key: str) -> None:
         assert self._store is not None
@@ -157,7 +160,11 @@ class Ranks:
         """
         if self.size == 1:
             return cut(batches, most)
-        pieces = cut(batches, min(most, -(-sum(map(len, batches)) // self.size)))
+        rows = sum(map(len, batches))
+        pieces = cut(batches, most)
+        while len(pieces) < min(self.size, rows):  # or a rank would be idle
+            most = min(most, max(map(len, pieces))) - 1
+            pieces = cut(batches, most)
         costs = [len(piece) * max(map(length_of, piece)) for piece in pieces]
         shares: list[list[list[int]]] = [[] for _ in range(self.size)]
         loads = [0] * self.size

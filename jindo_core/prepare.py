@@ -217,6 +217,8 @@ def _plan(
         view.notice(f"to keep within {config.max_memory_MB} MB: {change.text} ({change.cost})")
     found = plan(step)
     view.plan(found, "CUDA context" if cuda else "Python and its libraries")
+    if config.fsdp:
+        view.notice("with --fsdp each process keeps its share of the layers' matrices: the plan counts them whole")
     _check_host(config, found, cuda)
     keep_budget(device, config.max_memory_MB)
     return config, step

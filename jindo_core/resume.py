@@ -211,8 +211,8 @@ class Saver:
         """checkpoint-STEP of the run as it stands between two steps. All ranks call it, the first one writes.
 
         Raises:
-            OSError, InputError: it can't be written; the older ones are as they were. TrainingError: the ranks' adapters
-            differ.
+            OSError, InputError: it can't be written; the older ones are as they were.
+            TrainingError: the ranks' adapters differ.
         """
         ranks, adapter = self._job.ranks, adapter_state(self._job.model)
         if ranks.size > 1:

@@ -135,7 +135,8 @@ def _finish(run: _Run, part: Path, total: int, after: float, kept: int) -> Train
     )
     if not job.ranks.leads:
         return result
-    answers = [] if job.probe is None or job.ranks.sharded else [(_one_line(job.probe), state.first_answer, _answer(job, view))]
+    asked = None if job.ranks.sharded else job.probe
+    answers = [] if asked is None else [(_one_line(asked), state.first_answer, _answer(job, view))]
     view.results(state.before, after, len(job.held_out), answers)
     if (first := history.first_scores) is not None and (last := history.last_scores) is not None:
         view.mmlu(first.subjects, last.subjects, first.accuracy, last.accuracy)

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
+from jindo_core import parallel
 from jindo_core import train as training
 from jindo_core.config import resolve_train_config
 
@@ -19,8 +21,8 @@ from jindo_core.config import resolve_train_config
 def launch(folder, size, jobs, *, limit=120, check=True):
     """Do jobs in `size` ranks; returns {job's name: what each rank has to say of it}, and the finished process.
 
-    jobs: {name: {"settings": …, and perhaps a fault and where: "signal", "memory", "update_memory", "nan", "die":
-    [rank, step]}}.
+    jobs: {name: {"settings": …, and perhaps a fault and where: "signal", "memory", "update_memory", "nan", "hang":
+    [rank, step]; "timeout": seconds that ranks wait for each other}}.
     """
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -70,7 +72,7 @@ def losses(out):
 # --- inside a rank --------------------------------------------------------------------------------------
 
 
-def make_faults(job, rank, name):
+def make_faults(job, rank):
     """Break this rank where the job says so; once."""
     step_of, accumulate, seen = [0], ORIGINAL["_accumulate"], set()
 
@@ -85,11 +87,13 @@ def make_faults(job, rank, name):
         if due("signal"):
             signal.raise_signal(signal.SIGTERM)
         if due("update_memory"):
-            original = own.optimizer.step
+            original, tries = own.optimizer.step, []
 
             def short(*given, **more):
-                own.optimizer.step = original
-                raise torch.OutOfMemoryError("out of memory")
+                tries.append(1)
+                if len(tries) == 1:
+                    raise torch.OutOfMemoryError("out of memory")
+                return original(*given, **more)
 
             own.optimizer.step = short
         return ORIGINAL["_step"](own, batches, number, *rest)
@@ -100,9 +104,8 @@ def make_faults(job, rank, name):
             raise torch.OutOfMemoryError("out of memory")
         if due("nan"):
             next(p for p in own.model.parameters() if p.grad is not None).grad.fill_(float("nan"))
-        if due("die"):
-            Path(f"{sys.argv[1]}/{name}.died").write_text(str(time.time()))
-            os.kill(os.getpid(), signal.SIGKILL)
+        if due("hang"):
+            time.sleep(3600)
         return loss
 
     training._step, training._accumulate = step, accumulated
@@ -111,7 +114,7 @@ def make_faults(job, rank, name):
 ORIGINAL = {"_step": training._step, "_accumulate": training._accumulate, "prepare": training.prepare}
 
 
-def do(job, rank, name):
+def do(job, rank):
     """One run; what became of it."""
     kept = []
 
@@ -120,14 +123,15 @@ def do(job, rank, name):
         return kept[-1]
 
     training.prepare = prepared
-    make_faults(job, rank, name)
+    make_faults(job, rank)
+    if "timeout" in job:
+        parallel.TIMEOUT = timedelta(seconds=job["timeout"])
     said = {"rank": rank}
     try:
         training.train(*resolve_train_config(job["settings"]))
         said["ended"] = "well"
     except (ValueError, RuntimeError, training.Stopped, SystemExit) as error:
         said |= {"ended": type(error).__name__, "text": str(error), "code": getattr(error, "code", None)}
-    said["at"] = time.time()
     if kept:
         frozen = [p for p in kept[0].model.stack.layers.parameters() if not p.requires_grad and p.ndim > 1]
         own = [p.to_local() if hasattr(p, "to_local") else p for p in frozen]
@@ -142,4 +146,6 @@ if __name__ == "__main__":
     folder, own_rank = Path(sys.argv[1]), int(os.environ["RANK"])
     training.ANSWER_TOKENS, training.draw_loss = 2, lambda *_: None
     for job_name, given_job in json.loads((folder / "jobs.json").read_text()).items():
-        (folder / f"{job_name}.{own_rank}.json").write_text(json.dumps(do(given_job, own_rank, job_name)))
+        (folder / f"{job_name}.{own_rank}.json").write_text(json.dumps(do(given_job, own_rank)))
+        if "hang" in given_job:
+            sys.exit(1)  # as the command does, and torchrun ends the other

@@ -139,7 +139,8 @@ def test_every_token_weighs_the_same_however_it_is_batched(stories260k):
         examples.append(Example(ids, [-100] * (n // 2) + ids[n // 2 :]))
 
     relief = Relief(model, torch.optim.AdamW(model.parameters()), 4)
-    job = SimpleNamespace(model=model, relief=relief, tokenizer=SimpleNamespace(pad_id=0), examples=examples, ranks=ALONE)
+    tokenizer = SimpleNamespace(pad_id=0)
+    job = SimpleNamespace(model=model, relief=relief, tokenizer=tokenizer, examples=examples, ranks=ALONE)
     gradients, losses = [], []
     for batches in ([[0, 1, 2, 3]], [[0], [1], [2], [3]], [[1, 3], [0, 2]]):
         model.zero_grad()
