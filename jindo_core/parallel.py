@@ -92,10 +92,13 @@ class Ranks:
 
     def check_same(self, found: Mapping[str, Any]) -> None:
         """* See that all ranks have the same. TrainingError names what differs, by its key."""
-        for rank, theirs in enumerate(self.gather(dict(found))):
-            for name, value in found.items():
+        if self.size == 1:
+            return
+        first, *others = self.gather(dict(found))
+        for rank, theirs in enumerate(others, 1):
+            for name, value in first.items():
                 if theirs[name] != value:
-                    raise TrainingError(f"{name} of rank {rank} differ from rank {self.rank}'s: give all ranks the same")
+                    raise TrainingError(f"{name} of rank {rank} differ from rank 0's: give all ranks the same")
 
     def first(self, run: Callable[[], T]) -> T:
         """* run() on the first rank, whose result or failure (OSError, InputError, TrainingError) is everybody's. The

@@ -215,7 +215,7 @@ class Saver:
             TrainingError: the ranks' adapters differ.
         """
         ranks, adapter = self._job.ranks, adapter_state(self._job.model)
-        if ranks.size > 1:
+        if ranks.size > 1:  # or else checksums are work for nothing
             ranks.check_same({"the adapter's weights": [checksum(value) for value in adapter.values()]})
         random = ranks.gather(random_states(self._job.model.device))
         return ranks.first(lambda: self._write(state, random, adapter))

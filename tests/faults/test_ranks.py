@@ -53,7 +53,8 @@ def wait_for(path, words, count, process):
 def make(stories260k, tmp_path, monkeypatch):
     monkeypatch.setenv("JINDO_CACHE", str(tmp_path / "cache"))
     rows = write_rows(tmp_path / "rows.json")
-    return lambda out, **changes: given(stories260k, rows, tmp_path / out, lora_dropout=0.2, **changes)
+    more = {"lora_dropout": 0.2, "save_steps": 3}
+    return lambda out, **changes: given(stories260k, rows, tmp_path / out, **more | changes)
 
 
 def test_when_a_rank_is_killed_the_others_stop_and_the_run_goes_on(make, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import signal
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from jindo_core import parallel
+from jindo_core import loader, parallel
 from jindo_core import train as training
 from jindo_core.config import resolve_train_config
 
@@ -22,7 +24,8 @@ def launch(folder, size, jobs, *, limit=120, check=True):
     """Do jobs in `size` ranks; returns {job's name: what each rank has to say of it}, and the finished process.
 
     jobs: {name: {"settings": …, and perhaps a fault and where: "signal", "memory", "update_memory", "nan", "hang":
-    [rank, step]; "timeout": seconds that ranks wait for each other}}.
+    [rank, step]; "timeout": seconds that ranks wait for each other; "absmax" or "packed": that part of the weights
+    differs on rank 1}}.
     """
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -45,7 +48,7 @@ def given(model, rows, out, **changes):
         "base_model": str(model), "data_path": str(rows), "output_dir": str(out), "batch_size": 8,
         "micro_batch_size": 4, "max_steps": 8, "learning_rate": 1e-2, "cutoff_len": 96, "val_set_size": 5,
         "lora_dropout": 0.0, "prompt_template_name": "alpaca_short", "device": "cpu", "dtype": "fp32",
-        "save_steps": 3, "lora_r": 2, "eval_steps": 4, "train_on_inputs": False,
+        "save_steps": 0, "lora_r": 2, "eval_steps": 4, "train_on_inputs": False,
     } | changes  # fmt: skip
 
 
@@ -111,7 +114,15 @@ def make_faults(job, rank):
     training._step, training._accumulate = step, accumulated
 
 
-ORIGINAL = {"_step": training._step, "_accumulate": training._accumulate, "prepare": training.prepare}
+def quantized(spoiled, *given, **more):
+    """A weight with parts that are others than they should be."""
+    weight = ORIGINAL["quantize"](*given, **more)
+    return dataclasses.replace(weight, **{name: getattr(weight, name) ^ 1 for name in spoiled})
+
+
+ORIGINAL = {
+    "quantize": loader.quantize_nf4,
+   "_step": training._step, "_accumulate": training._accumulate, "prepare": training.prepare}
 
 
 def do(job, rank):
@@ -124,6 +135,7 @@ def do(job, rank):
 
     training.prepare = prepared
     make_faults(job, rank)
+    loader.quantize_nf4 = functools.partial(quantized, {"absmax", "packed"} & job.keys() if rank == 1 else ())
     if "timeout" in job:
         parallel.TIMEOUT = timedelta(seconds=job["timeout"])
     said = {"rank": rank}
@@ -144,7 +156,7 @@ def do(job, rank):
 
 if __name__ == "__main__":
     folder, own_rank = Path(sys.argv[1]), int(os.environ["RANK"])
-    training.ANSWER_TOKENS, training.draw_loss = 2, lambda *_: None
+    training.ANSWER_TOKENS, training.draw_loss, parallel.GRACE = 2, lambda *_: None, 0.0
     for job_name, given_job in json.loads((folder / "jobs.json").read_text()).items():
         (folder / f"{job_name}.{own_rank}.json").write_text(json.dumps(do(given_job, own_rank)))
         if "hang" in given_job:

@@ -20,7 +20,7 @@ KINDS = {
     "packed": {"packing": True, "batch_size": 3, "micro_batch_size": 1, "val_set_size": 4},
     "by_length": {"group_by_length": True, "optim": "adamw_torch", "lora_target_modules": "all-linear"},
     "recomputed": {"gradient_checkpointing": True, "batch_size": 12, "double_quant": False},
-    "few": {"max_train_samples": 2, "max_steps": 3, "save_steps": 0},
+    "few": {"max_train_samples": 2, "max_steps": 3},
 }  # fmt: skip
 """few: of three ranks one has no row."""
 
@@ -69,19 +69,22 @@ def alone(make, place):
 @pytest.fixture(scope="module")
 def two(make, place):
     """What two ranks say of their jobs."""
-    jobs = {kind: {"settings": make(f"two-{kind}", **more)} for kind, more in KINDS.items() if kind != "few"}
+    saved = {"save_steps": 3}
+    jobs = {kind: {"settings": make(f"two-{kind}", **saved | more)} for kind, more in KINDS.items() if kind != "few"}
     jobs["shards"] = {"settings": make("two-shards", fsdp=True)}
     jobs["shards_again"] = {"settings": make("two-shards_again", fsdp=True, gradient_checkpointing=True, batch_size=5)}
-    jobs["dropout"] = {"settings": make("two-dropout", lora_dropout=0.2)}
-    jobs["stopped"] = {"settings": make("two-stopped", lora_dropout=0.2), "signal": [1, 4]}
-    jobs["resumed"] = {"settings": make("two-stopped", lora_dropout=0.2, resume=True)}
-    jobs["short"] = {"settings": make("two-short", save_steps=0), "memory": [1, 2]}
-    jobs["short_update"] = {"settings": make("two-short_update", save_steps=0), "update_memory": [0, 2]}
-    jobs["nan"] = {"settings": make("two-nan", save_steps=0), "nan": [1, 3]}
+    jobs["dropout"] = {"settings": make("two-dropout", save_steps=3, lora_dropout=0.2)}
+    jobs["stopped"] = {"settings": make("two-stopped", save_steps=3, lora_dropout=0.2), "signal": [1, 4]}
+    jobs["resumed"] = {"settings": make("two-stopped", save_steps=3, lora_dropout=0.2, resume=True)}
+    jobs["short"] = {"settings": make("two-short"), "memory": [1, 2]}
+    jobs["short_update"] = {"settings": make("two-short_update"), "update_memory": [0, 2]}
+    jobs["nan"] = {"settings": make("two-nan"), "nan": [1, 3]}
     jobs["half"] = {"settings": make("two-half"), "signal": [0, 5]}
     jobs["sharded_half"] = {"settings": make("two-sharded_half", fsdp=True), "signal": [1, 5]}
     jobs["taken_up"] = {"settings": make("two-sharded_half", resume=True)}
     jobs["wrong"] = {"settings": make("two-wrong", data_path=str(place / "none.json"))}
+    jobs["constants"] = {"settings": make("two-constants"), "absmax": True}
+    jobs["codes"] = {"settings": make("two-codes"), "packed": True}
     jobs["two_dirs"] = {"settings": make("two-rows")}
     return launch(place / "two", 2, jobs)
 
@@ -181,6 +184,14 @@ def test_a_gradient_that_is_not_finite_on_one_is_skipped_by_all(two, place):
     assert [said["ended"] for said in two[0]["nan"]] == ["well", "well"]
     assert [row["skipped_steps"] for row in metrics(place / "two-nan") if "loss" in row] == [0, 0, 1, 1, 1, 1, 1, 1]
     assert two[0]["nan"][0]["adapter"] == two[0]["nan"][1]["adapter"]
+
+
+def test_the_first_rank_s_constants_are_everybody_s(alone, two, place):
+    """Their last bits depend on the number of threads. Another base is not taken for that."""
+    assert losses(place / "two-constants") == like(alone("rows"))
+    assert {said["ended"] for said in two[0]["codes"]} == {"TrainingError", "SystemExit"}
+    spoken = next(said for said in two[0]["codes"] if said["ended"] == "TrainingError")
+    assert spoken["text"] == "the base model's weights of rank 1 differ from rank 0's: give all ranks the same"
 
 
 @pytest.mark.parametrize(("name", "words"), [("wrong", "does not exist"), ("two_dirs", "holds another run")])
