@@ -125,12 +125,25 @@ ORIGINAL = {
    "_step": training._step, "_accumulate": training._accumulate, "prepare": training.prepare}
 
 
+def matrices(module):
+    """The frozen ones."""
+    return [p for p in module.parameters() if not p.requires_grad and p.ndim > 1]
+
+
+def is_whole(layer):
+    """Whether this rank has more than its part of a layer."""
+    return not any(hasattr(p, "to_local") for p in matrices(layer))
+
+
 def do(job, rank):
     """One run; what became of it."""
-    kept = []
+    kept, whole = [], []
 
     def prepared(*given):
         kept.append(ORIGINAL["prepare"](*given))
+        layers = list(kept[-1].model.stack.layers)
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda *_: whole.append(sum(map(is_whole, layers))))
         return kept[-1]
 
     training.prepare = prepared
@@ -144,9 +157,11 @@ def do(job, rank):
         said["ended"] = "well"
     except (ValueError, RuntimeError, training.Stopped, SystemExit) as error:
         said |= {"ended": type(error).__name__, "text": str(error), "code": getattr(error, "code", None)}
-    if kept:
-        frozen = [p for p in kept[0].model.stack.layers.parameters() if not p.requires_grad and p.ndim > 1]
+    said["prepared"] = bool(kept)
+    if whole:
+        frozen = matrices(kept[0].model.stack.layers)
         own = [p.to_local() if hasattr(p, "to_local") else p for p in frozen]
+        said["whole_at_once"] = max(whole)
         said["matrix_bytes"] = sum(p.nbytes for p in own)
         said["gave_way"] = kept[0].relief.state()
         said["adapter"] = [p.sum().item() for p in kept[0].model.parameters() if p.requires_grad]

@@ -118,6 +118,9 @@ def test_shards_hold_a_half_and_learn_the_same(alone, two, place):
     assert losses(place / "two-shards") == like(alone("rows"))
     whole = two[0]["rows"][0]["matrix_bytes"]
     assert [said["matrix_bytes"] for said in two[0]["shards"]] == pytest.approx([whole / 2] * 2, rel=0.01)
+    for name in ("shards", "shards_again"):  # the second one's layers run twice
+        assert [said["whole_at_once"] for said in two[0][name]] == [1, 1]
+    assert two[0]["rows"][0]["whole_at_once"] == 5
 
 
 def test_shards_of_checkpointed_layers_and_an_idle_rank(alone, two, three, place):
@@ -132,7 +135,7 @@ def test_rank_0_writes_and_speaks_alone(two, place):
         "adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "jindo_run.json", "checkpoint-3",
         "checkpoint-6",
     }  # fmt: skip
-    assert two[1].stdout.count("Memory plan") == sum("matrix_bytes" in said[0] for said in two[0].values())
+    assert two[1].stdout.count("Memory plan") == sum(said[0]["prepared"] for said in two[0].values())
     assert [row["step"] for row in metrics(place / "two-rows") if "loss" in row] == list(range(1, 9))
 
 
