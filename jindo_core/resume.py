@@ -43,6 +43,8 @@ from jindo_core.nf4 import CONSTANTS
 from jindo_core.parallel import is_sharded, whole
 from jindo_core.prepare import TrainingJob
 from jindo_core.progress import TrainingView
+from jindo_core.run_record import FILE as RUN
+from jindo_core.run_record import RunRecord, record_bytes
 from jindo_core.run_state import RunState, random_states, set_random_states
 from jindo_core.settings import show
 
@@ -200,12 +202,15 @@ class Saver:
     """Writes a run's checkpoints.
 
     Args:
-        base: digest of the model's frozen weights.
+        base: digest of the model's frozen weights. base_model: what the adapter's config calls it.
+        record: of the run, so that `generate` needs no more than a checkpoint's folder.
     """
 
-    def __init__(self, job: TrainingJob, cursor: BatchCursor, output_dir: Path, base: str, base_model: str) -> None:
+    def __init__(
+        self, job: TrainingJob, cursor: BatchCursor, output_dir: Path, base: str, base_model: str, record: RunRecord
+    ) -> None:
         self._job, self._cursor, self._output_dir = job, cursor, output_dir
-        self._base, self._base_model = base, base_model
+        self._base, self._base_model, self._record = base, base_model, record
 
     def save(self, state: RunState) -> Path:
         """checkpoint-STEP of the run as it stands between two steps. All ranks call it, the first one writes.
@@ -251,6 +256,7 @@ class Saver:
 
         small = {
             CONFIG: adapter_config(job.model, self._base_model),
+            RUN: record_bytes(self._record),
             STATE: (json.dumps(held, ensure_ascii=False) + "\n").encode(),
         }
         needs = sum(values.values()) + sum(states.values())

@@ -28,10 +28,14 @@ class RunRecord:
     results: dict[str, Any]
 
 
+def record_bytes(record: RunRecord) -> bytes:
+    """What the record's file holds."""
+    return (json.dumps(vars(record), indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_run(folder: Path, record: RunRecord) -> None:
     """Write the record into `folder`, whole or not at all."""
-    text = json.dumps(vars(record), indent=2, ensure_ascii=False)
-    write_atomically(folder / FILE, (text + "\n").encode())
+    write_atomically(folder / FILE, record_bytes(record))
 
 
 def read_run(folder: str | Path | None) -> RunRecord | None:
@@ -80,7 +84,7 @@ def _goes_on(config: TrainConfig) -> bool:
     named = config.resume_from_checkpoint
     if named in (None, "True"):
         return config.resume or named is not None
-    return Path(named).expanduser().absolute().parent == Path(config.output_dir).expanduser().absolute()
+    return Path(named).expanduser().resolve().parent == Path(config.output_dir).expanduser().resolve()
 
 
 def _numbered(folder: Path) -> list[Path]:

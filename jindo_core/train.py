@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -188,7 +189,7 @@ class _Run:
         self._output_dir = output_dir
         self._base = base_digest(job.model)
         job.ranks.check_same({"the base model's weights": self._base, "the rows": job.data.chosen.digest()})
-        self._saver = Saver(job, self.cursor, output_dir, self._base, _base_name(config))
+        self._saver = Saver(job, self.cursor, output_dir, self._base, _base_name(config), _record_of(config, {}))
 
     def begin(self, found: Checkpoint | Foreign | None) -> None:
         """Go on from a checkpoint, or measure what there is before the first step."""
@@ -420,9 +421,12 @@ def _record(config: TrainConfig, result: TrainResult) -> None:
         "tokens_per_second": result.tokens_per_second,
         "peak_bytes": result.peak_bytes,
     }
-    settings = dataclasses.asdict(config)
+    write_run(result.output_dir, _record_of(config, results))
+
+
+def _record_of(config: TrainConfig, results: dict[str, Any]) -> RunRecord:
     template = _lasting(config.prompt_template_name) or config.prompt_template_name
-    write_run(result.output_dir, RunRecord(_lasting(config.base_model), template, settings, results))
+    return RunRecord(_lasting(config.base_model), template, dataclasses.asdict(config), results)
 
 
 def _base_name(config: TrainConfig) -> str:

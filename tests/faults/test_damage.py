@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from jindo_core import checkpoint
+from jindo_core import checkpoint, run_record
 from jindo_core.adapters import CONFIG, WEIGHTS
+from jindo_core.cli.main import main
 from jindo_core.errors import InputError
 from jindo_core.resume import OPTIMIZER
 from jindo_core.train import train
 
-FILES = (WEIGHTS, CONFIG, OPTIMIZER, checkpoint.STATE, checkpoint.MANIFEST)
+FILES = (WEIGHTS, CONFIG, OPTIMIZER, run_record.FILE, checkpoint.STATE, checkpoint.MANIFEST)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,12 @@ def test_what_lies_in_a_checkpoint(finished):
     first, second = (checkpoint.read(out / f"checkpoint-{step}") for step in (2, 4))
     assert (first.sequence, second.sequence) == (1, 2)
     assert first.id != second.id
+
+
+def test_generate_takes_a_checkpoint_as_it_is(finished, capsys):
+    folder = str(finished[0] / "checkpoint-2")
+    assert main(["generate", "--lora_weights", folder, "--instruction", "Say 3.", "--max_new_tokens", "4"]) == 0
+    assert run_record.read_run(folder).prompt_template_name == "alpaca_short"
 
 
 def test_peft_loads_a_checkpoint(finished, stories260k):
