@@ -9,7 +9,7 @@ _DESCRIPTION = """\
 Fine-tune a language model with LoRA on its 4-bit weights; without flags,
 SmolLM2-135M on bundled Korean rows. qlora.py's flags work too: docs/qlora.md.
 [a / b]: the default with --base_model / without. Switches take --x, --x False
-or --no_x. In a flag's name - and _ are the same."""
+or --no_x. In a flag's name - and _ are the same. Many GPUs: docs/parallel.md."""
 
 _EPILOG = """\
 example:

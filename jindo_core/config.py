@@ -178,6 +178,7 @@ class TrainConfig:
     resident_optimizer_MB: int | None = setting(
         None, _MEMORY, "of AdamW's moments on the device; left out: all", at_least=0
     )
+    fsdp: bool = setting(False, _MEMORY, "shard frozen weights over processes", hidden=True)
     dtype: Literal["auto", "bf16", "fp32"] = setting("auto", _MEMORY, "of the arithmetic")
     device: str = setting("auto", _MEMORY, "auto, cpu, cuda or cuda:N", metavar="DEVICE")
 

@@ -20,6 +20,7 @@ from jindo_core.head import StreamedHead
 from jindo_core.hub import resolve_model
 from jindo_core.memory import give_back_freed
 from jindo_core.nf4 import NF4Linear, NF4Weight, is_finite, quantize_nf4
+from jindo_core.parallel import ALONE, Ranks
 from jindo_core.plan import spread
 from jindo_core.streaming import LayerStream
 
@@ -39,6 +40,7 @@ def load_model(
     offload_head: bool = False,
     offload_folder: str | Path = "host",
     on_progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> CausalLM:
     """Load a model, ready for `attach_lora`, `load_adapter` or `generate`.
 
@@ -58,6 +60,7 @@ def load_model(
         offload_head: the head lies there, streamed in slices (`StreamedHead`); where it is the embedding, both do.
         offload_folder: where streamed layers and the head lie: "host" (RAM), or a folder for a memory-mapped file.
         on_progress: called with (bytes read, bytes in all) after every tensor.
+        ranks: the processes that load it together: a layer is sharded as soon as it is complete, where they say so.
     Returns:
         The model in eval mode, all parameters frozen.
     Raises:
@@ -74,7 +77,7 @@ def load_model(
         model.stack.stream = LayerStream(device, offload_folder)
     streamed = spread(offload_layers, model.config.num_hidden_layers)
     on_host = _kept_on_host(model, offload_embedding, offload_head)
-    fill = _Fill(model, checkpoint, quantize == "nf4", double_quant, dtype, device, streamed, on_host)
+    fill = _Fill(model, checkpoint, quantize == "nf4", double_quant, dtype, device, streamed, on_host, ranks)
     fill.run(on_progress)
     if offload_head:
         model.lm_head = StreamedHead(model.lm_head.weight, device, offload_folder)
@@ -215,8 +218,9 @@ class _Fill:
         device: torch.device,
         streamed: Sequence[int],
         on_host: Set[str],
+        ranks: Ranks,
     ) -> None:
-        self.model, self.checkpoint = model, checkpoint
+        self.model, self.checkpoint, self.ranks = model, checkpoint, ranks
         self.double_quant, self.dtype, self.device = double_quant, dtype, device
         self.streamed, self.on_host = streamed, on_host
         linears = {
@@ -240,6 +244,8 @@ class _Fill:
                 layer, stream = _layer_of(name, self.model.LAYERS), self.model.stack.stream
                 if layer in self.streamed and last_of[layer] == name and stream is not None:
                     stream.take(layer, self.model.stack.layers[layer])
+                elif layer >= 0 and last_of[layer] == name:
+                    self.ranks.shard(self.model.stack.layers[layer])
                 done += self.checkpoint.nbytes_of(name)
                 if on_progress is not None:
                     on_progress(self.checkpoint.nbytes * done // whole, self.checkpoint.nbytes)
@@ -279,7 +285,7 @@ class _Fill:
             setattr(self.model.get_submodule(path), leaf, nn.Parameter(moved, requires_grad=False))
             return
         if isinstance(value, Tensor):
-            weight = quantize_nf4(value.to(self.device), double_quant=self.double_quant)
+            weight = self.ranks.same_constants(quantize_nf4(value.to(self.device), double_quant=self.double_quant))
             if value.dtype == torch.float64:  # a block's maximum is kept in fp32
                 scales = weight.absmax if weight.nested_absmax is None else weight.nested_absmax
                 _check_range(name, scales, torch.float32)

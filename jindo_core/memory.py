@@ -16,9 +16,11 @@ from jindo_core.config import PROFILES, TrainConfig
 from jindo_core.errors import InputError, TrainingError
 from jindo_core.falcon import FalconConfig
 from jindo_core.head import StreamedHead
+from jindo_core.interrupt import Broken
 from jindo_core.model import LlamaConfig
 from jindo_core.nf4 import NF4Linear
 from jindo_core.paged_adamw import PagedAdamW
+from jindo_core.parallel import ALONE, Ranks
 from jindo_core.plan import CONTEXT, Change, Job, Sizes, fit, plan, spread
 from jindo_core.plan_falcon import FalconSizes
 from jindo_core.recompute import CheckpointOffload, random_state, set_random_state
@@ -28,6 +30,9 @@ CUDA_CONTEXT = CONTEXT
 
 CPU_PRODUCTS = 36 << 20
 """Bytes that a CPU's process grows by beside its tensors: matrix products that oneDNN compiles, one for every shape."""
+
+_WELL, _SHORT, _BROKEN = range(3)
+"""How a try ended; of several ranks the worst counts."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -166,15 +171,17 @@ class Relief:
     Args:
         micro_batch: sequences at once. place: where offloaded things go, "host" or a folder.
         advice: what to tell who has nothing left to give: the plan of the smallest step, say.
+        ranks: the processes of the run, which give way together.
     Attributes:
         micro_batch: what is left of it.
     """
 
     def __init__(
         self, model: CausalLM, optimizer: torch.optim.Optimizer, micro_batch: int, place: str = "host",
-        advice: str = "",
+        advice: str = "", ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         self._model, self._optimizer, self._place, self._advice = model, optimizer, place, advice
+        self._ranks = ranks
         self._refused: list[str] = []
         self._taken: list[str] = []
         self.micro_batch = micro_batch
@@ -186,28 +193,38 @@ class Relief:
             run: the forward and backward passes of step `step`, or with `in_update` the optimizer's step. Tried again
                 it draws the same random numbers, though smaller micro-batches cut them differently.
             said: is told what gave way.
+        With several ranks, all try again when one ran out; but no update is made twice.
+
         Raises:
             TrainingError: nothing is left that could give way; or it was an update that can't be tried again.
+            Broken: run raised it, on any rank.
         """
         device = self._model.device
         random = random_state(device)
+        made = False
         while True:
+            outcome = _WELL
             try:
-                return run()
+                if not (made and in_update):
+                    result, made = run(), True
+            except Broken:
+                outcome = _BROKEN
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if in_update and not isinstance(self._optimizer, PagedAdamW):  # some parameters may have been updated
-                    raise TrainingError(
-                        f"the update of step {step} ran out of memory, and torch's AdamW can't be tried again: take "
-                        "--optim paged_adamw_32bit"
-                    ) from error
+                self._check_repeatable(error, step, in_update)
+                outcome = _SHORT
+            if (outcome := self._ranks.worst(outcome)) == _WELL:
+                return result
+            if outcome == _BROKEN:
+                raise Broken
             # Out here the failed step's graph is gone with its exception.
             if not in_update:
                 self._model.zero_grad(set_to_none=True)
                 set_random_state(device, random)
             done = self.give_way(in_update=in_update)
             torch.cuda.empty_cache() if device.type == "cuda" else give_back_freed()
+            self._ranks.check_same({"what gave way to memory": self._taken})
             if done is None:
                 refused = "".join(f"; {why}" for why in self._refused)
                 raise TrainingError(
@@ -215,6 +232,19 @@ class Relief:
                     f": lower --cutoff_len or --lora_r{self._advice}"
                 )
             said(f"step {step} ran out of memory: {done}; the {'update' if in_update else 'step'} is tried again")
+
+    def _check_repeatable(self, error: Exception, step: int, in_update: bool) -> None:
+        """TrainingError where what ran out of memory can't be tried again."""
+        if in_update and not isinstance(self._optimizer, PagedAdamW):  # some parameters may have been updated
+            raise TrainingError(
+                f"the update of step {step} ran out of memory, and torch's AdamW can't be tried again: take "
+                "--optim paged_adamw_32bit"
+            ) from error
+        if self._ranks.sharded:  # the others wait for this rank's part of a layer
+            raise TrainingError(
+                f"step {step} ran out of memory on rank {self._ranks.rank}, and with --fsdp it can't be tried again: "
+                "lower --micro_batch_size or --cutoff_len, or give --gradient_checkpointing"
+            ) from error
 
     def give_way(self, *, in_update: bool = False) -> str | None:
         """Free something, and say what; None where nothing is left that could.

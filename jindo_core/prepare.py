@@ -39,6 +39,7 @@ from jindo_core.memory import (
 from jindo_core.mmlu import Mmlu, load_mmlu
 from jindo_core.optim import build_optimizer
 from jindo_core.pages import PageStore, available_ram
+from jindo_core.parallel import ALONE, Ranks
 from jindo_core.plan import Job as Step
 from jindo_core.plan import Plan, Sizes, fit, plan
 from jindo_core.plan_falcon import FalconSizes
@@ -58,6 +59,7 @@ class TrainingJob:
     Attributes:
         given: the settings as they came. config: those, with what the model and a memory budget made necessary.
         probe: the row that is answered before and after, or None. mmlu: asked at every measuring, or None.
+        ranks: the processes that do it together.
     """
 
     given: TrainConfig
@@ -70,6 +72,7 @@ class TrainingJob:
     data: TrainingData
     probe: Record | None
     mmlu: Mmlu | None = None
+    ranks: Ranks = ALONE
 
     @property
     def examples(self) -> Selection | PackedRows:
@@ -97,7 +100,8 @@ class _Sources:
 
 
 def prepare(
-    config: TrainConfig, explicit: frozenset[str], view: TrainingView, planned: Mapping[str, Any] | None = None
+    config: TrainConfig, explicit: frozenset[str], view: TrainingView, planned: Mapping[str, Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainingJob:
     """Read and check everything.
 
@@ -108,14 +112,15 @@ def prepare(
         InputError: a path, file, row or setting that can't be used; nothing was written.
     """
     given = config
-    found = _open(config, explicit, view)
-    context, config = found.architecture.context, found.config
-    mmlu = _questions(config, found.tokenizer, context, view) if config.do_mmlu_eval else None
-    data = read_data(found.files, config, found.encoder, found.capacity, view)
+    with ranks.in_turn():
+        found = _open(config, explicit, view)
+        context, config = found.architecture.context, found.config
+        mmlu = _questions(config, found.tokenizer, context, view) if config.do_mmlu_eval else None
+        data = read_data(found.files, config, found.encoder, found.capacity, view)
     if planned is not None:
         config = dataclasses.replace(config, **planned)
     config, step = _plan(config, found.architecture, data, view, anew=planned is None)
-    model = _load(found.path, config, view)
+    model = _load(found.path, config, view, ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
     view.say(
         f"{data.rows} training rows, {data.asked} held out; {sum(p.numel() for p in trained):,} trainable "
@@ -126,10 +131,10 @@ def prepare(
         config.optim, trained, lr=config.learning_rate, weight_decay=config.weight_decay,
         resident_bytes="auto" if resident is None else resident * 1_000_000, store=_place(config),
     )  # fmt: skip
-    relief = Relief(model, optimizer, config.micro_batch_size, _place(config), _advice(step))
+    relief = Relief(model, optimizer, config.micro_batch_size, _place(config), _advice(step), ranks)
     tokenizer, template = found.tokenizer, found.template
     probe = _choose_probe(data.probes, tokenizer, template, found.capacity, context)
-    return TrainingJob(given, config, model, optimizer, relief, tokenizer, template, data, probe, mmlu)
+    return TrainingJob(given, config, model, optimizer, relief, tokenizer, template, data, probe, mmlu, ranks)
 
 
 def preview(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> None:
@@ -247,6 +252,8 @@ def _plan(
     view.plan(found, "CUDA context" if cuda else "Python and its libraries")
     if not cuda:
         view.say("on a CPU the plan is a guide: a run may take twice as much")
+    if config.fsdp:
+        view.notice("with --fsdp each process keeps its share of the layers' matrices: the plan counts them whole")
     _check_host(config, found, cuda)
     keep_budget(device, config.max_memory_MB)
     return config, step
@@ -294,7 +301,7 @@ def _advice(step: Step) -> str:
 # --- model and rows ----------------------------------------------------------------------------------
 
 
-def _load(path: Path, config: TrainConfig, view: TrainingView) -> CausalLM:
+def _load(path: Path, config: TrainConfig, view: TrainingView, ranks: Ranks) -> CausalLM:
     """The model with its adapter attached, as the settings say what is kept where."""
     torch.manual_seed(config.seed)
     with loading_bar(view.console) as on_progress:
@@ -302,6 +309,7 @@ def _load(path: Path, config: TrainConfig, view: TrainingView) -> CausalLM:
             path, quantize=config.quantize, double_quant=config.double_quant, dtype=config.dtype, device=config.device,
             offload_layers=config.offload_layers, offload_embedding=config.offload_embedding,
             offload_head=config.offload_head, offload_folder=_place(config), on_progress=on_progress,
+            ranks=ranks,
         )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -315,6 +323,9 @@ def _load(path: Path, config: TrainConfig, view: TrainingView) -> CausalLM:
         )
     for message in caught:
         view.notice(str(message.message))
+    ranks.shard_root(model.stack)
+    ranks.same_adapter(model)
+    ranks.diverge(config.seed)
     stack = model.stack
     stack.checkpointed_layers = len(stack.layers) if config.gradient_checkpointing else config.checkpointed_layers
     if config.offload_checkpoints:

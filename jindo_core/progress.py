@@ -115,11 +115,12 @@ def typed(command: Sequence[str]) -> str:
 class TrainingView:
     """Prints a run to standard output; without a terminal, one line every `logging_steps`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
+        """quiet: say nothing, for a rank that does not lead."""
         # Without a terminal rich assumes 80 columns and wraps; a log line should stay one line.
         self.console = Console(highlight=False)
-        if not self.console.is_terminal:
-            self.console = Console(highlight=False, width=160)
+        if quiet or not self.console.is_terminal:
+            self.console = Console(highlight=False, width=160, quiet=quiet, force_terminal=False)
         self._bar: Progress | None = None
 
     def say(self, text: str) -> None:

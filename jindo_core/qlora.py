@@ -89,7 +89,7 @@ _NO_WANDB = "no reports to other services yet: metrics.jsonl and loss.png are wr
 _MICRO = "held-out rows go through in micro-batches too, or in what memory leaves room for"
 _LOGGED = "every step is written to metrics.jsonl; --logging_steps says which are shown"
 _ROWS_READY = "rows are tokenized before the first step: no worker prepares them beside it"
-_ONE_DEVICE = "this version trains on one device"
+_TORCHRUN = "several GPUs are torchrun's and --fsdp's here"
 _BETAS = "AdamW runs with betas 0.9 and 0.999 and eps 1e-8: leave it out"
 
 
@@ -137,9 +137,9 @@ _TABLE = [
     *_refused("do_train", "training is what this command does: jindo-core generate answers", _YES),
     *_refused("do_predict predict_with_generate", "no predictions.jsonl is written: jindo-core generate answers then"),
     *_inert("per_device_eval_batch_size eval_accumulation_steps", _MICRO),
-    *_refused("deepspeed fsdp ddp_find_unused_parameters", _ONE_DEVICE + ": leave it out"),
-    *_refused("local_rank", _ONE_DEVICE + ": leave it out", ("-1",)),
-    *_inert("ddp_backend ddp_timeout", _ONE_DEVICE),
+    *_refused("deepspeed ddp_find_unused_parameters", _TORCHRUN + ": leave it out"),
+    *_refused("local_rank", _TORCHRUN + ": leave it out", ("-1",)),
+    *_inert("ddp_backend ddp_timeout", _TORCHRUN),
     # generation
     *_inert("max_new_tokens do_sample use_cache temperature top_k top_p generation_max_length", _NO_ANSWERS),
     *_inert("min_new_tokens num_beams num_beam_groups generation_num_beams penalty_alpha typical_p", _NOT_IN_GENERATE),

@@ -40,6 +40,7 @@ from jindo_core.head import StreamedHead
 from jindo_core.lora import adapted_layers
 from jindo_core.memory import BUDGETED
 from jindo_core.nf4 import CONSTANTS
+from jindo_core.parallel import is_sharded, whole
 from jindo_core.prepare import TrainingJob
 from jindo_core.progress import TrainingView
 from jindo_core.run_record import FILE as RUN
@@ -173,27 +174,28 @@ def _frozen(model: CausalLM) -> Iterator[tuple[str, str]]:
     for path, module in model.named_modules():
         if module in layers:
             held = contextlib.nullcontext() if stack.stream is None else stack.stream.use(layers[module])
-            with held:
+            with held, whole(module):
                 for name, part in module.named_modules(prefix=path):
-                    yield from _own(name, part)
+                    yield from _own(name, part, copied=is_sharded(module))
         elif module not in inside:
             yield from _own(path, module)
 
 
-def _own(path: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+def _own(path: str, module: nn.Module, *, copied: bool = False) -> Iterator[tuple[str, str]]:
     if isinstance(module, StreamedHead):
         yield f"{path}.weight", checksum(module.whole())
         return
     held = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
     for name, value in held:
         if not value.requires_grad and (isinstance(value, nn.Parameter) or name in CONSTANTS):
-            yield f"{path}.{name} {value.dtype} {tuple(value.shape)}", checksum(value)
+            yield f"{path}.{name} {value.dtype} {tuple(value.shape)}", checksum(value.clone() if copied else value)
 
 
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """What rounding may depend on besides the run's settings."""
+def surroundings(device: torch.device, ranks: int = 1) -> dict[str, Any]:
+    """What rounding may depend on besides the run's settings. ranks: how many processes train."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": f"{device.type} ({kind})"}
+    threads = torch.get_num_threads()
+    return {"torch": torch.__version__, "threads": threads, "device": f"{device.type} ({kind})", "processes": ranks}
 
 
 class Saver:
@@ -211,26 +213,36 @@ class Saver:
         self._base, self._base_model, self._record = base, base_model, record
 
     def save(self, state: RunState) -> Path:
-        """checkpoint-STEP of the run as it stands between two steps.
+        """checkpoint-STEP of the run as it stands between two steps. All ranks call it, the first one writes.
 
         Raises:
             OSError, InputError: it can't be written; the older ones are as they were.
+            TrainingError: the ranks' adapters differ.
         """
+        ranks, adapter = self._job.ranks, adapter_state(self._job.model)
+        if ranks.size > 1:  # or else checksums are work for nothing
+            ranks.check_same({"the adapter's weights": [checksum(value) for value in adapter.values()]})
+        random = ranks.gather(random_states(self._job.model.device))
+        return ranks.first(lambda: self._write(state, random, adapter))
+
+    def _write(self, state: RunState, random: list[dict[str, Any]], adapter: dict[str, Tensor]) -> Path:
+        """random: of every rank."""
         job = self._job
         names, steps = _trained(job.model), optim.updates(job.optimizer)
         held = {
             "run": state.packed(),
             "cursor": self._cursor.state(),
-            "random": random_states(job.model.device),
+            "random": random[0],
+            "random_of_others": random[1:],
             "relief": job.relief.state(),
             "updates": {names[param]: step for param, step in steps.items()},
             "base": self._base,
             "data": job.data.chosen.digest(),
-            "surroundings": surroundings(job.model.device),
+            "surroundings": surroundings(job.model.device, job.ranks.size),
             "given": _plain(job.given),
             "config": _plain(job.config),
         }
-        adapter, moments = adapter_state(job.model), optim.moment_bytes(job.optimizer)
+        moments = optim.moment_bytes(job.optimizer)
         values = {name: value.nbytes for name, value in adapter.items()}
         states = {f"{names[p]}.{part}": size for p, parts in moments.items() for part, size in parts.items()}
 
@@ -299,11 +311,14 @@ def restore(
     _restore_moments(job, held["updates"], found.folder / OPTIMIZER)
     job.relief.load(held["relief"])
     state.load(held["run"])
-    now = surroundings(job.model.device)
+    now = surroundings(job.model.device, job.ranks.size)
     for what, before in held["surroundings"].items():
         if before != now[what]:
             view.notice(f"{name} was made with {what} {before}, this run has {now[what]}: rounding may differ")
-    if not set_random_states(held["random"], job.model.device):
+    random = [held["random"], *held.get("random_of_others", [])][job.ranks.rank :]
+    if not random:  # fewer ranks than now wrote it
+        job.ranks.diverge(job.config.seed, state.step)
+    elif not set_random_states(random[0], job.model.device):
         view.notice(f"{name} was made on another kind of device: dropout is drawn otherwise from here on")
     view.say(f"Going on after step {state.step}, from {found.folder}")
 

@@ -7,9 +7,10 @@ import dataclasses
 import functools
 import math
 import os
+import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jindo_core import checkpoint, embedded, resume
+from jindo_core import checkpoint, embedded, parallel, resume
 from jindo_core.adapters import CONFIG, WEIGHTS, save_adapter
 from jindo_core.checkpoint import Checkpoint
 from jindo_core.config import TrainConfig
 from jindo_core.data.batches import BatchCursor
-from jindo_core.data.examples import end_ids, prompt_ids
+from jindo_core.data.examples import IGNORE, Example, end_ids, prompt_ids
 from jindo_core.data.packing import collate_documents
 from jindo_core.data.records import Record
 from jindo_core.data.templates import Template
 from jindo_core.errors import InputError, Stopped, TrainingError
-from jindo_core.evaluate import held_out_loss
+from jindo_core.evaluate import held_out_sums
 from jindo_core.files import held
 from jindo_core.generation import generate
 from jindo_core.interrupt import Broken, StopSignals
@@ -44,6 +45,12 @@ from jindo_core.run_state import NOT_FINITE, Best, History, RunState, Skipped
 METRICS = "metrics.jsonl"
 ROOM = 4 << 20
 """Bytes that must be free in output_dir before a run begins."""
+
+MayBreak = Callable[[], contextlib.AbstractContextManager[None]]
+"""About a measurement that may be left off."""
+
+_IDLE = Example([0, 0], [IGNORE, IGNORE])
+"""A row of which nothing is learnt."""
 
 
 @dataclass(frozen=True)
@@ -76,31 +83,43 @@ def train(
     """
     if config.preview:
         raise InputError(f"preview is {config.preview}, expected 0 to train: rows are shown by prepare.preview")
-    view = TrainingView()
-    for notice in notices:
-        view.notice(notice)
-    output_dir = choose_output_dir(config, "output_dir" in explicit)
-    with contextlib.ExitStack() as owned:
-        if there := output_dir.is_dir():
-            owned.enter_context(held(output_dir))
-        found = resume.find(config, output_dir, view)
+    with parallel.joined(config) as (ranks, config), contextlib.ExitStack() as owned:
+        view = TrainingView(quiet=not ranks.leads)
+        for notice in (*notices, *([] if (advice := parallel.advice(config)) is None else [advice])):
+            view.notice(notice)
+        output_dir, there, found = ranks.first(lambda: _claim(config, "output_dir" in explicit, owned, view))
         planned = resume.check_settings(found, config, view) if isinstance(found, Checkpoint) else None
-        job = prepare(config, explicit, view, planned)
+        job = prepare(config, explicit, view, planned, ranks)
         owned.callback(keep_budget, job.model.device, 0)
-        _make_room(output_dir)
-        if not there:
-            owned.enter_context(held(output_dir))
-        checkpoint.clear(output_dir)
-        if found is None and config.overwrite_output_dir:
-            for folder in filter(checkpoint.is_ours, checkpoint.folders(output_dir)):
-                checkpoint.remove(folder)
+        ranks.first(lambda: _clear(output_dir, owned, there, anew=found is None and config.overwrite_output_dir))
         return _run(job, found, output_dir, view)
+
+
+def _claim(
+    config: TrainConfig, named: bool, owned: contextlib.ExitStack, view: TrainingView
+) -> tuple[Path, bool, Checkpoint | Foreign | None]:
+    """The output folder, held if it is there; whether it is; and what is gone on from."""
+    output_dir = choose_output_dir(config, named)
+    if there := output_dir.is_dir():
+        owned.enter_context(held(output_dir))
+    return output_dir, there, resume.find(config, output_dir, view)
+
+
+def _clear(output_dir: Path, owned: contextlib.ExitStack, there: bool, *, anew: bool) -> None:
+    """Make the folder ready to be written to. anew: without another run's checkpoints."""
+    _make_room(output_dir)
+    if not there:
+        owned.enter_context(held(output_dir))
+    checkpoint.clear(output_dir)
+    if anew:
+        for folder in filter(checkpoint.is_ours, checkpoint.folders(output_dir)):
+            checkpoint.remove(folder)
 
 
 def _run(job: TrainingJob, found: Checkpoint | Foreign | None, output_dir: Path, view: TrainingView) -> TrainResult:
     """Measure, train, measure again, save."""
     part = output_dir / f"{METRICS}.part"
-    with open(part, "w", encoding="utf-8") as log:
+    with open(part if job.ranks.leads else os.devnull, "w", encoding="utf-8") as log:
         run = _Run(job, RunState(History(log)), output_dir, view)
         run.begin(found)
         with run.signals:
@@ -113,16 +132,19 @@ def _finish(run: _Run, part: Path, total: int, after: float, kept: int) -> Train
     """Show and save what came of it. A signal that comes now changes nothing: it is short."""
     job, output_dir, view = run.job, part.parent, run.view
     state, history = run.state, run.state.history
-    answers = [] if job.probe is None else [(_one_line(job.probe), state.first_answer, _answer(job, view))]
+    result = TrainResult(
+        output_dir, total, kept, state.before, after, state.tokens_per_second, peak_bytes(job.model.device)
+    )
+    if not job.ranks.leads:
+        return result
+    asked = None if job.ranks.sharded else job.probe
+    answers = [] if asked is None else [(_one_line(asked), state.first_answer, _answer(job, view))]
     view.results(state.before, after, len(job.held_out), answers)
     if (first := history.first_scores) is not None and (last := history.last_scores) is not None:
         view.mmlu(first.subjects, last.subjects, first.accuracy, last.accuracy)
     # Until here a run that was in the folder before is whole, and one that fails leaves no more than its log.
     _save(job, output_dir)
     os.replace(part, output_dir / METRICS)
-    result = TrainResult(
-        output_dir, total, kept, state.before, after, state.tokens_per_second, peak_bytes(job.model.device)
-    )
     _record(job.config, result, job.template)
     draw_loss(history.rows, output_dir / "loss.png")
     _farewell(view, job.config, result, job.probe)
@@ -167,6 +189,7 @@ class _Run:
         )  # fmt: skip
         self._output_dir = output_dir
         self._base = base_digest(job.model)
+        job.ranks.check_same({"the base model's weights": self._base, "the rows": job.data.chosen.digest()})
         self._saver = Saver(job, self.cursor, output_dir, self._base, _base_name(config), _record_of(config, {}))
 
     def begin(self, found: Checkpoint | Foreign | None) -> None:
@@ -185,8 +208,8 @@ class _Run:
         state = self.state
         if not 0 < state.step < total or state.step % self.job.config.eval_steps or state.measured == state.step:
             return
-        with contextlib.suppress(Broken), self.signals.breakable():
-            loss = self._measure()
+        with contextlib.suppress(Broken):
+            loss = self._measure(breakable=True)
             if self.job.held_out:
                 self.view.say(f"step {state.step}/{total}  held-out loss {loss:.4f}")
             saved = self.job.config.save_steps and state.step % self.job.config.save_steps == 0
@@ -197,8 +220,7 @@ class _Run:
         """The held-out loss of what the run ends with, and whose it is: the last step, or the checkpoint that was
         measured best, whose adapter is in the model then."""
         try:
-            with self.signals.breakable():
-                loss = self._measure()
+            loss = self._measure(breakable=True)
         except Broken:
             self.save_if_due()  # and raises Stopped
             raise
@@ -210,14 +232,18 @@ class _Run:
         self.view.say(f"checkpoint-{best.step} was measured best, {best.loss:.4f} to {loss:.4f}: its adapter is kept")
         return best.loss, best.step
 
-    def _measure(self) -> float:
-        loss = _measure(self.job, self.view, self.state.history, self.state.step)
+    def _measure(self, *, breakable: bool = False) -> float:
+        """breakable: a signal, on any rank, leaves it off. Not with shards: the others wait for a rank's part."""
+        may_break = self.signals.breakable if breakable and not self.job.ranks.sharded else contextlib.nullcontext
+        loss = _measure(self.job, self.view, self.state.history, self.state.step, may_break)
         self.state.measured = self.state.step
         return loss
 
     def save_if_due(self) -> None:
         """A checkpoint after every so many steps, and where a signal ends the run: raises Stopped then."""
-        step, every, asked = self.state.step, self.job.config.save_steps, self.signals.asked
+        step, every = self.state.step, self.job.config.save_steps
+        number = self.job.ranks.worst(self.signals.asked or 0)
+        asked = signal.Signals(number) if number else None
         if asked is None and not (every and step % every == 0):
             return
         try:
@@ -283,12 +309,13 @@ def _step(
         group["lr"] = rate
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def gradients() -> tuple[float, float]:
-        """Makes them, and clips them; the loss, and their norm before."""
-        loss = _accumulate(job, batches)
-        return loss, float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
+    def clip() -> float:
+        """The gradients' norm before."""
+        return float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
 
-    loss, norm = job.relief.outlive(gradients, step, view.notice)
+    loss = job.relief.outlive(lambda: _accumulate(job, batches), step, view.notice)
+    loss = job.ranks.sum_gradients(parameters, loss)
+    norm = job.relief.outlive(clip, step, view.notice, in_update=True)
     if not skipped.count(step, loss, norm, lambda: job.data.said(batches), view.notice):
         # The norm says that all are finite: the paged ones need not look again, and wait for the device.
         known = {"finite": True} if isinstance(optimizer, PagedAdamW) else {}
@@ -302,16 +329,12 @@ def count_steps(per_epoch: int, config: TrainConfig) -> int:
     return config.max_steps if config.max_steps > 0 else max(math.ceil(per_epoch * config.num_epochs), 1)
 
 
-def _cut(batches: list[list[int]], most: int) -> list[list[int]]:
-    """The same rows in micro-batches of at most `most`."""
-    return [batch[i : i + most] for batch in batches for i in range(0, len(batch), most)]
-
-
 def _accumulate(job: TrainingJob, batches: list[list[int]]) -> float:
-    """Forward and backward of one step; returns its loss. Every supervised token weighs the same."""
-    batches = _cut(batches, job.relief.micro_batch)
-    collated = [collate_documents([job.examples[i] for i in batch], job.tokenizer.pad_id) for batch in batches]
-    counted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch, _ in collated)
+    """Forward and backward of this rank's part of a step; returns its part of the loss. Every supervised token of all
+    ranks weighs the same."""
+    own = job.ranks.share(batches, job.relief.micro_batch, lambda i: int(job.examples.lengths[i]))
+    collated = [collate_documents([job.examples[i] for i in batch] or [_IDLE], job.tokenizer.pad_id) for batch in own]
+    counted = int(*job.ranks.totals(sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch, _ in collated)))
     device = job.model.device
     parts = []
     for batch, documents in collated:
@@ -324,7 +347,7 @@ def _accumulate(job: TrainingJob, batches: list[list[int]]) -> float:
         backward(part)
         parts.append(part.detach())
     # Looked at once a step: on a GPU it waits for all that was launched.
-    return torch.stack(parts).sum().item()
+    return torch.stack(parts).sum().item() if parts else 0.0
 
 
 def backward(loss: Tensor) -> None:
@@ -333,26 +356,32 @@ def backward(loss: Tensor) -> None:
         loss.backward()
 
 
-def _measure(job: TrainingJob, view: TrainingView, history: History, step: int) -> float:
+def _measure(job: TrainingJob, view: TrainingView, history: History, step: int, may_break: MayBreak) -> float:
     """Held-out loss, also written to the history; and MMLU where it is asked for."""
     if job.mmlu is not None:
-        _ask(job, job.mmlu, view, history, step)
+        _ask(job, job.mmlu, view, history, step, may_break)
     if not job.held_out:
         return math.nan
 
-    def run() -> float:
-        return held_out_loss(
-            job.model, job.held_out, batch_size=job.relief.micro_batch, pad_id=job.tokenizer.pad_id
-        )  # fmt: skip
+    def run() -> tuple[float, int]:
+        with may_break():
+            return held_out_sums(
+                job.model, job.held_out, batch_size=job.relief.micro_batch, pad_id=job.tokenizer.pad_id,
+                ranks=job.ranks,
+            )  # fmt: skip
 
-    loss = job.relief.outlive(run, step, view.notice)
+    total, count = job.ranks.totals(*job.relief.outlive(run, step, view.notice))
+    loss = total / count if count else math.nan
     history.add({"step": step, "eval_loss": loss})
     return loss
 
 
-def _ask(job: TrainingJob, mmlu: Mmlu, view: TrainingView, history: History, step: int) -> None:
+def _ask(
+    job: TrainingJob, mmlu: Mmlu, view: TrainingView, history: History, step: int, may_break: MayBreak
+) -> None:
+    """Every rank asks all questions."""
     def run() -> Scores:
-        with view.asking(len(mmlu.questions)) as on_progress:
+        with may_break(), view.asking(len(mmlu.questions)) as on_progress:
             return mmlu.ask(job.model, batch_size=job.relief.micro_batch, on_progress=on_progress)
 
     scores = job.relief.outlive(run, step, view.notice)
@@ -365,7 +394,7 @@ def _ask(job: TrainingJob, mmlu: Mmlu, view: TrainingView, history: History, ste
 
 def _answer(job: TrainingJob, view: TrainingView) -> str:
     """A greedy answer to the probe; empty where no row serves as one, or no memory is left for it."""
-    if job.probe is None:
+    if job.probe is None or not job.ranks.leads or job.ranks.sharded:  # alone, no rank has a sharded layer
         return ""
     prompt = prompt_ids(job.tokenizer, job.template, job.probe)
     ends = end_ids(job.tokenizer, job.template)

@@ -333,7 +333,7 @@ def test_what_becomes_of_a_flag(flags, expected, said):
         ("--predict_with_generate True", "--predict_with_generate: no predictions.jsonl"),
         ("--save_strategy epoch", "--save_strategy: got 'epoch', expected steps or no"),
         ("--resume --resume_from_checkpoint c", "--resume: got it beside --resume_from_checkpoint"),
-        ("--deepspeed z.json", "--deepspeed: this version trains on one device"),
+        ("--deepspeed z.json", "--deepspeed: several GPUs are torchrun's and --fsdp's here"),
         ("--bf16 --fp16", "--fp16: got it beside --bf16"),
         ("--evaluation_strategy epoch", "--evaluation_strategy: got 'epoch', expected steps or no"),
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size: got '0', expected a whole number"),

@@ -212,7 +212,7 @@ def test_the_best_is_kept_and_ends_the_run(wanted, settings, stop_after, tmp_pat
     """Held-out losses by step; also where the run was stopped after the best one."""
     losses = {0: 3.0, 2: 1.0, 4: 0.5, 6: 2.0, 8: 2.5}
     log = tmp_path / "out" / "metrics.jsonl.part"
-    monkeypatch.setattr(training, "held_out_loss", lambda *_, **__: losses[log.read_text().count('"loss"')])
+    monkeypatch.setattr(training, "held_out_sums", lambda *_, **__: (losses[log.read_text().count('"loss"')], 1))
     more = {"save_steps": 2, "eval_steps": 2, "save_total_limit": 1, "load_best_model_at_end": wanted}
     stop_after(5)
     with pytest.raises(Stopped):

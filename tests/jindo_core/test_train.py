@@ -24,6 +24,7 @@ from jindo_core.lora import adapted_layers, attach_lora
 from jindo_core.memory import Relief
 from jindo_core.nf4 import NF4Linear
 from jindo_core.pager import Pager
+from jindo_core.parallel import ALONE
 from jindo_core.run_record import read_run
 
 
@@ -138,7 +139,8 @@ def test_every_token_weighs_the_same_however_it_is_batched(stories260k):
         examples.append(Example(ids, [-100] * (n // 2) + ids[n // 2 :]))
 
     relief = Relief(model, torch.optim.AdamW(model.parameters()), 4)
-    job = SimpleNamespace(model=model, relief=relief, tokenizer=SimpleNamespace(pad_id=0), examples=examples)
+    tokenizer = SimpleNamespace(pad_id=0)
+    job = SimpleNamespace(model=model, relief=relief, tokenizer=tokenizer, examples=examples, ranks=ALONE)
     gradients, losses = [], []
     for batches in ([[0, 1, 2, 3]], [[0], [1], [2], [3]], [[1, 3], [0, 2]]):
         model.zero_grad()
