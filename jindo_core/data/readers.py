@@ -168,7 +168,9 @@ class RowSource:
                 _check_names(f"{path}", names)
                 total, size, number = file.metadata.num_rows, _size(path), 0
                 self._position = lambda: size * number // max(total, 1)
-                for batch in file.iter_batches(batch_size=256):
+                # Arrow's pool, and each thread's part of it, would keep what earlier row groups took.
+                for batch in file.iter_batches(batch_size=256, use_threads=False):
+                    pa.default_memory_pool().release_unused()
                     for values in batch.to_pylist():
                         number += 1
                         yield f"row {number}", {name: None if v != v else v for name, v in values.items()}
