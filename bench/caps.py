@@ -26,8 +26,8 @@ from jindo_core.nf4 import NF4Linear
 from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.plan import LINEARS, Job, fit, plan, spread
 from jindo_core.recompute import CheckpointOffload
+from jindo_core.step import backward
 from jindo_core.streaming import LayerStream
-from jindo_core.train import backward
 from jindo_core.tune import machine_name, random_nf4
 
 GOALS = (

@@ -39,8 +39,8 @@ from jindo_core.nf4 import NF4Linear, NF4Weight
 from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.plan import spread
 from jindo_core.recompute import CheckpointOffload
+from jindo_core.step import backward
 from jindo_core.streaming import LayerStream
-from jindo_core.train import backward
 
 ROUNDING = 512
 """Bytes to whose multiples CUDA's caching allocator rounds a block."""

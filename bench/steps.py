@@ -29,7 +29,7 @@ from jindo_core.lora import attach_lora
 from jindo_core.memory import CUDA_CONTEXT
 from jindo_core.nf4 import NF4Linear, NF4Weight
 from jindo_core.optim import OPTIMIZERS, build_optimizer
-from jindo_core.train import backward
+from jindo_core.step import backward
 from jindo_core.tune import elapsed, random_nf4
 
 PEER = "peft + bitsandbytes"

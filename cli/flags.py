@@ -14,7 +14,8 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from jindo_core.config import PROFILES, TrainConfig, accepted, did_you_mean, read_config_file
+from jindo_core.config import PROFILES, TrainConfig, accepted, did_you_mean
+from jindo_core.config_files import read_config_file
 from jindo_core.errors import InputError
 from jindo_core.qlora import ours
 from jindo_core.settings import SEPARATOR, Config, Setting, show

@@ -16,7 +16,7 @@ PARTS = {"kernels": {"kernels"}, "jindo_core": {"jindo_core", "kernels"}, "cli":
 ENGINE_ROWS = [
     {"errors"},
     {"settings", "plan", "plan_falcon", "files", "part_file", "config_json", "interrupt"},
-    {"config", "qlora", "families", "long_memory", "rotary"},
+    {"config", "config_files", "qlora", "families", "long_memory", "rotary"},
     {"convert_config", "data_config", "data_config_inspect", "eval_config"},
     {"nf4"},
     {"lora", "pages", "parallel"},
@@ -30,7 +30,7 @@ ENGINE_ROWS = [
     {"evaluate", "mmlu", "scoring", "tune", "doctor", "merge", "training_data", "run_state", "refinery"}
     | {"likelihood"},
     {"prepare", "drift", "refine", "kobest", "perplexity"},
-    {"resume"},
+    {"resume", "step", "outcome"},
     {"train", "convert", "evaluation"},
     {"integrations"},
 ]

@@ -72,7 +72,7 @@ def test_train_help_is_short_and_shows_both_profiles(argv, columns, monkeypatch,
     assert "rows to one optimizer step [128 / 4]" in out
     assert "[q_proj,v_proj / all-linear]" in " ".join(out.split())
     assert "rank [8]" in out
-    assert len(out.splitlines()) < 77
+    assert len(out.splitlines()) < 81
     flags = [line for line in out.splitlines() if not line.startswith("  jindo-core")]
     assert max(map(len, flags)) <= min(int(columns), 110)
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from jindo_core import checkpoint
-from jindo_core import train as training
+from jindo_core.adapters import WEIGHTS
 from jindo_core.cli.main import main
 from jindo_core.errors import InputError
 from jindo_core.resume import Saver
@@ -149,7 +149,7 @@ def kill_runs(output_dir, argv, chosen):
         return code
 
     counted_in = output_dir.with_name("count")
-    adapter, found = output_dir / training.WEIGHTS, []
+    adapter, found = output_dir / WEIGHTS, []
     assert run(-1) == 0  # here, so that the children find all imported
     whole, total = adapter.read_bytes(), int(counted_in.read_text())
     for boundary in sorted({min(int(share * total), total - 1) for share in chosen}):

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from jindo_core import outcome
 from jindo_core import train as training
 from jindo_core.config import resolve_train_config
 
@@ -27,7 +28,7 @@ def rows(tmp_path):
 @pytest.fixture
 def settings(stories260k, rows, tmp_path, monkeypatch):
     """settings("out", …) -> what `train` takes: 8 steps with dropout, five to an epoch, two micro-batches each."""
-    monkeypatch.setattr(training, "ANSWER_TOKENS", 4)
+    monkeypatch.setattr(outcome, "ANSWER_TOKENS", 4)
     monkeypatch.setattr(training, "draw_loss", lambda *_: None)  # with the answers, half of such a run's time
     monkeypatch.setenv("JINDO_CACHE", str(tmp_path / "cache"))
 
@@ -48,7 +49,7 @@ def stop_after(monkeypatch):
     """stop_after(4): a signal comes while step 4 is under way; once."""
 
     def arrange(step, kind=signal.SIGTERM, times=1):
-        original, seen = training._step, []
+        original, seen = training.take_step, []
 
         def interrupted(job, batches, number, *rest):
             if number == step and not seen:
@@ -57,7 +58,7 @@ def stop_after(monkeypatch):
                     signal.raise_signal(kind)
             return original(job, batches, number, *rest)
 
-        monkeypatch.setattr(training, "_step", interrupted)
+        monkeypatch.setattr(training, "take_step", interrupted)
 
     return arrange
 

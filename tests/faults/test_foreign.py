@@ -40,14 +40,14 @@ def theirs(stories260k, tmp_path):
 @pytest.fixture
 def first_weights(monkeypatch):
     """The adapter as the first step finds it."""
-    original, seen = training._step, []
+    original, seen = training.take_step, []
 
     def step(job, *rest):
         if not seen:
             seen.append({n.removeprefix(PREFIX): v.clone() for n, v in adapter_state(job.model).items()})
         return original(job, *rest)
 
-    monkeypatch.setattr(training, "_step", step)
+    monkeypatch.setattr(training, "take_step", step)
     return seen
 
 

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from jindo_core import train as training
+from jindo_core import step as stepping
 from jindo_core.errors import Stopped, TrainingError
 from jindo_core.train import train
 
@@ -24,7 +24,7 @@ def test_the_batch_is_named_by_rows_and_file(packing, settings, rows, tmp_path, 
         seen.append(job.tokenizer.decode(ids))
         return math.nan
 
-    monkeypatch.setattr(training, "_accumulate", poisoned)
+    monkeypatch.setattr(stepping, "accumulate", poisoned)
     with pytest.raises(TrainingError, match="the loss at step 5 is nan, and 4 steps before it failed so") as caught:
         train(*settings("out", data_path=(str(rows), str(second)), packing=packing, cutoff_len=200))
     said = str(caught.value)
@@ -45,19 +45,19 @@ def test_the_batch_is_named_by_rows_and_file(packing, settings, rows, tmp_path, 
 
 def test_skipped_steps_are_counted_through_a_stop(settings, stop_after, tmp_path, monkeypatch, metrics):
     """Two before it and three after it are five in a row."""
-    original = training._accumulate
+    original = stepping.accumulate
 
     def poisoned(job, batches):
         original(job, batches)
         return math.inf
 
-    monkeypatch.setattr(training, "_accumulate", poisoned)
+    monkeypatch.setattr(stepping, "accumulate", poisoned)
     stop_after(2)
     with pytest.raises(Stopped):
         train(*settings("out"))
     with pytest.raises(TrainingError, match="the loss at step 5 is inf, and 4 steps before it failed so"):
         train(*settings("out", resume=True))
-    monkeypatch.setattr(training, "_accumulate", original)
+    monkeypatch.setattr(stepping, "accumulate", original)
     train(*settings("out", resume=True))  # from step 3, where three had failed
     counts = [row["skipped_steps"] for row in metrics(tmp_path / "out") if "loss" in row]
     assert counts == [1, 2, 3, 3, 3, 3, 3, 3]

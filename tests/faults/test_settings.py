@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jindo_core import checkpoint, prepare
+from jindo_core import step as stepping
 from jindo_core import train as training
 from jindo_core.adapters import WEIGHTS
 from jindo_core.config import resolve_train_config
@@ -103,7 +104,7 @@ def test_another_number_of_threads_is_said(stopped, settings, capsys, monkeypatc
 
 def test_what_gave_way_gives_way_again(settings, stop_after, tmp_path, monkeypatch):
     """Smaller micro-batches round otherwise: a run that went on with the large ones would end elsewhere."""
-    original, calls = training.backward, []
+    original, calls = stepping.backward, []
 
     def short_of_memory(loss):
         calls.append(1)
@@ -111,7 +112,7 @@ def test_what_gave_way_gives_way_again(settings, stop_after, tmp_path, monkeypat
             raise torch.OutOfMemoryError("CUDA out of memory")
         original(loss)
 
-    monkeypatch.setattr(training, "backward", short_of_memory)
+    monkeypatch.setattr(stepping, "backward", short_of_memory)
     train(*settings("whole"))
     calls.clear()
     stop_after(4)
@@ -120,7 +121,7 @@ def test_what_gave_way_gives_way_again(settings, stop_after, tmp_path, monkeypat
     assert checkpoint.newest(tmp_path / "out")[0].state["relief"] == [
         "micro_batch", "micro_batch", "checkpointing",
     ]  # fmt: skip
-    monkeypatch.setattr(training, "backward", original)
+    monkeypatch.setattr(stepping, "backward", original)
     train(*settings("out", resume=True))
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 

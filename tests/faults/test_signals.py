@@ -11,7 +11,6 @@ import time
 import pytest
 
 from jindo_core import checkpoint, evaluate
-from jindo_core import train as training
 from jindo_core.adapters import WEIGHTS
 from jindo_core.errors import Stopped
 from jindo_core.interrupt import Broken, StopSignals
@@ -60,8 +59,8 @@ def test_a_second_signal_acts_at_once(stories260k, rows, tmp_path):
     """The step under way would take an hour."""
     out = tmp_path / "out"
     code = (
-        "import time, jindo_core.train as t\n"
-        f"t._accumulate = lambda *_: (open({str(tmp_path / 'in_step')!r}, 'w').close(), time.sleep(3600))"
+        "import time, jindo_core.train, jindo_core.step as t\n"
+        f"t.accumulate = lambda *_: (open({str(tmp_path / 'in_step')!r}, 'w').close(), time.sleep(3600))"
     )
     with started(stories260k, rows, out, code) as process:
         until = time.monotonic() + 120
@@ -139,4 +138,4 @@ def test_the_run_after_a_stop_is_the_same(settings, stop_after, tmp_path):
         train(*settings("out", save_steps=0))
     assert stopped.value.code == 130
     train(*settings("out", save_steps=0, resume=True))
-    assert (tmp_path / "out" / training.WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()

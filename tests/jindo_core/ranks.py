@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from jindo_core import loader, parallel
+from jindo_core import loader, outcome, parallel
+from jindo_core import step as stepping
 from jindo_core import train as training
 from jindo_core.config import resolve_train_config
 
@@ -77,7 +78,7 @@ def losses(out):
 
 def make_faults(job, rank):
     """Break this rank where the job says so; once."""
-    step_of, accumulate, seen = [0], ORIGINAL["_accumulate"], set()
+    step_of, accumulate, seen = [0], ORIGINAL["accumulate"], set()
 
     def due(kind):
         if job.get(kind) == [rank, step_of[0]] and kind not in seen:
@@ -99,7 +100,7 @@ def make_faults(job, rank):
                 return original(*given, **more)
 
             own.optimizer.step = short
-        return ORIGINAL["_step"](own, batches, number, *rest)
+        return ORIGINAL["take_step"](own, batches, number, *rest)
 
     def accumulated(own, batches):
         loss = accumulate(own, batches)
@@ -111,7 +112,7 @@ def make_faults(job, rank):
             time.sleep(3600)
         return loss
 
-    training._step, training._accumulate = step, accumulated
+    training.take_step, stepping.accumulate = step, accumulated
 
 
 def quantized(spoiled, *given, **more):
@@ -122,7 +123,7 @@ def quantized(spoiled, *given, **more):
 
 ORIGINAL = {
     "quantize": loader.quantize_nf4,
-   "_step": training._step, "_accumulate": training._accumulate, "prepare": training.prepare}
+   "take_step": training.take_step, "accumulate": stepping.accumulate, "prepare": training.prepare}
 
 
 def matrices(module):
@@ -171,7 +172,7 @@ def do(job, rank):
 
 if __name__ == "__main__":
     folder, own_rank = Path(sys.argv[1]), int(os.environ["RANK"])
-    training.ANSWER_TOKENS, training.draw_loss, parallel.GRACE = 2, lambda *_: None, 0.0
+    outcome.ANSWER_TOKENS, training.draw_loss, parallel.GRACE = 2, lambda *_: None, 0.0
     for job_name, given_job in json.loads((folder / "jobs.json").read_text()).items():
         (folder / f"{job_name}.{own_rank}.json").write_text(json.dumps(do(given_job, own_rank)))
         if "hang" in given_job:

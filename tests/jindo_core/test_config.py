@@ -13,11 +13,11 @@ from jindo_core.config import (
     PROFILES,
     GenerateConfig,
     TrainConfig,
-    read_config_file,
     resolve_generate_config,
     resolve_train_config,
     settings,
 )
+from jindo_core.config_files import read_config_file
 from jindo_core.errors import InputError
 
 

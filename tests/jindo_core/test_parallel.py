@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import given, launch, losses, metrics, write_rows
 
-from jindo_core import parallel
+from jindo_core import outcome, parallel
 from jindo_core import train as training
 from jindo_core.adapters import WEIGHTS
 from jindo_core.config import resolve_train_config
@@ -57,7 +57,7 @@ def alone(make, place):
     def one(kind):
         if kind not in found:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(training, "ANSWER_TOKENS", 2)
+                patch.setattr(outcome, "ANSWER_TOKENS", 2)
                 patch.setattr(training, "draw_loss", lambda *_: None)
                 threads = torch.get_num_threads()
                 torch.set_num_threads(1)  # as a rank has: with more, products sum in another order, step after step

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from jindo_core import prepare
+from jindo_core import outcome, prepare
+from jindo_core import step as stepping
 from jindo_core import train as training
 from jindo_core.config import resolve_train_config
 from jindo_core.data.examples import Example
@@ -144,7 +145,7 @@ def test_every_token_weighs_the_same_however_it_is_batched(stories260k):
     gradients, losses = [], []
     for batches in ([[0, 1, 2, 3]], [[0], [1], [2], [3]], [[1, 3], [0, 2]]):
         model.zero_grad()
-        losses.append(training._accumulate(job, batches))
+        losses.append(stepping.accumulate(job, batches))
         gradients.append([layer.lora_B.grad.clone() for _, layer in adapted_layers(model)])
     for other in (1, 2):
         assert losses[other] == pytest.approx(losses[0], rel=1e-5)
@@ -215,13 +216,13 @@ def test_a_failed_run_blocks_no_retry_and_spares_the_run_it_would_replace(storie
         raise TrainingError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_accumulate", fail)
+        patch.setattr(stepping, "accumulate", fail)
         with pytest.raises(TrainingError):
             training.train(*settings(stories260k, rows, out))
     training.train(*settings(stories260k, rows, out, max_steps=2))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_accumulate", fail)
+        patch.setattr(stepping, "accumulate", fail)
         with pytest.raises(TrainingError):
             training.train(*settings(stories260k, rows, out, overwrite_output_dir=True))
     after = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".part"}
@@ -237,14 +238,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run(stories260k, rows, tmp_path
 
 
 def test_a_loss_that_is_not_finite_costs_its_step(stories260k, rows, tmp_path, monkeypatch, capsys):
-    original, calls = training._accumulate, []
+    original, calls = stepping.accumulate, []
 
     def poisoned(job, batches):
         calls.append(1)
         loss = original(job, batches)
         return math.nan if len(calls) == 2 else loss
 
-    monkeypatch.setattr(training, "_accumulate", poisoned)
+    monkeypatch.setattr(stepping, "accumulate", poisoned)
     training.train(*settings(stories260k, rows, tmp_path / "out", max_steps=3, eval_steps=2))
     assert "the loss at step 2 is nan: the step is skipped" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -279,7 +280,7 @@ def test_running_out_of_memory_is_survived(stories260k, rows, tmp_path, monkeypa
     more = {"max_steps": 8, "lora_dropout": 0.0, "batch_size": 4, "micro_batch_size": 4, "device": "cpu"}
     training.train(*settings(stories260k, rows, tmp_path / "calm", **more))
     capsys.readouterr()
-    original, calls = training.backward, []
+    original, calls = stepping.backward, []
     # Backward passes that fail: a step has one, then two, then four, and the failed ones come again.
     fails = {2, 4, 6, 11, 16, 21, 26}
 
@@ -289,7 +290,7 @@ def test_running_out_of_memory_is_survived(stories260k, rows, tmp_path, monkeypa
             raise torch.OutOfMemoryError("CUDA out of memory")
         original(loss)
 
-    monkeypatch.setattr(training, "backward", short_of_memory)
+    monkeypatch.setattr(stepping, "backward", short_of_memory)
     training.train(*settings(stories260k, rows, tmp_path / "short", **more))
     said = capsys.readouterr().out
     for part in (
@@ -334,7 +335,7 @@ def test_torch_s_update_that_runs_out_of_memory_stops(stories260k, rows, tmp_pat
 def test_a_retry_draws_the_same_dropout(stories260k, rows, tmp_path, monkeypatch):
     more = {"max_steps": 3, "lora_dropout": 0.3, "device": "cpu", "micro_batch_size": 8}
     training.train(*settings(stories260k, rows, tmp_path / "calm", **more))
-    original, calls = training.backward, []
+    original, calls = stepping.backward, []
 
     def short_of_memory(loss):
         calls.append(1)
@@ -342,7 +343,7 @@ def test_a_retry_draws_the_same_dropout(stories260k, rows, tmp_path, monkeypatch
             raise torch.OutOfMemoryError("CUDA out of memory")
         original(loss)
 
-    monkeypatch.setattr(training, "backward", short_of_memory)
+    monkeypatch.setattr(stepping, "backward", short_of_memory)
     training.train(*settings(stories260k, rows, tmp_path / "short", **more))
     assert losses(tmp_path / "short") == losses(tmp_path / "calm")
 
@@ -355,7 +356,7 @@ def test_an_adapter_that_finds_no_room_is_saved_elsewhere(stories260k, rows, tmp
             raise OSError(28, "No space left on device")
         return save(model, folder, **more)
 
-    monkeypatch.setattr(training, "save_adapter", full)
+    monkeypatch.setattr(outcome, "save_adapter", full)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(TrainingError, match=r"No space left on device\): it is in .*jindo-adapter-") as caught:
         training.train(*settings(stories260k, rows, tmp_path / "out", max_steps=2))
@@ -385,7 +386,7 @@ def test_when_nothing_is_left_to_give_way_the_run_says_so(stories260k, rows, tmp
     def fail(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
 
-    monkeypatch.setattr(training, "_accumulate", fail)
+    monkeypatch.setattr(stepping, "accumulate", fail)
     with pytest.raises(TrainingError, match="step 1 is out of memory at micro-batch 1 with everything"):
         training.train(*settings(stories260k, rows, tmp_path / "out"))
 
@@ -400,7 +401,7 @@ def test_other_failures_are_not_taken_for_want_of_memory(stories260k, rows, tmp_
     def fail(*_):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(training, "_accumulate", fail)
+    monkeypatch.setattr(stepping, "accumulate", fail)
     with pytest.raises(RuntimeError, match="something else"):
         training.train(*settings(stories260k, rows, tmp_path / "out"))
 
