@@ -7,13 +7,21 @@ are held to what the reference really allocates (tests/test_simulation.py). The 
 with this but which layers are streamed (`plan.spread`).
 
     python -m bench.simulation --shape 7b --tokens 512 --lora_r 8 --checkpointed_layers 32
+
+With `--processes N` it is one rank of N: torch's fake process group stands in for the others, and with `--fsdp` the
+layers lie in shards that the real fully_shard gathers and frees. `--live` counts the same storages in real steps, of
+real ranks under torchrun:
+
+    torchrun --nproc-per-node 2 -m bench.simulation --live --shape 110m --fsdp --device cpu
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
+import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -22,8 +30,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.shapes import FALCONS, SHAPES, FalconShape, Shape
@@ -37,6 +48,7 @@ from jindo_core.lora import attach_lora
 from jindo_core.memory import current_bytes, give_back_freed, peak_bytes
 from jindo_core.nf4 import NF4Linear, NF4Weight
 from jindo_core.paged_adamw import PagedAdamW
+from jindo_core.parallel import ALONE, Ranks
 from jindo_core.plan import spread
 from jindo_core.recompute import CheckpointOffload
 from jindo_core.step import backward
@@ -66,6 +78,8 @@ class Step(NamedTuple):
     offload_embedding: bool = False
     offload_head: bool = False
     accumulation: int = 2
+    processes: int = 1
+    fsdp: bool = False
 
 
 class LiveBytes(TorchDispatchMode):
@@ -89,12 +103,42 @@ class LiveBytes(TorchDispatchMode):
     def name(self, category: str, tensors: Sequence[Tensor]) -> None:
         """Count these tensors' storages, from now on, under a category."""
         for tensor in tensors:
+            tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
             self._see(tensor, "other")
             key = tensor.untyped_storage()._cdata
             old, size = self._seen[key], self._sizes[key]
             self._by_category[old] -= size
             self._by_category[category] = self._by_category.get(category, 0) + size
             self._seen[key] = category
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """See what fully_shard gathers: the buffer that comes from all ranks, and the matrices that are copied out of
+        it, whose storages it resizes to nothing and back, which is no operator."""
+
+        def allocated(*given: Any, **more: Any) -> Tensor:
+            self.name("gathered", [buffer := allocate(*given, **more)])
+            return buffer
+
+        def resized(resize: Callable[[Tensor], None], tensor: Tensor) -> None:
+            resize(tensor)
+            self._resized(tensor)
+
+        allocate = _fsdp_collectives.DefaultAllocMixin.allocate
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(mock.patch.object(_fsdp_collectives.DefaultAllocMixin, "allocate", allocated))
+            for name in ("alloc_storage", "free_storage"):
+                run = functools.partial(resized, getattr(_fsdp_param, name))
+                patches.enter_context(mock.patch.object(_fsdp_param, name, run))
+            yield
+
+    def _resized(self, tensor: Tensor) -> None:
+        self.name("gathered", [tensor])
+        key = (storage := tensor.untyped_storage())._cdata
+        grown = -(-storage.nbytes() // ROUNDING) * ROUNDING - self._sizes[key]
+        self._sizes[key] += grown
+        self.live += grown
+        self._by_category[self._seen[key]] += grown
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -112,6 +156,8 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _see(self, tensor: Tensor, category: str) -> None:
+        if isinstance(tensor, DTensor):  # a wrapper, of the whole's size and without bytes
+            tensor = tensor._local_tensor
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._seen:
@@ -218,6 +264,10 @@ def _true(_: Any) -> bool:
     return True
 
 
+def _zero(_: Tensor) -> float:
+    return 0.0
+
+
 @contextlib.contextmanager
 def fake_world(*, cuda: bool = True) -> Iterator[None]:
     """Fake tensors, a pretended GPU, and stores without bytes."""
@@ -231,8 +281,29 @@ def fake_world(*, cuda: bool = True) -> Iterator[None]:
         mock.patch.object(pager.Pager, "write", _nothing),
         mock.patch.object(linear_cross_entropy, "counted", _every),  # fake labels neither: every row counts
         mock.patch.object(paged_adamw, "_all_finite", _true),  # fake gradients have no values
+        mock.patch.object(Tensor, "item", _zero),  # nor has their sum over all ranks
     ):
         yield
+
+
+@contextlib.contextmanager
+def ranks_of(step: Step, backend: str) -> Iterator[Ranks]:
+    """This process among `step.processes`: with "fake" it is alone, and the others are pretended; with "gloo" torchrun
+    has started them."""
+    if step.processes == 1:
+        yield ALONE
+        return
+    if backend == "fake":
+        distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=step.processes)
+    else:
+        distributed.init_process_group(backend)
+    try:
+        ranks = Ranks(distributed.get_rank(), step.processes, sharded=step.fsdp)
+        if step.fsdp:
+            ranks.mesh  # noqa: B018  # made of real tensors
+        yield ranks
+    finally:
+        distributed.destroy_process_group()
 
 
 def simulate(
@@ -243,19 +314,35 @@ def simulate(
     Args:
         cuda: as on a GPU; else as on a CPU, where the peak is that of the process's growth plus the model.
     """
-    with fake_world(cuda=cuda):
-        counter = LiveBytes(cuda_workspace if cuda else cpu_workspace)
-        with counter:
-            model = _build(shape, step, dtype)
-            _name(counter, model)
-            counter.at_start, counter.peak = counter.live, 0
-            optimizer = _optimizer(model, step)
-            for _ in range(steps):
-                _train(model, optimizer, step, counter)
-                counter.name("optimizer", _buffers(optimizer))
-        if not cuda:
-            counter.peak += COMPILED
-        return counter
+    with ranks_of(step, "fake") as ranks, fake_world(cuda=cuda):
+        counter = _count(shape, step, dtype, steps, cuda_workspace if cuda else cpu_workspace, ranks)
+    if not cuda:
+        counter.peak += COMPILED
+    return counter
+
+
+def live(
+    shape: Shape | FalconShape, step: Step, *, dtype: torch.dtype = torch.bfloat16, steps: int = 2
+) -> LiveBytes:
+    """The same count of real steps on this CPU, without what oneDNN compiles."""
+    with ranks_of(step, "gloo") as ranks:
+        return _count(shape, step, dtype, steps, cpu_workspace, ranks)
+
+
+def _count(
+    shape: Shape | FalconShape, step: Step, dtype: torch.dtype, steps: int,
+    workspace: Callable[[str, tuple[Any, ...]], tuple[int, int]], ranks: Ranks,
+) -> LiveBytes:  # fmt: skip
+    counter = LiveBytes(workspace)
+    with counter, counter.watching():
+        model = _build(shape, step, dtype, ranks)
+        _name(counter, model)
+        counter.at_start, counter.peak = counter.live, 0
+        optimizer = _optimizer(model, step)
+        for _ in range(steps):
+            _train(model, optimizer, step, counter, ranks)
+            counter.name("optimizer", _buffers(optimizer))
+    return counter
 
 
 def measure(shape: Shape | FalconShape, step: Step, *, dtype: torch.dtype = torch.bfloat16, steps: int = 2) -> int:
@@ -284,7 +371,9 @@ def _optimizer(model: CausalLM, step: Step) -> PagedAdamW:
     )  # fmt: skip
 
 
-def _train(model: CausalLM, optimizer: PagedAdamW, step: Step, counter: LiveBytes | None = None) -> None:
+def _train(
+    model: CausalLM, optimizer: PagedAdamW, step: Step, counter: LiveBytes | None = None, ranks: Ranks = ALONE
+) -> None:
     """One step."""
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = torch.zeros(step.micro_batch, step.tokens, dtype=torch.int64)
@@ -295,17 +384,19 @@ def _train(model: CausalLM, optimizer: PagedAdamW, step: Step, counter: LiveByte
         del loss
         if counter is not None:
             counter.name("gradients", [p.grad for p in trained if p.grad is not None])
+    ranks.sum_gradients(trained, 0.0)
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def _build(shape: Shape | FalconShape, step: Step, dtype: torch.dtype) -> CausalLM:
-    weights = random_weights(shape, dtype, torch.device("cpu"))
+def _build(shape: Shape | FalconShape, step: Step, dtype: torch.dtype, ranks: Ranks = ALONE) -> CausalLM:
+    weights = dict(random_weights(shape, dtype, torch.device("cpu")))
     with torch.device("meta"):
         model = build(shape.config())
     stack = model.stack
-    for name, weight in weights.items():
+    for name in list(weights):
+        weight = weights.pop(name)  # whole only until its layer lies in shards
         path, _, leaf = name.rpartition(".")
         if isinstance(weight, NF4Weight):
             parent, _, attribute = path.rpartition(".")
@@ -317,7 +408,11 @@ def _build(shape: Shape | FalconShape, step: Step, dtype: torch.dtype) -> Causal
             setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
     if model.config.tie_word_embeddings:
         model.lm_head.weight = stack.embedding.weight
+    del weight
+    for layer in stack.layers:
+        ranks.shard(layer)
     attach_lora(model, step.lora_r, 16, step.dropout, step.targets)
+    ranks.shard_root(stack)
     stack.checkpointed_layers = step.checkpointed_layers
     if step.offload_checkpoints:
         stack.checkpoint_offload = CheckpointOffload()
@@ -359,13 +454,19 @@ def main() -> None:
         else:
             parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--measure", action="store_true", help="real steps on this CPU: how much the process grows")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--measure", action="store_true", help="real steps on this CPU: how much the process grows")
+    how.add_argument("--live", action="store_true", help="real steps on this CPU, under torchrun: storages counted")
     given = vars(parser.parse_args())
-    shape, device, real = (SHAPES | FALCONS)[given.pop("shape")], given.pop("device"), given.pop("measure")
+    shape, device = (SHAPES | FALCONS)[given.pop("shape")], given.pop("device")
+    real, counted = given.pop("measure"), given.pop("live")
+    if counted:
+        given["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
+    step = Step(**given)
     if real:
-        print(measure(shape, Step(**given)))
+        print(measure(shape, step))
         return
-    found = simulate(shape, Step(**given), cuda=device == "cuda")
+    found = live(shape, step) if counted else simulate(shape, step, cuda=device == "cuda")
     for category, size in sorted(found.at_peak.items(), key=lambda item: -item[1]):
         print(f"{category:12} {size / 1e6:12,.1f} MB")
     print(f"{'peak':12} {found.peak / 1e6:12,.1f} MB (1e6 bytes), no CUDA context, no fragmentation")

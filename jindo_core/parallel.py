@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -19,7 +20,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import distributed, nn
@@ -27,6 +28,9 @@ from torch import distributed, nn
 from jindo_core.config import TrainConfig
 from jindo_core.errors import InputError, Stopped, TrainingError
 from jindo_core.nf4 import NF4Weight
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others at a meeting. One that died is noticed at once; one that hangs, by this."""
@@ -235,12 +239,17 @@ class Ranks:
         if self.sharded:
             self._fully_shard(stack, ignored={p for p in stack.parameters() if not isinstance(p, _sharded_type())})
 
-    def _fully_shard(self, module: nn.Module, ignored: set[nn.Parameter]) -> None:
+    @functools.cached_property
+    def mesh(self) -> DeviceMesh:
+        """* All ranks in a row, as fully_shard takes them."""
         from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(self._device, (self.size,))
+
+    def _fully_shard(self, module: nn.Module, ignored: set[nn.Parameter]) -> None:
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh(self._device, (self.size,))
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
+        fully_shard(module, mesh=self.mesh, reshard_after_forward=True, ignored_params=ignored)
 
 
 def _sharded_type() -> type:
