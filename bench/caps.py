@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from bench.shapes import SHAPES, Shape
+from jindo_core.budget import fit
 from jindo_core.head import StreamedHead
 from jindo_core.lora import attach_lora
 from jindo_core.memory import CUDA_CONTEXT, Relief, current_bytes, keep_budget, peak_bytes, sizes_of
 from jindo_core.model import LlamaForCausalLM
 from jindo_core.nf4 import NF4Linear
 from jindo_core.paged_adamw import PagedAdamW
-from jindo_core.plan import LINEARS, Job, fit, plan, spread
+from jindo_core.plan import LINEARS, Job, plan, spread
 from jindo_core.recompute import CheckpointOffload
 from jindo_core.step import backward
 from jindo_core.streaming import LayerStream

@@ -30,7 +30,7 @@ example:
 _NEEDED = (
     "base_model", "cutoff_len", "micro_batch_size", "batch_size", "lora_r", "lora_dropout", "lora_target_modules",
     "optim", "quantize", "double_quant", "dtype", "max_memory_MB", "gradient_checkpointing", "checkpointed_layers",
-    "offload_checkpoints", "offload_embedding", "offload_head", "offload_layers", "resident_optimizer_MB",
+    "offload_checkpoints", "offload_embedding", "offload_head", "offload_layers", "resident_optimizer_MB", "fsdp",
 )  # fmt: skip
 """train's own settings that a step's memory depends on."""
 
@@ -46,6 +46,8 @@ def _config_class() -> Any:
     what = "in place of a model, its size: llama2-7b, llama3-8b, …"
     shape = setting(None, "model and files", what, metavar="NAME")
     fields.insert(1, ("shape", str | None, shape))
+    what = "how many train together (torchrun's --nproc-per-node); the plan is one's"
+    fields.append(("processes", int, setting(1, "memory and device", what, at_least=1)))
     fields.append(("json", bool, setting(False, "output", "JSON for machines: every row in bytes")))
     return dataclasses.make_dataclass("PlanConfig", fields, frozen=True, kw_only=True)
 
@@ -63,7 +65,8 @@ def run(argv: list[str]) -> int:
         got = "neither" if config.shape is None else "both"
         raise InputError(f"plan: got {got} of --base_model and --shape, expected one, such as --shape llama2-7b")
 
-    from jindo_core.plan import as_json, fit
+    from jindo_core.budget import fit
+    from jindo_core.plan import as_json
 
     job = _job(config, targets_named)
     budget = config.max_memory_MB * 1_000_000 or None
@@ -88,6 +91,8 @@ def _show(config: Any, job: Any, found: Any, changes: list[str], fits: bool) -> 
 
     targets = ",".join(job.targets) if len(job.targets) < len(job.sizes.linears) else "every linear layer"
     size = f"{job.micro_batch} x {job.length} tokens, {job.accumulation} of them to a step"
+    if job.processes > 1:
+        size += f" of each of {job.processes} processes"
     say(f"{config.shape or config.base_model}: {size}; r {job.lora_r} on {targets}; {config.optim}")
     console.print(plan_table(plan(job), "CUDA context"))
     if not config.max_memory_MB:
@@ -132,6 +137,10 @@ def _flags(before: Any, after: Any) -> Iterator[str]:
 
 
 def _job(config: Any, targets_named: bool) -> Any:
+    if config.fsdp and config.processes == 1:
+        raise InputError("--fsdp: got it in one process, expected several: --processes N, those that share the layers")
+    if config.fsdp and config.offload_layers:
+        raise InputError("--offload_layers: got it beside --fsdp, expected one of them: layers lie in shards then")
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     train = TrainConfig(**{name: value for name, value in dataclasses.asdict(config).items() if name in names})
     from jindo_core.memory import job_of, usual_targets
@@ -157,4 +166,7 @@ def _job(config: Any, targets_named: bool) -> Any:
             f"--lora_target_modules: got {show(tuple(unknown))}, expected some of {', '.join(linears)}, or all-linear."
             f"{nearest(unknown[0], [*linears, 'all-linear'])}"
         )
-    return job_of(train, sizes, length=config.cutoff_len, itemsize=4 if config.dtype == "fp32" else 2, context=CONTEXT)
+    return job_of(
+        train, sizes, length=config.cutoff_len, itemsize=4 if config.dtype == "fp32" else 2, context=CONTEXT,
+        processes=config.processes,
+    )  # fmt: skip

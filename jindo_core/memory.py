@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from jindo_core.budget import Change, fit
 from jindo_core.causal_lm import CausalLM, ModelConfig
 from jindo_core.config import PROFILES, TrainConfig
 from jindo_core.errors import InputError, TrainingError
@@ -21,7 +22,7 @@ from jindo_core.model import LlamaConfig
 from jindo_core.nf4 import NF4Linear
 from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.parallel import ALONE, Ranks
-from jindo_core.plan import CONTEXT, Change, Job, Sizes, fit, plan, spread
+from jindo_core.plan import CONTEXT, Job, Sizes, plan, spread
 from jindo_core.plan_falcon import FalconSizes
 from jindo_core.recompute import CheckpointOffload, random_state, set_random_state
 from jindo_core.streaming import LayerStream
@@ -69,12 +70,15 @@ def usual_targets(config: TrainConfig, named: bool, sizes: Sizes | FalconSizes) 
     return dataclasses.replace(config, lora_target_modules=sizes.usual_targets)
 
 
-def job_of(config: TrainConfig, sizes: Sizes | FalconSizes, *, length: int, itemsize: int, context: int) -> Job:
-    """A training run's step as the planner takes it.
+def job_of(
+    config: TrainConfig, sizes: Sizes | FalconSizes, *, length: int, itemsize: int, context: int, processes: int = 1
+) -> Job:
+    """A training run's step, as the planner takes it; with several processes, one's part of it.
 
     Args:
         length: tokens of the longest sequence. itemsize: bytes of an activation's element.
         context: bytes that the process holds beside the step.
+        processes: how many share a step's rows, and with `fsdp` the layers' matrices.
     """
     names = config.lora_target_modules
     known = tuple(sizes.linears)
@@ -88,14 +92,15 @@ def job_of(config: TrainConfig, sizes: Sizes | FalconSizes, *, length: int, item
     paged = config.optim != "adamw_torch"
     resident = config.resident_optimizer_MB if paged else None
     return Job(
-        sizes=sizes, length=length, micro_batch=config.micro_batch_size, accumulation=config.accumulation_steps,
+        sizes=sizes, length=length, micro_batch=config.micro_batch_size,
+        accumulation=-(-config.accumulation_steps // processes),
         lora_r=config.lora_r, targets=targets, dropout=config.lora_dropout, itemsize=itemsize,
         quantized=config.quantize == "nf4", double_quant=config.double_quant,
         state_bits=8 if config.optim == "paged_adamw_8bit" else 32, paged=paged,
         checkpointed_layers=layers, offload_checkpoints=config.offload_checkpoints,
         offload_embedding=config.offload_embedding, offload_head=config.offload_head,
         offload_layers=config.offload_layers, context=context, packed=config.packing,
-        resident_states=None if resident is None else resident * 1_000_000,
+        resident_states=None if resident is None else resident * 1_000_000, processes=processes, sharded=config.fsdp,
     )  # fmt: skip
 
 
@@ -112,6 +117,7 @@ def within_budget(config: TrainConfig, job: Job) -> tuple[TrainConfig, Job, list
     if not fits:
         least = plan(found).peak_bytes / 1e6
         more = "" if job.paged else ", or take --optim paged_adamw_32bit"
+        more += ", or share the layers among more processes" if job.sharded else ""
         raise InputError(
             f"--max_memory_MB: got {config.max_memory_MB}, but with everything offloaded a step of "
             f"{found.length} tokens still takes {least:,.0f} MB: raise it, or lower --cutoff_len{more}"

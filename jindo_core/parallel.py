@@ -370,9 +370,8 @@ def _check(config: TrainConfig, size: int) -> None:
         raise InputError(f"--device: got {config.device} for {size} processes, expected cuda: each takes its own")
     if not config.fsdp:
         return
-    for name in ("offload_layers", "max_memory_MB"):
-        if getattr(config, name):
-            raise InputError(f"--{name}: got it beside --fsdp, expected one of them: layers lie in shards then")
+    if config.offload_layers:
+        raise InputError("--offload_layers: got it beside --fsdp, expected one of them: layers lie in shards then")
 
 
 def _on_device_of(config: TrainConfig, local: int) -> TrainConfig:

@@ -1,18 +1,19 @@
-"""What a training step will hold in memory, by arithmetic on a model's sizes alone; and what to change until it fits.
+"""What a training step will hold in memory, by arithmetic on a model's sizes alone.
 
 Held to a simulation of the real step (bench/simulation.py), with which it shares no code. Bytes throughout; MB and GB
 are powers of ten.
 
 A step's peak is at its head, where all that the forward pass keeps is there, and a chunk of the loss; or in a layer's
 backward pass, where what the layers below keep is there, and that layer's activations with the gradients of its MLP,
-the widest of what is alive at once.
+the widest of what is alive at once. Two more where several processes share the step: while the last layer is gathered,
+and when all gradients are summed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from jindo_core import plan_falcon
@@ -97,6 +98,7 @@ class Job:
         offload_layers: how many layers' weights are streamed (those are checkpointed, too).
         context: bytes outside the allocator: CUDA's, or on a CPU the process's. on_cuda: count its allocator's own.
         packed: sequences hold several documents; on CUDA attention's results are then held one by one and together.
+        processes: how many share a step's rows; `accumulation` is one's. sharded: also the layers' matrices.
     """
 
     sizes: Sizes | FalconSizes
@@ -120,6 +122,8 @@ class Job:
     context: int = CONTEXT
     on_cuda: bool = True
     packed: bool = False
+    processes: int = 1
+    sharded: bool = False
 
     @property
     def tokens(self) -> int:
@@ -159,10 +163,10 @@ def plan(job: Job) -> Plan:
     codes, constants = _layer_weights(job)
     kept_layers = sizes.layers - job.offload_layers
     adapters = 4 * _adapter_elements(job) * sizes.layers
-    states, staging = _states(job)
+    states, staging = optimizer_states(job)
     resident = states if job.resident_states is None else min(job.resident_states // PAGE * PAGE, states)
     rows = {
-        "weights": kept_layers * codes,
+        "weights": kept_layers * (_share(job) if job.sharded else codes),
         "constants": kept_layers * constants,
         "embedding": 0 if on_host else embedding,
         "head": 0 if sizes.tied or job.offload_head else embedding,
@@ -205,11 +209,20 @@ def _layer_weights(job: Job) -> tuple[int, int]:
     return sum(-(-count // 2) for count in counts), constants
 
 
+def _share(job: Job) -> int:
+    """Bytes of a layer's matrices that each process keeps: fully_shard cuts codes anywhere, other matrices between
+    rows, and pads to equal parts."""
+    parts, sizes = job.processes, job.sizes.linears.values()
+    if job.quantized:
+        return sum(-(-rows * columns // (2 * parts)) for rows, columns in sizes)
+    return sum(-(-rows // parts) * columns for rows, columns in sizes) * job.itemsize
+
+
 def _adapter_elements(job: Job) -> int:
     return sum(job.lora_r * sum(job.sizes.linears[name]) for name in job.targets)
 
 
-def _states(job: Job) -> tuple[int, int]:
+def optimizer_states(job: Job) -> tuple[int, int]:
     """Bytes of AdamW's moments in whole pages, and of the buffers that they pass through when they do not stay."""
     capacity = PAGE // 8 if job.state_bits == 32 else PAGE // 520 * 256
     elements = 0
@@ -319,21 +332,34 @@ def _moments(job: Job) -> Iterator[dict[str, int]]:
     again = [n < job.checkpointed_layers or n in streamed for n in range(layers)]
     own = 4 * _adapter_elements(job)
 
-    def rows(inputs: int, plain: int, passed: int) -> dict[str, int]:
-        """inputs, plain: layers below (and here) that run again, and that do not; passed: layers above."""
+    gathered = _share(job) * job.processes if job.sharded else 0
+
+    def rows(inputs: int, plain: int, passed: int, copies: int = 0) -> dict[str, int]:
+        """inputs, plain: layers below (and here) that run again, and that do not; passed: layers above; copies: how
+        many layers' bytes are gathered."""
         kept_inputs = min(inputs, 2) if job.offload_checkpoints else inputs
         untracked = _untracked(job) if plain and not again[0] else 0
         gradients = own * (layers if job.accumulation > 1 else passed)
-        return {"gradients": gradients, "activations": plain * kept - untracked, "checkpoints": kept_inputs * boundary}
+        return {
+            "gradients": gradients, "activations": plain * kept - untracked, "checkpoints": kept_inputs * boundary,
+            "gathered": copies * gathered,
+        }  # fmt: skip
 
     below = sum(again)
+    if job.sharded:
+        # The last layer is copied out of what came from all processes, and fully_shard still holds what came before.
+        # Its input is there.
+        under = sum(again[:-1])
+        yield rows(under, layers - 1 - under, 0, min(layers + 1, 3)) | {"recompute": boundary}
+    if job.processes > 1:
+        yield rows(0, 0, layers) | {"gradient_bucket": own * layers}
     yield rows(below, layers - below, 0) | {"loss_chunk": _loss(job)}
     for n in reversed(range(layers)):
         passed, plain = layers - 1 - n, n + 1 - below
         if again[n]:
-            yield rows(below, plain, passed) | {"recompute": kept - boundary + backward}
-        else:
-            yield rows(below, plain, passed) | {"recompute": backward}
+            yield rows(below, plain, passed, 2) | {"recompute": kept - boundary + backward}
+        else:  # one is there, and what the next one is copied out of
+            yield rows(below, plain, passed, 2) | {"recompute": backward}
         below -= again[n]
 
 
@@ -341,8 +367,12 @@ def _moving(job: Job) -> tuple[dict[str, int], dict[str, int]]:
     """(rows of what comes and goes at the peak, rows of those that are not there then)"""
     moments = list(_moments(job))
     worst = max(moments, key=lambda rows: sum(rows.values()))
-    others = {name: max(rows.get(name, 0) for rows in moments) for name in ("loss_chunk", "recompute")}
+    others = {name: max(rows.get(name, 0) for rows in moments) for name in _MOMENTARY}
     return worst, {name: size for name, size in others.items() if name not in worst}
+
+
+_MOMENTARY = ("loss_chunk", "recompute", "gradient_bucket")
+"""Rows that are not there at every moment."""
 
 
 def spread(streamed: int, layers: int) -> list[int]:
@@ -351,126 +381,11 @@ def spread(streamed: int, layers: int) -> list[int]:
     return [(2 * i + 1) * layers // (2 * streamed) for i in range(streamed)]
 
 
-# --- fitting --------------------------------------------------------------------------------------------
-
-
-class Change(NamedTuple):
-    """One way to save memory: what to set, and what it costs."""
-
-    text: str
-    cost: str
-
-
-def fit(job: Job, budget: int) -> tuple[Job, list[Change], bool]:
-    """The cheapest changes, in the order of what they cost in time, that bring the peak within `budget` bytes.
-
-    Returns:
-        The changed job, what was changed, and whether it fits (if not, the job with everything changed).
-    """
-    found = job
-    for make in _LADDER:
-        if plan(found).peak_bytes <= budget:
-            break
-        for tried in make(found):  # from little to all of it
-            found = tried
-            if plan(found).peak_bytes <= budget:
-                break
-    fits = plan(found).peak_bytes <= budget
-    if fits:
-        found = _undone(job, found, budget)
-    return found, list(_told(job, found)), fits
-
-
-def _paged(job: Job) -> Iterator[Job]:
-    if not job.paged:
-        return
-    states, _ = _states(job)
-    now = states if job.resident_states is None else job.resident_states
-    for eighths in range(7, -1, -1):
-        if (resident := states * eighths // 8 // PAGE * PAGE) < now:
-            yield replace(job, resident_states=resident)
-
-
-def _embedding(job: Job) -> Iterator[Job]:
-    if not job.sizes.tied:
-        yield replace(job, offload_embedding=True)
-
-
-def _checkpointed(job: Job) -> Iterator[Job]:
-    for layers in range(job.checkpointed_layers + 1, job.sizes.layers + 1):
-        yield replace(job, checkpointed_layers=layers)
-
-
-def _away(job: Job) -> Iterator[Job]:
-    yield replace(job, offload_checkpoints=True)
-
-
-def _smaller(job: Job) -> Iterator[Job]:
-    for rows in range(job.micro_batch - 1, 0, -1):
-        if job.micro_batch % rows == 0:  # as many rows in a step as before
-            yield replace(job, micro_batch=rows, accumulation=job.accumulation * (job.micro_batch // rows))
-
-
-def _head(job: Job) -> Iterator[Job]:
-    yield replace(job, offload_head=True)
-
-
-def _streamed(job: Job) -> Iterator[Job]:
-    if job.quantized:
-        for layers in range(job.offload_layers + 1, job.sizes.layers + 1):
-            yield replace(job, offload_layers=layers)
-
-
-_LADDER: tuple[Callable[[Job], Iterator[Job]], ...] = (
-    _paged, _embedding, _checkpointed, _away, _smaller, _head, _streamed,
-)  # fmt: skip
-_FIELDS = (
-    "resident_states", "offload_embedding", "checkpointed_layers", "offload_checkpoints", "micro_batch",
-    "offload_head",
-)  # fmt: skip
-
-
-def _undone(before: Job, after: Job, budget: int) -> Job:
-    """Without the changes that later, larger ones made needless."""
-    for field in _FIELDS:
-        names = (field, "accumulation") if field == "micro_batch" else (field,)
-        tried = replace(after, **{name: getattr(before, name) for name in names})
-        if plan(tried).peak_bytes <= budget:
-            after = tried
-    if after.resident_states == before.resident_states:
-        return after
-    more = _paged(replace(after, resident_states=before.resident_states))  # as many moments as there is room for
-    return next((tried for tried in more if plan(tried).peak_bytes <= budget), after)
-
-
-def _told(before: Job, after: Job) -> Iterator[Change]:
-    if before.resident_states != after.resident_states and after.resident_states is not None:
-        stays = f"{after.resident_states / 1e6:.0f} MB of AdamW's moments stay on the device"
-        said = f"{stays}, the rest is paged (--resident_optimizer_MB)"
-        yield Change(said, "a copy of the rest each way every step")
-    if after.offload_embedding > before.offload_embedding:
-        yield Change("the embedding stays on the host (--offload_embedding)", "a lookup there every micro-batch")
-    if after.checkpointed_layers > before.checkpointed_layers:
-        layers = after.sizes.layers
-        share = after.checkpointed_layers / layers / 3
-        yield Change(
-            f"{after.checkpointed_layers} of {layers} layers run again in the backward pass (--checkpointed_layers)",
-            f"about {share:.0%} more time",
-        )
-    if after.offload_checkpoints > before.offload_checkpoints:
-        yield Change("checkpoints lie on the host (--offload_checkpoints)", "copies beside the computation")
-    if after.micro_batch < before.micro_batch:
-        said = f"micro-batches of {after.micro_batch} (--micro_batch_size), {after.accumulation} of them to a step"
-        yield Change(said, "smaller matrix products; the same loss, up to rounding and the dropout's draws")
-    if after.offload_head > before.offload_head:
-        yield Change("the head is streamed from the host (--offload_head)", "it crosses the bus twice a micro-batch")
-    if after.offload_layers > before.offload_layers:
-        said = f"{after.offload_layers} of {after.sizes.layers} layers are streamed from the host (--offload_layers)"
-        yield Change(said, "their weights cross the bus twice a micro-batch")
+# --- telling ---------------------------------------------------------------------------------------------
 
 
 def as_json(
-    job: Job, budget: int | None, changed: Job | None = None, changes: Sequence[Change] = ()
+    job: Job, budget: int | None, changed: Job | None = None, changes: Sequence[NamedTuple] = ()
 ) -> dict[str, object]:
     """Every row of `job` in bytes, and the verdict; `with_changes`: the same of `changed`, in short."""
     found = plan(job)

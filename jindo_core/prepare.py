@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from jindo_core import embedded
+from jindo_core.budget import fit
 from jindo_core.causal_lm import CausalLM, ModelConfig
 from jindo_core.config import TrainConfig
 from jindo_core.data.examples import PROMPTS_TOO, Encoder, prompt_ids
@@ -41,7 +42,7 @@ from jindo_core.optim import build_optimizer
 from jindo_core.pages import PageStore, available_ram
 from jindo_core.parallel import ALONE, Ranks
 from jindo_core.plan import Job as Step
-from jindo_core.plan import Plan, Sizes, fit, plan
+from jindo_core.plan import Plan, Sizes, plan
 from jindo_core.plan_falcon import FalconSizes
 from jindo_core.progress import TrainingView, loading_bar
 from jindo_core.recompute import CheckpointOffload
@@ -119,7 +120,7 @@ def prepare(
         data = read_data(found.files, config, found.encoder, found.capacity, view)
     if planned is not None:
         config = dataclasses.replace(config, **planned)
-    config, step = _plan(config, found.architecture, data, view, anew=planned is None)
+    config, step = _plan(config, found.architecture, data, view, ranks, anew=planned is None)
     model = _load(found.path, config, view, ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
     view.say(
@@ -232,16 +233,19 @@ def _within_context(config: TrainConfig, architecture: ModelConfig, view: Traini
 
 
 def _plan(
-    config: TrainConfig, architecture: ModelConfig, data: TrainingData, view: TrainingView, *, anew: bool
+    config: TrainConfig, architecture: ModelConfig, data: TrainingData, view: TrainingView, ranks: Ranks, *, anew: bool
 ) -> tuple[TrainConfig, Step]:
-    """What the budget makes necessary, unless it was settled before (not `anew`); shows the memory plan."""
+    """What the budget makes necessary, unless it was settled before (not `anew`), the same on all ranks; shows the
+    memory plan."""
     device = pick_device(config.device)
     cuda = device.type == "cuda"
     itemsize = pick_dtype(config.dtype, device).itemsize
     length = -(-data.longest // 8) * 8
-    process = CUDA_CONTEXT if cuda else current_bytes(device) + CPU_PRODUCTS
+    process = CUDA_CONTEXT if cuda else ranks.worst(current_bytes(device)) + CPU_PRODUCTS
     wanted = dataclasses.replace(
-        job_of(config, sizes_of(architecture), length=length, itemsize=itemsize, context=process),
+        job_of(
+            config, sizes_of(architecture), length=length, itemsize=itemsize, context=process, processes=ranks.size
+        ),
         micro_batch=min(config.micro_batch_size, len(data.examples)), on_cuda=cuda,
     )  # fmt: skip
     _say_what_is_idle(config, wanted, view)
@@ -252,8 +256,6 @@ def _plan(
     view.plan(found, "CUDA context" if cuda else "Python and its libraries")
     if not cuda:
         view.say("on a CPU the plan is a guide: a run may take twice as much")
-    if config.fsdp:
-        view.notice("with --fsdp each process keeps its share of the layers' matrices: the plan counts them whole")
     _check_host(config, found, cuda)
     keep_budget(device, config.max_memory_MB)
     return config, step

@@ -32,6 +32,7 @@ SAID = {
     "streaming_buffers": "buffers for what is streamed", "scratch": "scratch for a dequantized weight",
     "activations": "activations", "checkpoints": "inputs of checkpointed layers",
     "recompute": "a layer's backward pass", "loss_chunk": "loss, a chunk of logits at a time",
+    "gathered": "layers gathered from all processes", "gradient_bucket": "gradients in a row, to be summed",
     "allocator": "the allocator's own (estimate)", "optimizer_paged": "AdamW's moments, paged",
     "offloaded_weights": "streamed layers", "offloaded_checkpoints": "offloaded inputs",
     "offloaded_embedding": "offloaded embedding", "offloaded_head": "streamed head",

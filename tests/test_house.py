@@ -15,7 +15,7 @@ import pytest
 PARTS = {"kernels": {"kernels"}, "jindo_core": {"jindo_core", "kernels"}, "cli": {"cli", "jindo_core"}}
 ENGINE_ROWS = [
     {"errors"},
-    {"settings", "plan", "plan_falcon", "files", "part_file", "config_json", "interrupt"},
+    {"settings", "plan", "plan_falcon", "budget", "files", "part_file", "config_json", "interrupt"},
     {"config", "config_files", "qlora", "families", "long_memory", "rotary"},
     {"convert_config", "data_config", "data_config_inspect", "eval_config"},
     {"nf4"},

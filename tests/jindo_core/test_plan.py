@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from jindo_core.plan import LINEARS, SHAPES, Job, as_json, fit, plan
+from jindo_core.budget import fit
+from jindo_core.plan import LINEARS, SHAPES, Job, as_json, plan
 
 QLORA = {"lora_r": 8, "targets": LINEARS, "length": 512, "micro_batch": 1, "dropout": 0.0}
 
