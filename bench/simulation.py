@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.shapes import FALCONS, SHAPES, FalconShape, Shape
 from bench.steps import random_weights
-from jindo_core import paged_adamw, pager, pages
+from jindo_core import paged_adamw, pager, pages, parallel
 from jindo_core.architectures import build
 from jindo_core.causal_lm import CausalLM
 from jindo_core.head import StreamedHead
@@ -287,16 +287,16 @@ def fake_world(*, cuda: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ranks_of(step: Step, backend: str) -> Iterator[Ranks]:
-    """This process among `step.processes`: with "fake" it is alone, and the others are pretended; with "gloo" torchrun
-    has started them."""
+def ranks_of(step: Step, *, fake: bool) -> Iterator[Ranks]:
+    """This process among `step.processes`: with `fake` it is alone and the others are pretended, else torchrun has
+    started them."""
     if step.processes == 1:
         yield ALONE
         return
-    if backend == "fake":
+    if fake:
         distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=step.processes)
     else:
-        distributed.init_process_group(backend)
+        parallel._meet("cpu", step.processes)
     try:
         ranks = Ranks(distributed.get_rank(), step.processes, sharded=step.fsdp)
         if step.fsdp:
@@ -314,7 +314,7 @@ def simulate(
     Args:
         cuda: as on a GPU; else as on a CPU, where the peak is that of the process's growth plus the model.
     """
-    with ranks_of(step, "fake") as ranks, fake_world(cuda=cuda):
+    with ranks_of(step, fake=True) as ranks, fake_world(cuda=cuda):
         counter = _count(shape, step, dtype, steps, cuda_workspace if cuda else cpu_workspace, ranks)
     if not cuda:
         counter.peak += COMPILED
@@ -325,7 +325,7 @@ def live(
     shape: Shape | FalconShape, step: Step, *, dtype: torch.dtype = torch.bfloat16, steps: int = 2
 ) -> LiveBytes:
     """The same count of real steps on this CPU, without what oneDNN compiles."""
-    with ranks_of(step, "gloo") as ranks:
+    with ranks_of(step, fake=False) as ranks:
         return _count(shape, step, dtype, steps, cpu_workspace, ranks)
 
 

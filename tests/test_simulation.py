@@ -45,6 +45,7 @@ def both(simulation, shape, *, layers=None, targets=LINEARS, biases=0, attention
     more = dict(given)
     if not more.pop("resident_states", True):
         more["resident_states"] = 0
+    more["sharded"] = more.pop("fsdp", False)
     more = {"length": more.pop("tokens"), "dropout": 0.0, "accumulation": 2} | more
     planned = plan(Job(sizes=sizes, targets=targets, context=0, on_cuda=False, **more))
     fixed = sum(planned.rows[name] for name in ("weights", "constants", "embedding", "head", "norms", "adapters"))
@@ -139,6 +140,58 @@ def test_the_plan_of_a_falcon_agrees(name, tokens, checkpointed, simulation, rep
 def test_the_plan_of_what_is_offloaded_agrees(given, simulation, shapes):
     more = {"checkpointed_layers": 6, "tokens": 512, "micro_batch": 1, "lora_r": 8} | given
     agree(*both(simulation, shapes["7b"], layers=6, **more))
+
+
+# Where the peak is: at a gather, in a layer's backward pass, or where all gradients are summed.
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("70b", {}),
+        ("70b", {"tokens": 2048, "checkpointed_layers": 2, "lora_r": 64}),
+        ("70b", {"checkpointed_layers": 0, "accumulation": 1}),
+        ("7b", {"tokens": 2048, "micro_batch": 2, "processes": 3}),
+        ("7b", {"lora_r": 256, "accumulation": 1}),
+        ("7b", {"processes": 8, "resident_states": False, "offload_checkpoints": True, "offload_embedding": True}),
+        ("8b", {"offload_head": True, "state_bits": 8}),
+        ("8b", {"fsdp": False, "lora_r": 512, "accumulation": 1}),
+        ("falcon-40b", {"targets": plan_falcon.LINEARS}),
+    ],
+    ids=str,
+)
+def test_the_plan_of_one_of_several_processes_agrees(name, given, simulation, shapes):
+    found = shapes | importlib.import_module("bench.shapes").FALCONS
+    usual = {"tokens": 512, "micro_batch": 1, "lora_r": 8, "checkpointed_layers": 3, "processes": 2, "fsdp": True}
+    agree(*both(simulation, found[name], layers=3, **(usual | given)))
+
+
+@pytest.mark.parametrize(("processes", "inner"), [(2, 1376), (3, 1375)])
+def test_shares_and_gathers_to_the_byte(processes, inner, simulation, shapes, monkeypatch):
+    """Codes that no number of processes divides are padded."""
+    monkeypatch.setattr(simulation, "ROUNDING", 1)
+    shape = shapes["tiny"]._replace(hidden=512, inner=inner, layers=3, heads=8, groups=2)
+    step = simulation.Step(tokens=8, checkpointed_layers=3, processes=processes, fsdp=True)
+    simulated = simulation.simulate(shape, step).at_peak
+    sizes = Sizes(512, inner, 3, 8, 2, 64, shape.vocab)
+    rows = plan(
+        Job(
+            sizes=sizes, length=8, micro_batch=1, targets=LINEARS, checkpointed_layers=3, processes=processes,
+            sharded=True,
+        )
+    ).rows  # fmt: skip
+    assert rows["weights"] == simulated["weights"]
+    assert rows["gathered"] == simulated["gathered"] == 3 * rows["weights"] // 3 * processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [512, 4096])
+def test_70b_on_two_devices_of_24_gb(tokens, simulation, shapes):
+    """LLaMA-2 70B in shards, by the simulation alone: all linears, r 8, checkpointed, 0.5 GB context."""
+    found = both(
+        simulation, shapes["70b"]._replace(name="llama2-70b", vocab=32000), tokens=tokens, micro_batch=1, lora_r=8,
+        checkpointed_layers=80, resident_states=False, offload_checkpoints=True, processes=2, fsdp=True,
+    )  # fmt: skip
+    agree(*found)
+    assert found[0] + 0.5e9 <= 24e9
 
 
 @pytest.mark.slow

@@ -72,6 +72,12 @@ def test_a_model_of_one_s_own(stories15m, capsys):
         (["--shape", "7b", "--max_memory_MB", "-1"], "--max_memory_MB: got '-1'"),
         (["--shape", "7b", "--micro_batch_size", "0"], "--micro_batch_size: got '0'"),
         (["--base_model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--shape", "7b", "--fsdp"], "--fsdp: got it in one process, expected several: --processes N"),
+        (["--shape", "7b", "--processes", "0"], "--processes: got '0'"),
+        (
+            ["--shape", "7b", "--fsdp", "--processes", "2", "--offload_layers", "3"],
+            "--offload_layers: got it beside --fsdp",
+        ),
     ],
 )
 def test_wrong_input(flags, said, capsys):
@@ -111,3 +117,50 @@ def test_the_flags_it_names_give_the_plan_it_promises(budget, capsys):
 def test_more_layers_than_there_are(name, capsys):
     assert main([*GOAL, f"--{name}", "33"]) == 2
     assert f"--{name}: got 33, expected at most 32, the model's layers" in capsys.readouterr().err
+
+
+SHARDED = ["plan", "--shape", "llama2-70b", "--lora_target_modules", "all-linear", "--cutoff_len", "512"]
+SHARDED += ["--micro_batch_size", "1", "--gradient_checkpointing", "--resident_optimizer_MB", "0", "--fsdp"]
+
+
+def test_70b_in_two_shards(capsys):
+    assert main([*SHARDED, "--processes", "2", "--max_memory_MB", "24000"]) == 0
+    said = capsys.readouterr().out
+    assert "fits: " in said
+    assert "64 of them to a step of each of 2 processes" in said
+    assert "layers gathered from all processes" in said
+    assert main([*SHARDED, "--processes", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    codes = 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672) // 2
+    assert found["weights"] == codes // 2
+    assert found["gathered"] == 3 * codes // 80
+    assert main([*SHARDED, "--processes", "3", "--json"]) == 0
+    more = json.loads(capsys.readouterr().out)
+    assert more["weights"] == pytest.approx(codes / 3, rel=1e-6)
+    assert more["peak_bytes"] - found["peak_bytes"] == pytest.approx(more["weights"] - found["weights"], rel=1e-3)
+
+
+def test_a_budget_beside_shards_streams_no_layer(capsys):
+    """All else gives way."""
+    assert main([*SHARDED, "--processes", "2", "--cutoff_len", "4096", "--max_memory_MB", "24000"]) == 0
+    said = capsys.readouterr().out
+    assert "with these changes it fits" in said
+    assert "--offload_checkpoints" in said
+    assert "--offload_layers" not in said
+    assert main([*SHARDED, "--processes", "2", "--max_memory_MB", "12000", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["with_changes"]
+    assert found["settings"]["offload_layers"] == 0
+    assert found["settings"]["offload_head"]
+    assert not found["fits"]
+
+
+def test_processes_without_shards_share_rows_alone(capsys):
+    """A step's micro-batches are dealt out, and its gradients summed."""
+    found = []
+    for count in ("1", "4"):
+        assert main([*GOAL, "--batch_size", "6", "--processes", count, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [one["settings"]["accumulation"] for one in found] == [6, 2]
+    assert found[0]["weights"] == found[1]["weights"]
+    assert "gradient_bucket" not in found[0]
+    assert found[1]["gradient_bucket"] == found[1]["adapters"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import signal
@@ -15,18 +17,20 @@ from pathlib import Path
 
 import torch
 
-from jindo_core import loader, outcome, parallel
+from jindo_core import loader, outcome, parallel, prepare
 from jindo_core import step as stepping
 from jindo_core import train as training
 from jindo_core.config import resolve_train_config
+from jindo_core.plan import as_json
 
 
 def launch(folder, size, jobs, *, limit=120, check=True):
     """Do jobs in `size` ranks; returns {job's name: what each rank has to say of it}, and the finished process.
 
     jobs: {name: {"settings": …, and perhaps a fault and where: "signal", "memory", "update_memory", "nan", "hang":
-    [rank, step]; "timeout": seconds that ranks wait for each other; "absmax" or "packed": that part of the weights
-    differs on rank 1}}.
+    [rank, step]; "live": count the storages that are alive from its first step on; "process": bytes
+    that each rank is told to hold beside the step; "timeout": seconds that ranks wait for each other; "absmax" or "packed": that part of the weights
+    differs on rank 1}}. Or {name: {"steps": …}}: the simulation's steps, with real tensors.
     """
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -122,8 +126,9 @@ def quantized(spoiled, *given, **more):
 
 
 ORIGINAL = {
-    "quantize": loader.quantize_nf4,
-   "take_step": training.take_step, "accumulate": stepping.accumulate, "prepare": training.prepare}
+    "quantize": loader.quantize_nf4, "take_step": training.take_step, "accumulate": stepping.accumulate,
+    "prepare": training.prepare, "plan": prepare._plan,
+}  # fmt: skip
 
 
 def matrices(module):
@@ -136,29 +141,64 @@ def is_whole(layer):
     return not any(hasattr(p, "to_local") for p in matrices(layer))
 
 
+def simulation():
+    """bench's, whose counter sees the storages of this process."""
+    sys.path.append(str(Path(__file__).parents[2]))
+    return importlib.import_module("bench.simulation")
+
+
+def steps_alone(job, rank):
+    """Random weights, no data: only what is alive."""
+    counting = simulation()
+    shape = counting.SHAPES[job["shape"]]
+    counter = counting.live(shape, counting.Step(**job["steps"]))
+    return {"rank": rank, "peak": counter.peak, "at_peak": counter.at_peak}
+
+
 def do(job, rank):
     """One run; what became of it."""
-    kept, whole = [], []
+    kept, whole, steps = [], [], []
+    counter = None
+    if "live" in job:
+        counting = simulation()
+        counter = counting.LiveBytes(counting.cpu_workspace)
+    if "process" in job:
+        prepare.current_bytes = lambda _: job["process"][rank]
+
+    def planned(*given, **more):
+        config, step = ORIGINAL["plan"](*given, **more)
+        steps.append(step)
+        return config, step
 
     def prepared(*given):
         kept.append(ORIGINAL["prepare"](*given))
+        if counter is not None:
+            counter.peak = 0  # loading has its own
         layers = list(kept[-1].model.stack.layers)
         for layer in layers:
             layer.register_forward_pre_hook(lambda *_: whole.append(sum(map(is_whole, layers))))
         return kept[-1]
 
-    training.prepare = prepared
+    training.prepare, prepare._plan = prepared, planned
     make_faults(job, rank)
     loader.quantize_nf4 = functools.partial(quantized, {"absmax", "packed"} & job.keys() if rank == 1 else ())
     if "timeout" in job:
         parallel.TIMEOUT = timedelta(seconds=job["timeout"])
     said = {"rank": rank}
     try:
-        training.train(*resolve_train_config(job["settings"]))
+        with contextlib.ExitStack() as watched:
+            if counter is not None:
+                watched.enter_context(counter)
+                watched.enter_context(counter.watching())
+            training.train(*resolve_train_config(job["settings"]))
         said["ended"] = "well"
     except (ValueError, RuntimeError, training.Stopped, SystemExit) as error:
         said |= {"ended": type(error).__name__, "text": str(error), "code": getattr(error, "code", None)}
     said["prepared"] = bool(kept)
+    if counter is not None:
+        said["peak"], said["at_peak"] = counter.peak, counter.at_peak
+    if steps:
+        said["planned"] = as_json(steps[0], None)
     if whole:
         frozen = matrices(kept[0].model.stack.layers)
         own = [p.to_local() if hasattr(p, "to_local") else p for p in frozen]
@@ -174,6 +214,7 @@ if __name__ == "__main__":
     folder, own_rank = Path(sys.argv[1]), int(os.environ["RANK"])
     outcome.ANSWER_TOKENS, training.draw_loss, parallel.GRACE = 2, lambda *_: None, 0.0
     for job_name, given_job in json.loads((folder / "jobs.json").read_text()).items():
-        (folder / f"{job_name}.{own_rank}.json").write_text(json.dumps(do(given_job, own_rank)))
+        found_here = (steps_alone if "steps" in given_job else do)(given_job, own_rank)
+        (folder / f"{job_name}.{own_rank}.json").write_text(json.dumps(found_here))
         if "hang" in given_job:
             sys.exit(1)  # as the command does, and torchrun ends the other

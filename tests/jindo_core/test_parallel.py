@@ -253,7 +253,6 @@ def test_alone_nothing_changes_hands():
         ("all", {"device": "cuda:1"}, "--device: got cuda:1 for 2 processes, expected cuda: each takes its own"),
         ("all", {"device": "cuda"}, "got 2 processes for 0 GPUs, expected one for each"),
         ("all", {"fsdp": True, "offload_layers": 2}, "--offload_layers: got it beside --fsdp"),
-        ("all", {"fsdp": True, "max_memory_MB": 900}, "--max_memory_MB: got it beside --fsdp"),
     ],
 )
 def test_what_does_not_go_together_is_refused(variables, changes, words, make, monkeypatch):
