@@ -68,6 +68,11 @@ class Ranks:
         """Whether this rank writes, logs and draws."""
         return self.rank == 0
 
+    @property
+    def beside(self) -> int:
+        """How many of the ranks run on this machine, this one included."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
+
     # --- agreeing -----------------------------------------------------------------------------------------
 
     def worst(self, value: int) -> int:

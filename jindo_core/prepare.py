@@ -256,7 +256,7 @@ def _plan(
     view.plan(found, "CUDA context" if cuda else "Python and its libraries")
     if not cuda:
         view.say("on a CPU the plan is a guide: a run may take twice as much")
-    _check_host(config, found, cuda)
+    _check_host(config, found, cuda, ranks.beside)
     keep_budget(device, config.max_memory_MB)
     return config, step
 
@@ -272,11 +272,11 @@ def _say_what_is_idle(config: TrainConfig, step: Step, view: TrainingView) -> No
         view.notice("--offload_embedding has no effect: this model's embedding is its head (--offload_head moves both)")
 
 
-def _check_host(config: TrainConfig, found: Plan, cuda: bool) -> None:
-    """Room for what is offloaded, before anything is loaded."""
-    needed, place = found.host_bytes, config.offload_folder
+def _check_host(config: TrainConfig, found: Plan, cuda: bool, processes: int) -> None:
+    """Room for what all `processes` of this machine offload, before anything is loaded."""
+    needed, place = found.host_bytes * processes, config.offload_folder
     if place is not None:
-        needed -= found.elsewhere["offloaded_embedding"]  # that one lies in RAM
+        needed -= found.elsewhere["offloaded_embedding"] * processes  # that one lies in RAM
         free = shutil.disk_usage(place).free
         if needed > free:
             raise InputError(

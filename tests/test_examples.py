@@ -12,6 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from jindo_core.config import resolve_train_config
+from jindo_core.train import train
+
 
 @pytest.fixture
 def example(repo_root, monkeypatch):
@@ -127,6 +130,31 @@ def test_fsdp2(repo_root, tmp_path):
     found = losses(done.stdout)
     assert found[-1] < found[0]
     assert sorted(re.findall(r"rank (\d) holds 4,096 of 8,192 bytes", done.stdout)) == ["0", "1"]
+
+
+@pytest.mark.slow
+def test_dcp(repo_root, stories260k, tmp_path):
+    """A run's checkpoint through torch.distributed.checkpoint: two ranks save, three load, every byte is there."""
+    config, explicit = resolve_train_config(
+        {
+            "base_model": str(stories260k), "output_dir": str(tmp_path / "out"), "max_steps": 2, "save_steps": 2,
+            "batch_size": 2, "micro_batch_size": 2, "val_set_size": 0, "device": "cpu", "cutoff_len": 64, "lora_r": 2,
+        }
+    )  # fmt: skip
+    train(config, explicit)
+    saved = tmp_path / "out" / "checkpoint-2"
+    for ranks, what, source, target in ((2, "save", saved, "dcp"), (3, "load", tmp_path / "dcp", "back")):
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command += [str(repo_root / "examples" / "dcp.py"), what, str(source), str(tmp_path / target)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for file in ("adapter_model.safetensors", "optimizer.safetensors"):
+        given, found = load_file(saved / file), load_file(tmp_path / "back" / file)
+        assert given
+        assert given.keys() == found.keys()
+        assert {name: value.dtype for name, value in given.items()} == {n: value.dtype for n, value in found.items()}
+        assert all(torch.equal(value, found[name]) for name, value in given.items())
 
 
 def test_the_readme_s_library_example(repo_root, stories260k, tmp_path, capsys, monkeypatch):

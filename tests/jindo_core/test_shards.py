@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import shutil
+from types import SimpleNamespace
 
 import pytest
 from ranks import given, launch, write_rows
+
+from jindo_core.config import resolve_train_config
+from jindo_core.errors import InputError
+from jindo_core.parallel import ALONE, Ranks
+from jindo_core.plan import SHAPES, Job, plan
+from jindo_core.prepare import _check_host
 
 MB = 1_000_000
 BESIDE = 500 * MB
@@ -77,3 +85,16 @@ def test_a_budget_that_can_not_be_kept_ends_all(two):
     text = next(said["text"] for said in two["too_little"] if said["ended"] == "InputError")
     assert "--max_memory_MB: got 550, but with everything offloaded" in text
     assert "share the layers among more processes" in text
+
+
+def test_what_all_ranks_of_a_machine_offload_must_have_room(tmp_path, monkeypatch):
+    found = plan(Job(sizes=SHAPES["llama2-7b"], resident_states=0, processes=2))
+    config, _ = resolve_train_config({"offload_folder": str(tmp_path)})
+    room = found.host_bytes * 3 // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    _check_host(config, found, False, ALONE.beside)
+    with pytest.raises(InputError, match="MB are to lie there"):
+        _check_host(config, found, False, Ranks(0, 2).beside)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # the other one is on another machine
+    _check_host(config, found, False, Ranks(0, 2).beside)
