@@ -135,13 +135,13 @@ def test_fsdp2(repo_root, tmp_path):
 @pytest.mark.slow
 def test_dcp(repo_root, stories260k, tmp_path):
     """A run's checkpoint through torch.distributed.checkpoint: two ranks save, three load, every byte is there."""
-    config, explicit = resolve_train_config(
+    settings = resolve_train_config(
         {
             "base_model": str(stories260k), "output_dir": str(tmp_path / "out"), "max_steps": 2, "save_steps": 2,
             "batch_size": 2, "micro_batch_size": 2, "val_set_size": 0, "device": "cpu", "cutoff_len": 64, "lora_r": 2,
         }
     )  # fmt: skip
-    train(config, explicit)
+    train(*settings)
     saved = tmp_path / "out" / "checkpoint-2"
     for ranks, what, source, target in ((2, "save", saved, "dcp"), (3, "load", tmp_path / "dcp", "back")):
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]

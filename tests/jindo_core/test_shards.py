@@ -89,7 +89,7 @@ def test_a_budget_that_can_not_be_kept_ends_all(two):
 
 def test_what_all_ranks_of_a_machine_offload_must_have_room(tmp_path, monkeypatch):
     found = plan(Job(sizes=SHAPES["llama2-7b"], resident_states=0, processes=2))
-    config, _ = resolve_train_config({"offload_folder": str(tmp_path)})
+    config, *_ = resolve_train_config({"offload_folder": str(tmp_path)})
     room = found.host_bytes * 3 // 2
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=room))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
