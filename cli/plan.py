@@ -136,6 +136,23 @@ def _flags(before: Any, after: Any) -> Iterator[str]:
             yield from (f"--{name}", str(value))
 
 
+def _sizes(base_model: str) -> Any:
+    """Of a model, whose weights need not be there beside its config.json."""
+    from jindo_core.architectures import read_config
+    from jindo_core.files import read_json
+    from jindo_core.formats import open_checkpoint
+    from jindo_core.formats.bitsandbytes import check_quantization
+    from jindo_core.hub import holds_model, resolve_model
+    from jindo_core.memory import sizes_of
+
+    path = resolve_model(base_model)
+    if not holds_model(path):
+        return sizes_of(open_checkpoint(path).config)
+    raw = read_json(path / "config.json")
+    check_quantization(raw, path / "config.json")
+    return sizes_of(read_config(raw))
+
+
 def _job(config: Any, targets_named: bool) -> Any:
     if config.fsdp and config.processes == 1:
         raise InputError("--fsdp: got it in one process, expected several: --processes N, those that share the layers")
@@ -147,11 +164,7 @@ def _job(config: Any, targets_named: bool) -> Any:
     from jindo_core.plan import CONTEXT, SHAPES
 
     if config.shape is None:
-        from jindo_core.formats import open_checkpoint
-        from jindo_core.hub import resolve_model
-        from jindo_core.memory import sizes_of
-
-        sizes = sizes_of(open_checkpoint(resolve_model(config.base_model)).config)
+        sizes = _sizes(config.base_model)
     else:
         name = config.shape.lower()
         name = next((known for known in (name, *(f"llama{n}-{name}" for n in ("", 2, 3))) if known in SHAPES), name)

@@ -140,6 +140,23 @@ def test_70b_in_two_shards(capsys):
     assert more["peak_bytes"] - found["peak_bytes"] == pytest.approx(more["weights"] - found["weights"], rel=1e-3)
 
 
+def test_a_config_json_without_weights(tmp_path, capsys):
+    numbers = {
+        "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32000, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096, "hidden_act": "silu", "tie_word_embeddings": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(numbers))
+    found = []
+    for model in (SHARDED[1:3], ["--base_model", str(tmp_path)]):
+        assert main(["plan", *model, *SHARDED[3:], "--processes", "2", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    (tmp_path / "config.json").write_text(json.dumps(numbers | {"quantization_config": {"quant_method": "gptq"}}))
+    assert main(["plan", "--base_model", str(tmp_path)]) == 2
+    assert "gptq" in capsys.readouterr().err
+
+
 def test_a_budget_beside_shards_streams_no_layer(capsys):
     """All else gives way."""
     assert main([*SHARDED, "--processes", "2", "--cutoff_len", "4096", "--max_memory_MB", "24000"]) == 0
