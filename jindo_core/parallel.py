@@ -350,6 +350,12 @@ def _world_size() -> int:
     return int(given)
 
 
+def require_alone(command: str) -> None:
+    """See that torchrun did not start several of what runs as one. Raises InputError."""
+    if (size := _world_size()) > 1:
+        raise InputError(f"{command}: got {size} processes, expected one: start it without torchrun")
+
+
 def _check(config: TrainConfig, size: int) -> None:
     if size == 1:
         if config.fsdp:

@@ -20,7 +20,7 @@ from jindo_core.evaluate import held_out_sums
 from jindo_core.files import held
 from jindo_core.interrupt import Broken, StopSignals
 from jindo_core.memory import current_bytes, keep_budget, peak_bytes
-from jindo_core.mmlu import Mmlu, Scores
+from jindo_core.mmlu import Mmlu, Share
 from jindo_core.outcome import METRICS, TrainResult, answer, base_name, farewell, one_line, record, record_of, save
 from jindo_core.prepare import TrainingJob, prepare
 from jindo_core.progress import TrainingView, draw_loss
@@ -282,11 +282,13 @@ def _measure(job: TrainingJob, view: TrainingView, history: History, step: int, 
 def _ask(
     job: TrainingJob, mmlu: Mmlu, view: TrainingView, history: History, step: int, may_break: MayBreak
 ) -> None:
-    """Every rank asks all questions."""
-    def run() -> Scores:
-        with may_break(), view.asking(len(mmlu.questions)) as on_progress:
-            return mmlu.ask(job.model, batch_size=job.relief.micro_batch, on_progress=on_progress)
+    """Each rank asks its part of the questions."""
+    def run() -> Share:
+        with may_break(), view.asking(-(-len(mmlu.questions) // job.ranks.size)) as on_progress:
+            return mmlu.ask_share(
+                job.model, batch_size=job.relief.micro_batch, ranks=job.ranks, on_progress=on_progress
+            )
 
-    scores = job.relief.outlive(run, step, view.notice)
+    scores = mmlu.scores(job.ranks.gather(job.relief.outlive(run, step, view.notice)))
     history.add_scores(step, scores)
     view.say(f"step {step}  MMLU accuracy {scores.accuracy:.4f}, mean of {len(scores.subjects)} subjects")

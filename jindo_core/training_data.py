@@ -99,12 +99,16 @@ def open_files(config: TrainConfig) -> list[DataFile]:
         InputError: a path that is not there, or rows that no format fits.
     """
     if config.data_path is None:
-        return [_open_file(str(bundled_path()), config.dataset_format)]
-    return [_open_file(path, config.dataset_format) for path in config.data_path]
+        return [open_file(str(bundled_path()), config.dataset_format)]
+    return [open_file(path, config.dataset_format) for path in config.data_path]
 
 
-def _open_file(path: str, dataset_format: str | None) -> DataFile:
-    """A path, or one of qlora's names for a data set where there is no such path."""
+def open_file(path: str, dataset_format: str | None) -> DataFile:
+    """A path, or one of qlora's names for a data set where there is no such path; its first rows are read.
+
+    Raises:
+        InputError: a path that is not there, or rows that no format fits.
+    """
     named = None if Path(path).expanduser().exists() else named_dataset(path)
     if named is not None:
         path, dataset_format = named[0], dataset_format or named[1]
