@@ -31,11 +31,11 @@ class EvalConfig:
     base_model: str | None = base_setting()
     lora_weights: str | None = adapter_setting()
     tasks: tuple[str, ...] | None = setting(
-        None, _TASKS, "perplexity, mmlu, generation, kobest (all five) or kobest_boolq, _copa, _hellaswag, _sentineg, _wic",
+        None, _TASKS, "perplexity, mmlu, generation, kobest (all five) or one as kobest_copa",
         metavar="A,B", example="tasks such as perplexity,kobest",
     )  # fmt: skip
     data_path: tuple[str, ...] | None = setting(
-        None, _TASKS, "a text file (perplexity), .json (mmlu), folder or .tsv (kobest), rows (generation), or TASK=PATH",
+        None, _TASKS, "text (perplexity), .json (mmlu), folder or .tsv (kobest), rows (generation), or TASK=PATH",
         path=True, metavar="DATA...",
     )  # fmt: skip
     split: Literal["test", "dev"] = setting("test", _TASKS, "of KoBEST's files in a folder")

@@ -243,7 +243,7 @@ class GenerationRun:
         work = ([self._questions[i] for i in batch] for batch in order)
         for batch, rows in zip(order, runner(work, functools.partial(in_halves, run)), strict=True):
             found.update(zip(batch, rows, strict=True))
-        told = [predictions.read(found.get(i), self._tokenizer) for i in range(len(self._questions))]
+        told = [predictions.read(one, found.get(i), self._tokenizer) for i, one in enumerate(self._questions)]
         figures = predictions.measures([one.reference for one in self._questions], told)
         return figures, [predictions.line(one, said) for one, said in zip(self._questions, told, strict=True)]
 
@@ -422,7 +422,7 @@ def _show(report: dict[str, Any], view: ConversionView) -> None:
         if figures.get("cut"):
             view.say(f"note: {task}: {figures['cut']:g} inputs were too long for the model and lost their beginning")
         if figures.get("unanswered"):
-            view.say(f"note: {task}: {figures['unanswered']:g} prompts fill the model's context: they count as wrong")
+            view.say(f"note: {task}: {figures['unanswered']:g} rows leave no room for an answer, and count as wrong")
     view.evaluation([said[kept] for kept in results], rows)
 
 

@@ -370,6 +370,11 @@ def _check(config: TrainConfig, size: int) -> None:
     for name in ("offload_layers", "max_memory_MB"):
         if getattr(config, name):
             raise InputError(f"--{name}: got it beside --fsdp, expected one of them: layers lie in shards then")
+    if config.predict_with_generate:
+        raise InputError(
+            "--predict_with_generate: got it beside --fsdp, whose ranks can't answer alone: leave it out, and answer "
+            "afterwards with jindo-core eval --tasks generation"
+        )
 
 
 def _on_device_of(config: TrainConfig, local: int) -> TrainConfig:

@@ -23,12 +23,12 @@ from jindo_core.causal_lm import CausalLM
 from jindo_core.data.examples import end_ids, prompt_ids
 from jindo_core.data.records import Record
 from jindo_core.data.templates import Template
-from jindo_core.errors import InputError
 from jindo_core.generation import stop_ids
 from jindo_core.tokenizer import Tokenizer
 
-Ended = Literal["end", "length", "no room"]
-"""Why an answer ends: the model said so; max_new_tokens or the model's context; its prompt left none of that."""
+Ended = Literal["end", "length", "no room", "no prompt"]
+"""Why an answer ends: the model said so; max_new_tokens or the model's context; or why there is none: its prompt fills
+the context, or holds not even the token that begins a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,9 @@ class Question:
         """The row's own answer; None where it has none."""
         return self.record.rounds[-1].output or None
 
-    def has_room(self, context: int | None) -> bool:
-        """Whether a token fits behind the prompt. context: the model's."""
-        return context is None or len(self.ids) < context
+    def can_be_answered(self, context: int | None) -> bool:
+        """Whether there is a prompt, and room for a token behind it. context: the model's."""
+        return bool(self.ids) and (context is None or len(self.ids) < context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +77,9 @@ def ask(rows: Iterable[tuple[int, Record]], tokenizer: Tokenizer, template: Temp
     """Rows, each with its number, as questions.
 
     Raises:
-        InputError: a row for which the template has no place, or without a prompt.
+        InputError: a row for which the template has no place.
     """
-    found = []
-    for row, record in rows:
-        ids = prompt_ids(tokenizer, template, record)
-        if not ids:
-            raise InputError(f"row {row} has no prompt, and the tokenizer no token to begin with: nothing asks for it")
-        found.append(Question(row, record, tuple(ids)))
-    return found
+    return [Question(row, record, tuple(prompt_ids(tokenizer, template, record))) for row, record in rows]
 
 
 def digest(questions: Sequence[Question], tokenizer: Tokenizer, template: Template) -> str:
@@ -96,9 +90,11 @@ def digest(questions: Sequence[Question], tokenizer: Tokenizer, template: Templa
 
 
 def batches(questions: Sequence[Question], batch_size: int, context: int | None) -> list[list[int]]:
-    """Numbers of those that have room, the longest first: memory runs out at once or never. They depend on nothing
-    else, so that a run which is taken up again has the same ones."""
-    order = [i for i, one in enumerate(questions) if one.has_room(context)]
+    """Numbers of those that can be answered, the longest first: memory runs out at once or never.
+
+    They depend on nothing else, so that a run which is taken up again has the same ones.
+    """
+    order = [i for i, one in enumerate(questions) if one.can_be_answered(context)]
     order.sort(key=lambda i: -len(questions[i].ids))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -115,10 +111,10 @@ def answer(
     return [[int(one.stopped), *one.ids] for one in found]
 
 
-def read(found: Sequence[int] | None, tokenizer: Tokenizer) -> Prediction:
-    """One of `answer`'s; None: its prompt had no room."""
+def read(question: Question, found: Sequence[int] | None, tokenizer: Tokenizer) -> Prediction:
+    """One of `answer`'s; None: it could not be answered."""
     if found is None:
-        return Prediction("", "no room", 0)
+        return Prediction("", "no room" if question.ids else "no prompt", 0)
     stopped, *ids = found
     return Prediction(tokenizer.decode(ids), "end" if stopped else "length", len(ids))
 
@@ -126,7 +122,7 @@ def read(found: Sequence[int] | None, tokenizer: Tokenizer) -> Prediction:
 def measures(references: Sequence[str | None], predictions: Sequence[Prediction]) -> dict[str, float]:
     """The figures above, over rows that have what each needs; n: rows, n_…: those of one figure, where they are less.
 
-    A prompt without room counts as a wrong, empty answer; `unanswered` says how many.
+    What could not be answered counts as a wrong, empty answer; `unanswered` says how many.
     """
     from sacrebleu.metrics import CHRF
 
@@ -141,7 +137,7 @@ def measures(references: Sequence[str | None], predictions: Sequence[Prediction]
         found |= {"n_exact_match": len(pairs), "n_chrf": len(pairs)}
     found["ended"] = sum(one.ended == "end" for one in predictions) / len(predictions)
     found["mean_tokens"] = sum(one.tokens for one in predictions) / len(predictions)
-    return found | {"n": len(predictions), "unanswered": sum(one.ended == "no room" for one in predictions)}
+    return found | {"n": len(predictions), "unanswered": sum(one.ended.startswith("no ") for one in predictions)}
 
 
 def line(question: Question, prediction: Prediction) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jindo_core import checkpoint, parallel, resume
+from jindo_core import checkpoint, parallel, predict, resume
 from jindo_core.checkpoint import Checkpoint
 from jindo_core.config import TrainConfig
 from jindo_core.data.batches import BatchCursor
@@ -98,13 +98,14 @@ def _run(job: TrainingJob, found: Checkpoint | Foreign | None, output_dir: Path,
 
 
 def _finish(run: _Run, part: Path, total: int, after: float, kept: int) -> TrainResult:
-    """Show and save what came of it. A signal that comes now changes nothing: it is short."""
+    """Show and save what came of it. A signal that comes now changes nothing: it is short, but for the predictions."""
     job, output_dir, view = run.job, part.parent, run.view
     state, history = run.state, run.state.history
     result = TrainResult(
         output_dir, total, kept, state.before, after, state.tokens_per_second, peak_bytes(job.model.device)
     )
     if not job.ranks.leads:
+        _predict(run, output_dir, after)
         return result
     asked = None if job.ranks.sharded else job.probe
     answers = [] if asked is None else [(one_line(asked), state.first_answer, answer(job, view))]
@@ -113,11 +114,26 @@ def _finish(run: _Run, part: Path, total: int, after: float, kept: int) -> Train
         view.mmlu(first.subjects, last.subjects, first.accuracy, last.accuracy)
     # Until here a run that was in the folder before is whole, and one that fails leaves no more than its log.
     save(job, output_dir)
+    predict.clear(output_dir)
     os.replace(part, output_dir / METRICS)
     record(job.config, result, job.template)
     draw_loss(history.rows, output_dir / "loss.png")
+    _predict(run, output_dir, after)
     farewell(view, job.config, result, job.probe)
     return result
+
+
+def _predict(run: _Run, output_dir: Path, loss: float) -> None:
+    """Answer the held-out rows where that is asked for: the first rank does, whatever time the others wait for it.
+    Raises Stopped where a signal ends it: the adapter is saved by then."""
+    job = run.job
+    if not job.data.answered:
+        return
+    number = job.ranks.first(lambda: predict.predict(job, output_dir, loss, run.signals, run.view))
+    if number is not None:
+        name = signal.Signals(number).name
+        on = "--resume goes on" if checkpoint.folders(output_dir) else "jindo-core eval --tasks generation answers, too"
+        raise Stopped(f"stopped by {name} within the predictions: {output_dir} has the adapter; {on}", 128 + number)
 
 
 def _make_room(folder: Path) -> None:
