@@ -96,6 +96,8 @@ def _profiled(name: str, group: str, help: str, **more: Any) -> Any:
 
 _MODEL, _RUN, _DATA, _LORA = "model and files", "the run", "data and prompts", "LoRA"
 _MEMORY, _LOGS, _SAMPLING, _MMLU = "memory and device", "logging and checkpoints", "sampling", "logging and checkpoints"
+_DRAWN = ("temperature", "top_p", "top_k")
+_SAMPLED = ("max_new_tokens", "do_sample", *_DRAWN)
 _SEED_LIMIT = 2**32 - 1  # numpy's; torch would take more
 
 
@@ -198,6 +200,13 @@ class TrainConfig:
     mmlu_split: Literal["eval", "test"] = setting("eval", _MMLU, "which of them", hidden=True)
     max_mmlu_samples: int | None = setting(None, _MMLU, "the first N", at_least=1, hidden=True)
     mmlu_source_max_len: int = setting(2048, _MMLU, "longest question in tokens", at_least=2, hidden=True)
+
+    predict_with_generate: bool = setting(False, _LOGS, "answer the held-out rows at the end", hidden=True)
+    max_new_tokens: int = setting(256, _SAMPLING, "longest of these answers in tokens", at_least=1, hidden=True)
+    do_sample: bool = setting(False, _SAMPLING, "sample them; else greedy", hidden=True)
+    temperature: float = setting(1.0, _SAMPLING, "of the sampling", at_least=0, hidden=True)
+    top_p: float = setting(1.0, _SAMPLING, "from this share of the probability", above=0, at_most=1, hidden=True)
+    top_k: int = setting(50, _SAMPLING, "from the k likeliest (0: all)", at_least=0, hidden=True)
 
     def __post_init__(self) -> None:
         read_fields(self)
@@ -417,6 +426,14 @@ def _say_what_is_idle(values: Mapping[str, Any], own: Mapping[str, Any], notices
         notices.add("no effect with --packing, which fills every sequence", "group_by_length")
     if "max_eval_samples" in own and not values["val_set_size"]:
         notices.add("no effect: no row is held out (--val_set_size, --do_eval)", "max_eval_samples")
+    answering = [name for name in own if name in _SAMPLED]
+    if values.get("predict_with_generate"):
+        if not values["val_set_size"]:
+            notices.add("no effect: no row is held out (--val_set_size, --do_eval)", "predict_with_generate")
+        if idle := [name for name in answering if name in _DRAWN and not values.get("do_sample")]:
+            notices.add("no effect without --do_sample", *idle)
+    elif answering:
+        notices.add("no effect without --do_predict", *answering)
     if not values.get("do_mmlu_eval"):
         idle = [name for name in own if "mmlu_" in name and name != "do_mmlu_eval"]
         if idle:

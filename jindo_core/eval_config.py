@@ -13,10 +13,15 @@ from jindo_core.errors import InputError, nearest
 from jindo_core.settings import setting
 
 KOBEST = ("kobest_boolq", "kobest_copa", "kobest_hellaswag", "kobest_sentineg", "kobest_wic")
-TASKS = ("perplexity", "mmlu", *KOBEST)
+TASKS = ("perplexity", "mmlu", "generation", *KOBEST)
 """What --tasks may name, beside `kobest` for all five."""
 
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+"""Settings of the task `generation` that its answers depend on."""
+
+_ROWS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz")
 _TASKS, _OUTPUT, _MEMORY = "what is measured", "what is written", "memory and device"
+_ANSWERS = "generation: how answers are asked for"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +31,15 @@ class EvalConfig:
     base_model: str | None = base_setting()
     lora_weights: str | None = adapter_setting()
     tasks: tuple[str, ...] | None = setting(
-        None, _TASKS, "perplexity, mmlu, kobest (all five) or kobest_boolq, _copa, _hellaswag, _sentineg, _wic",
+        None, _TASKS, "perplexity, mmlu, generation, kobest (all five) or one as kobest_copa",
         metavar="A,B", example="tasks such as perplexity,kobest",
     )  # fmt: skip
     data_path: tuple[str, ...] | None = setting(
-        None, _TASKS, "a text file (perplexity), .json (mmlu), folder or .tsv (kobest), or TASK=PATH", path=True,
-        metavar="DATA...",
+        None, _TASKS, "text (perplexity), .json (mmlu), folder or .tsv (kobest), rows (generation), or TASK=PATH",
+        path=True, metavar="DATA...",
     )  # fmt: skip
     split: Literal["test", "dev"] = setting("test", _TASKS, "of KoBEST's files in a folder")
-    limit: int | None = setting(None, _TASKS, "the first N questions or windows of each task", at_least=1)
+    limit: int | None = setting(None, _TASKS, "the first N questions, windows or rows of each task", at_least=1)
     window: int | None = setting(
         None, _TASKS, "perplexity: tokens in a window; left out: the model's context, 2048 at most", at_least=2
     )
@@ -42,6 +47,16 @@ class EvalConfig:
         None, _TASKS, "perplexity: tokens between two windows; left out: half a window", at_least=1
     )
     mmlu_source_max_len: int = setting(2048, _TASKS, "mmlu: longest question in tokens", at_least=2)
+
+    dataset_format: str | None = setting(None, _ANSWERS, "of the rows; left out: by their columns", metavar="NAME")
+    prompt_template_name: str | None = setting(
+        None, _ANSWERS, "a template's name or file; left out: the adapter's, else alpaca", metavar="NAME"
+    )
+    max_new_tokens: int = setting(128, _ANSWERS, "longest answer in tokens", at_least=1)
+    temperature: float = setting(0.0, _ANSWERS, "0: always the likeliest token (greedy)", at_least=0)
+    top_p: float = setting(1.0, _ANSWERS, "sample from this share of the probability", above=0, at_most=1)
+    top_k: int = setting(0, _ANSWERS, "sample from the k likeliest tokens (0: all)", at_least=0)
+    seed: int = setting(42, _ANSWERS, "of the sampling, with a row's number", at_least=0, at_most=2**32 - 1)
 
     quantize: Literal["nf4", "none", "both"] = setting(
         "nf4", _MEMORY, "how the base is kept; both: one after the other, and how far they are apart"
@@ -83,8 +98,8 @@ class EvalConfig:
 def task_paths(config: EvalConfig) -> dict[str, str]:
     """{task: the path that it reads}, from `TASK=PATH`, else by what a path looks like.
 
-    A folder or a .tsv is KoBEST's, a .json or .jsonl MMLU's, and anything else perplexity's text; a single path is
-    the one task's that is asked for, whatever it looks like.
+    A folder or a .tsv is KoBEST's, a .json or .jsonl MMLU's, rows in any form generation's where those are not asked
+    for, and anything else perplexity's text; a single path is the one task's that is asked for, whatever it looks like.
 
     Raises:
         InputError: a task without a path, a path without a task, or two for one.
@@ -115,6 +130,12 @@ def _readers_of(path: str, chosen: Sequence[str]) -> list[str]:
     families = {"kobest" if task in KOBEST else task for task in chosen}
     if len(families) == 1:
         return list(chosen)
-    if Path(path).expanduser().is_dir() or path.endswith((".tsv", ".parquet")):
-        return [task for task in chosen if task in KOBEST]
-    return [task for task in chosen if task == ("mmlu" if path.endswith((".json", ".jsonl")) else "perplexity")]
+    likely = [
+        ("kobest", (".tsv", ".parquet"), Path(path).expanduser().is_dir()),
+        ("mmlu", (".json", ".jsonl"), False),
+        ("generation", _ROWS, Path(path).expanduser().is_dir()),
+    ]
+    for family, endings, folder in likely:
+        if family in families and (folder or path.endswith(endings)):
+            return [task for task in chosen if task == family or (family == "kobest" and task in KOBEST)]
+    return [task for task in chosen if task == "perplexity"]

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,11 +15,12 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from jindo_core import __version__, kobest, perplexity
+from jindo_core import __version__, kobest, parallel, perplexity, predictions
 from jindo_core.adapters import digest, load_adapter
 from jindo_core.causal_lm import CausalLM
+from jindo_core.data.templates import NONE, load_template
 from jindo_core.errors import InputError, TrainingError
-from jindo_core.eval_config import KOBEST, EvalConfig, task_paths
+from jindo_core.eval_config import KOBEST, SAMPLING, EvalConfig, task_paths
 from jindo_core.files import content_digest, write_atomically
 from jindo_core.formats import open_checkpoint
 from jindo_core.hub import resolve_model
@@ -28,8 +30,9 @@ from jindo_core.memory import in_halves
 from jindo_core.mmlu import load_mmlu
 from jindo_core.part_file import PartFile
 from jindo_core.progress import ConversionView, EvaluationRow, loading_bar
-from jindo_core.run_record import base_and_run
+from jindo_core.run_record import RunRecord, base_and_run
 from jindo_core.tokenizer import Tokenizer, load_tokenizer
+from jindo_core.training_data import open_file
 
 T = TypeVar("T")
 Row = list[Any]
@@ -208,6 +211,51 @@ class MmluRun:
         return {**figures, **counts, "n": len(questions), "cut": self._mmlu.cut}, told
 
 
+class GenerationRun:
+    """The rows of a data file, answered."""
+
+    name = "generation"
+
+    def __init__(self, path: str, tokenizer: Tokenizer, config: EvalConfig, run: RunRecord | None) -> None:
+        file = open_file(path, config.dataset_format)
+        name = config.prompt_template_name or (run.prompt_template_name if run else "alpaca")
+        self.template = load_template(NONE if file.formatted else name, tokenizer)
+        rows = itertools.islice(enumerate(file.records(), 1), config.limit)
+        self._questions = predictions.ask(rows, tokenizer, self.template)
+        self.source = ", ".join(one.name for one in file.source.paths)
+        self.digest = predictions.digest(self._questions, tokenizer, self.template)
+        self._tokenizer, self._batch_size = tokenizer, config.batch_size
+        self._sampling = predictions.Sampling(**{setting: getattr(config, setting) for setting in SAMPLING})
+
+    def total(self, model: CausalLM) -> int | None:
+        return len(predictions.batches(self._questions, self._batch_size, model.config.context))
+
+    def measure(self, model: CausalLM, runner: Runner) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        order = predictions.batches(self._questions, self._batch_size, model.config.context)
+        if order:  # of logits that are not finite a token would be picked, too
+            longest = self._questions[order[0][0]].ids
+            _require_finite("generation", _scored(model, self._tokenizer.pad_id, [Request(longest, longest[-1:])]))
+
+        def run(batch: Sequence[predictions.Question]) -> list[Row]:
+            return predictions.answer(model, self._tokenizer, self.template, self._sampling, batch)
+
+        found: dict[int, Row] = {}
+        work = ([self._questions[i] for i in batch] for batch in order)
+        for batch, rows in zip(order, runner(work, functools.partial(in_halves, run)), strict=True):
+            found.update(zip(batch, rows, strict=True))
+        told = [predictions.read(one, found.get(i), self._tokenizer) for i, one in enumerate(self._questions)]
+        figures = predictions.measures([one.reference for one in self._questions], told)
+        return figures, [predictions.line(one, said) for one, said in zip(self._questions, told, strict=True)]
+
+
+def _require_finite(name: str, rows: Iterable[Row]) -> None:
+    if not all(math.isfinite(value) for row in rows for value in row):
+        raise TrainingError(
+            f"{name}: the model's log-probabilities are not finite: its weights or the adapter are damaged, or --dtype "
+            "is too narrow for them"
+        )
+
+
 def _scored(model: CausalLM, pad_id: int, requests: list[Request]) -> list[Row]:
     return [[one.log_probability, one.greedy] for one in score(model, requests, pad_id=pad_id)]
 
@@ -221,12 +269,15 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
         InputError: what is wrong with a model, a file or a target, most of it before a model is loaded.
         TrainingError: a model whose log-probabilities are not finite.
     """
+    parallel.require_alone("jindo-core eval")
     view = ConversionView()
-    output, predictions = _targets(config)
-    path = resolve_model(base_and_run(config.base_model, config.lora_weights)[0])
+    output, predicted = _targets(config)
+    base, run = base_and_run(config.base_model, config.lora_weights)
+    path = resolve_model(base)
     tokenizer = load_tokenizer(path)
     context = open_checkpoint(path).config.context
-    tasks = [_open_task(name, source, tokenizer, config, context) for name, source in task_paths(config).items()]
+    paths = task_paths(config).items()
+    tasks = [_open_task(name, source, tokenizer, config, context, run) for name, source in paths]
     described = _described(config, path, tasks)
     place = None if output is None else output.with_name(f"{output.name}.part")
     results: dict[str, dict[str, dict[str, float]]] = {}
@@ -250,7 +301,7 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
         if config.quantize == "both":
             report["drift"] = _drift(results, lines)
         _show(report, view)
-        _write(report, lines, output, predictions, part, view)
+        _write(report, lines, output, predicted, part, view)
     return report
 
 
@@ -269,11 +320,15 @@ def _targets(config: EvalConfig) -> tuple[Path | None, Path | None]:
     return paths[0], paths[1]
 
 
-def _open_task(name: str, path: str, tokenizer: Tokenizer, config: EvalConfig, context: int | None) -> Task:
+def _open_task(
+    name: str, path: str, tokenizer: Tokenizer, config: EvalConfig, context: int | None, run: RunRecord | None
+) -> Task:
     if name == "mmlu":
         return MmluRun(path, tokenizer, config, context)
     if name == "perplexity":
         return PerplexityRun(path, tokenizer, config, context)
+    if name == "generation":
+        return GenerationRun(path, tokenizer, config, run)
     return KobestRun(name, path, tokenizer, config)
 
 
@@ -298,11 +353,7 @@ def _measure(
                 rows = part.get(f"{name}/{number}")
                 if rows is None:
                     rows = run(batch)
-                    if not all(math.isfinite(value) for row in rows for value in row):
-                        raise TrainingError(
-                            f"{name}: the model's log-probabilities are not finite: its weights or the adapter are "
-                            "damaged, or --dtype is too narrow for them"
-                        )
+                    _require_finite(name, rows)
                     part.add(f"{name}/{number}", rows)
                 advance(1)
                 yield rows
@@ -325,6 +376,9 @@ def _described(config: EvalConfig, path: Path, tasks: list[Task]) -> dict[str, A
         "dtype": str(pick_dtype(config.dtype, device)).removeprefix("torch."),
         "versions": {"jindo_core": __version__, "torch": torch.__version__},
     }
+    for task in tasks:
+        if isinstance(task, GenerationRun):
+            settings |= {name: getattr(config, name) for name in SAMPLING} | {"prompt_template": task.template.name}
     if config.lora_weights is not None:
         settings["lora_weights"] = {"name": Path(config.lora_weights).name, "sha256": digest(config.lora_weights)}
     return {"settings": settings}
@@ -334,10 +388,10 @@ def _drift(
     results: dict[str, dict[str, dict[str, float]]], lines: list[dict[str, Any]]
 ) -> dict[str, dict[str, float]]:
     """{task: {figure: NF4's less the other's}}, and how many answers differ."""
-    choices: dict[str, dict[tuple[str, int], int]] = {"nf4": {}, "none": {}}
+    choices: dict[str, dict[tuple[str, int], int | str]] = {"nf4": {}, "none": {}}
     for line in lines:
-        if "choice" in line:
-            choices[line["quantize"]][line["task"], line["row"]] = line["choice"]
+        if (answer := line.get("choice", line.get("prediction"))) is not None:
+            choices[line["quantize"]][line["task"], line["row"]] = answer
     found: dict[str, dict[str, float]] = {}
     for task, figures in results["nf4"].items():
         other = results["none"][task]
@@ -350,7 +404,7 @@ def _drift(
 
 def _compared(figures: dict[str, float]) -> list[str]:
     """The figures that are results, not sizes or errors."""
-    sizes = ("n", "tokens", "bytes", "window", "stride", "cut")
+    sizes = ("n", "tokens", "bytes", "window", "stride", "cut", "unanswered")
     return [n for n in figures if n not in sizes and not n.startswith("n_") and not n.endswith("_stderr")]
 
 
@@ -360,13 +414,15 @@ def _show(report: dict[str, Any], view: ConversionView) -> None:
     said = {"nf4": "NF4", "none": f"not quantized ({report['settings']['dtype']})"}
     rows = []
     for task, figures in first.items():
-        for name in _compared(figures):
+        for place, name in enumerate(_compared(figures)):
             values = [found[task][name] for found in results.values()]
             changed = report.get("drift", {}).get(task, {}).get("answers_changed")
             error, count = figures.get(f"{name}_stderr"), int(figures.get(f"n_{name}", figures["n"]))
-            rows.append(EvaluationRow(task, name, values, error, count, changed if name == "acc" else None))
+            rows.append(EvaluationRow(task, name, values, error, count, None if place else changed))
         if figures.get("cut"):
             view.say(f"note: {task}: {figures['cut']:g} inputs were too long for the model and lost their beginning")
+        if figures.get("unanswered"):
+            view.say(f"note: {task}: {figures['unanswered']:g} rows leave no room for an answer, and count as wrong")
     view.evaluation([said[kept] for kept in results], rows)
 
 
@@ -374,12 +430,12 @@ def _write(
     report: dict[str, Any],
     lines: list[dict[str, Any]],
     output: Path | None,
-    predictions: Path | None,
+    predicted: Path | None,
     part: PartFile,
     view: ConversionView,
 ) -> None:
     """Predictions, then results; only then the part file goes: with --overwrite a new run has them from it again."""
-    texts = [(predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))]
+    texts = [(predicted, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))]
     texts.append((output, json.dumps(report, indent=2, ensure_ascii=False) + "\n"))
     for path, text in texts:
         if path is None:

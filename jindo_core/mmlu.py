@@ -7,7 +7,9 @@ MMLU's is the mean of the subjects', however many questions each has.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 
 from jindo_core.causal_lm import CausalLM
 from jindo_core.errors import InputError, nearest
+from jindo_core.parallel import ALONE, Ranks
 from jindo_core.tokenizer import Tokenizer
 
 LETTERS = ("A", "B", "C", "D")
@@ -60,6 +63,10 @@ class Scores:
         return {"mmlu_loss": self.loss, name: self.accuracy, **of_each}
 
 
+Share = list[tuple[list[int], list[int], float]]
+"""One rank's part: of each batch the questions' numbers, the answers, and the summed cross entropy."""
+
+
 @dataclass(frozen=True)
 class Mmlu:
     """Questions that are ready to be asked. Made by `load_mmlu`.
@@ -74,7 +81,6 @@ class Mmlu:
     pad_id: int
     cut: int
 
-    @torch.no_grad()
     def ask(
         self, model: CausalLM, *, batch_size: int, on_progress: Callable[[int], None] | None = None
     ) -> Scores:
@@ -83,34 +89,61 @@ class Mmlu:
         Args:
             batch_size: questions at once; changes no answer. on_progress: is told how many are answered.
         """
+        return self.scores([self.ask_share(model, batch_size=batch_size, on_progress=on_progress)])
+
+    @torch.no_grad()
+    def ask_share(
+        self, model: CausalLM, *, batch_size: int, ranks: Ranks = ALONE,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Share:  # fmt: skip
+        """Ask this rank's part of the batches, which are one process's: `scores` of all parts are what it would find.
+
+        Nothing meets the other ranks in here but what a sharded layer does, for which all make as many passes.
+        """
         was_training = model.training
         model.eval()
         try:
-            return self._answered(model, batch_size, on_progress)
+            return self._answered(model, batch_size, ranks, on_progress)
         finally:  # out of memory, say: what is tried again must find the model as it was
             model.train(was_training)
 
-    def _answered(self, model: CausalLM, batch_size: int, on_progress: Callable[[int], None] | None) -> Scores:
+    def _answered(
+        self, model: CausalLM, batch_size: int, ranks: Ranks, on_progress: Callable[[int], None] | None
+    ) -> Share:
         # A LongLLaMA counts its windows from the end of what a batch is padded to.
         size = 1 if model.config.memory is not None else batch_size
         # Alike lengths together, the longest first: running out of memory shows at once.
         order = sorted(range(len(self.questions)), key=lambda i: -len(self.questions[i].ids))
-        picked, losses = [0] * len(order), 0.0
         wanted = torch.tensor(self.letters, device=model.device)
-        for start in range(0, len(order), size):
-            asked = order[start : start + size]
-            logits = self._logits(model, [self.questions[i].ids for i in asked])
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        found: Share = []
+        done = 0
+        for asked in ranks.deal(batches):
+            # An empty batch stands beside the other ranks': its pass counts for nothing.
+            logits = self._logits(model, [self.questions[i].ids for i in asked or order[:1]])
+            if not asked:
+                continue
             right = wanted[torch.tensor([self.questions[i].answer for i in asked], device=model.device)]
-            losses += torch.nn.functional.cross_entropy(logits, right, reduction="sum").item()
-            for i, answer in zip(asked, logits[:, wanted].argmax(1).tolist(), strict=True):
-                picked[i] = answer
+            loss = torch.nn.functional.cross_entropy(logits, right, reduction="sum").item()
+            found.append((asked, logits[:, wanted].argmax(1).tolist(), loss))
+            done += len(asked)
             if on_progress is not None:
-                on_progress(start + len(asked))
+                on_progress(done)
+        return found
+
+    def scores(self, shares: Sequence[Share]) -> Scores:
+        """What all ranks' parts make together; every question is in one of them."""
+        picked, losses = [0] * len(self.questions), []
+        for asked, answers, loss in itertools.chain.from_iterable(shares):
+            losses.append(loss)
+            for i, answer in zip(asked, answers, strict=True):
+                picked[i] = answer
         subjects: dict[str, tuple[int, int]] = {}
         for question, answer in zip(self.questions, picked, strict=True):
             done, count = subjects.get(question.subject, (0, 0))
             subjects[question.subject] = (done + (answer == question.answer), count + 1)
-        return Scores(self.split, tuple(picked), subjects, losses / len(order))
+        # fsum: the same in whatever order the batches come.
+        return Scores(self.split, tuple(picked), subjects, math.fsum(losses) / len(picked))
 
     def _logits(self, model: CausalLM, texts: Sequence[tuple[int, ...]]) -> torch.Tensor:
         """fp32 [B, V], behind each text's last token. Right padding: no causal token sees it."""

@@ -364,6 +364,12 @@ def _world_size() -> int:
     return int(given)
 
 
+def require_alone(command: str) -> None:
+    """See that torchrun did not start several of what runs as one. Raises InputError."""
+    if (size := _world_size()) > 1:
+        raise InputError(f"{command}: got {size} processes, expected one: start it without torchrun")
+
+
 def _check(config: TrainConfig, size: int) -> None:
     if size == 1:
         if config.fsdp:
@@ -377,6 +383,11 @@ def _check(config: TrainConfig, size: int) -> None:
         return
     if config.offload_layers:
         raise InputError("--offload_layers: got it beside --fsdp, expected one of them: layers lie in shards then")
+    if config.predict_with_generate:
+        raise InputError(
+            "--predict_with_generate: got it beside --fsdp, whose ranks can't answer alone: leave it out, and answer "
+            "afterwards with jindo-core eval --tasks generation"
+        )
 
 
 def _on_device_of(config: TrainConfig, local: int) -> TrainConfig:

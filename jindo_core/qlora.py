@@ -81,8 +81,8 @@ class Flag:
 
 _NOTHING = ("", "none", "false", "0", "no", "off")
 _YES = ("true", "1", "yes", "on")
-_NO_ANSWERS = "no answers are written while training: jindo-core generate has the settings of sampling"
-_NOT_IN_GENERATE = "no answers are written while training, and jindo-core generate has no such setting"
+_NO_SUCH_SETTING = "answers are greedy, or sampled as --temperature, --top_k and --top_p say, and no otherwise"
+_NEW_TOKENS = "--max_new_tokens says how long an answer may be"
 _OWN_CODE = "models are built from the engine's own code: nothing of a checkpoint's is ever run"
 _HUB_LOGIN = "the Hub's own login counts: hf auth login, or HF_TOKEN"
 _NO_WANDB = "no reports to other services yet: metrics.jsonl and loss.png are written to output_dir"
@@ -134,16 +134,19 @@ _TABLE = [
     Flag("adam_beta2", "refused", note=_BETAS, kind="float", as_is=(0.999,)),
     Flag("adam_epsilon", "refused", note=_BETAS, kind="float", as_is=(1e-8,)),
     *_inert("adam8bit", "qlora.py never reads it; --optim paged_adamw_8bit keeps AdamW's moments in 8 bits", _NOTHING),
-    *_refused("do_train", "training is what this command does: jindo-core generate answers", _YES),
-    *_refused("do_predict predict_with_generate", "no predictions.jsonl is written: jindo-core generate answers then"),
+    *_refused("do_train", "training is what this command does: jindo-core eval --tasks generation answers", _YES),
+    Flag("do_predict", "rule", "predict_with_generate", "and rows are held out", kind="bool"),
     *_inert("per_device_eval_batch_size eval_accumulation_steps", _MICRO),
     *_refused("deepspeed ddp_find_unused_parameters", _TORCHRUN + ": leave it out"),
     *_refused("local_rank", _TORCHRUN + ": leave it out", ("-1",)),
     *_inert("ddp_backend ddp_timeout", _TORCHRUN),
     # generation
-    *_inert("max_new_tokens do_sample use_cache temperature top_k top_p generation_max_length", _NO_ANSWERS),
-    *_inert("min_new_tokens num_beams num_beam_groups generation_num_beams penalty_alpha typical_p", _NOT_IN_GENERATE),
-    *_inert("diversity_penalty repetition_penalty length_penalty no_repeat_ngram_size", _NOT_IN_GENERATE),
+    *_inert("use_cache", "keys and values are always kept", _YES),
+    *_inert("generation_max_length", _NEW_TOKENS, _NOTHING),
+    *_inert("num_beams num_beam_groups generation_num_beams", _NO_SUCH_SETTING, (*_NOTHING, "1")),
+    *_inert("typical_p repetition_penalty length_penalty", _NO_SUCH_SETTING, ("none", "1", "1.0")),
+    *_inert("min_new_tokens penalty_alpha", _NO_SUCH_SETTING, (*_NOTHING, "0.0")),
+    *_inert("diversity_penalty no_repeat_ngram_size", _NO_SUCH_SETTING, (*_NOTHING, "0.0")),
     # files and reports
     Flag("save_strategy", "rule", "save_steps", "steps, or no for none", kind="text"),
     *_inert("logging_strategy logging_first_step logging_dir", _LOGGED),
@@ -274,9 +277,10 @@ def _held_out(line: _Given) -> None:
     strategy, size = line.other.get(named, "no"), line.other.get("eval_dataset_size")
     if strategy not in ("no", "steps"):
         raise InputError(f"--{named}: got {strategy!r}, expected steps or no")
-    wanted = strategy == "steps" or line.other.get("do_eval")
+    wanted = strategy == "steps" or line.other.get("do_eval") or line.other.get("do_predict")
     if not wanted and size is not None:
-        line.notices.add("qlora.py holds rows out only with --do_eval: all are trained on", "eval_dataset_size")
+        note = "qlora.py holds rows out only with --do_eval or --do_predict: all are trained on"
+        line.notices.add(note, "eval_dataset_size")
     if wanted and size is not None:
         line.put("eval_dataset_size", "val_set_size", size)
     elif wanted and line.profile == "qlora":
@@ -287,6 +291,15 @@ def _held_out(line: _Given) -> None:
         line.own["eval_steps"] = line.now("logging_steps")
     elif wanted and strategy == "no" and "eval_steps" in line.own:
         line.notices.add("counts without --evaluation_strategy too", "eval_steps")
+
+
+def _predictions(line: _Given) -> None:
+    """qlora.py predicts with --do_predict, and answers only with --predict_with_generate beside it: here both do."""
+    if line.other.get("do_predict"):
+        if line.own.setdefault("predict_with_generate", True) is False:
+            line.notices.add("nothing is predicted with --predict_with_generate False", "do_predict")
+    elif "do_predict" in line.other and line.own.pop("predict_with_generate", False):
+        line.notices.add("no effect with --do_predict False", "predict_with_generate")
 
 
 def _checkpoints(line: _Given) -> None:
@@ -341,5 +354,6 @@ def _epochs(line: _Given) -> None:
 
 
 _RULES: tuple[Callable[[_Given], None], ...] = (
-    _batches, _precision, _quantization, _held_out, _checkpoints, _modules, _optimizer, _schedule, _epochs,
+    _batches, _precision, _quantization, _held_out, _predictions, _checkpoints, _modules, _optimizer, _schedule,
+    _epochs,
 )  # fmt: skip

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jindo_core import checkpoint, parallel, resume
+from jindo_core import checkpoint, parallel, predict, resume
 from jindo_core.checkpoint import Checkpoint
 from jindo_core.config import TrainConfig
 from jindo_core.data.batches import BatchCursor
@@ -20,7 +20,7 @@ from jindo_core.evaluate import held_out_sums
 from jindo_core.files import held
 from jindo_core.interrupt import Broken, StopSignals
 from jindo_core.memory import current_bytes, keep_budget, peak_bytes
-from jindo_core.mmlu import Mmlu, Scores
+from jindo_core.mmlu import Mmlu, Share
 from jindo_core.outcome import METRICS, TrainResult, answer, base_name, farewell, one_line, record, record_of, save
 from jindo_core.prepare import TrainingJob, prepare
 from jindo_core.progress import TrainingView, draw_loss
@@ -98,13 +98,14 @@ def _run(job: TrainingJob, found: Checkpoint | Foreign | None, output_dir: Path,
 
 
 def _finish(run: _Run, part: Path, total: int, after: float, kept: int) -> TrainResult:
-    """Show and save what came of it. A signal that comes now changes nothing: it is short."""
+    """Show and save what came of it. A signal that comes now changes nothing: it is short, but for the predictions."""
     job, output_dir, view = run.job, part.parent, run.view
     state, history = run.state, run.state.history
     result = TrainResult(
         output_dir, total, kept, state.before, after, state.tokens_per_second, peak_bytes(job.model.device)
     )
     if not job.ranks.leads:
+        _predict(run, output_dir, after)
         return result
     asked = None if job.ranks.sharded else job.probe
     answers = [] if asked is None else [(one_line(asked), state.first_answer, answer(job, view))]
@@ -113,11 +114,26 @@ def _finish(run: _Run, part: Path, total: int, after: float, kept: int) -> Train
         view.mmlu(first.subjects, last.subjects, first.accuracy, last.accuracy)
     # Until here a run that was in the folder before is whole, and one that fails leaves no more than its log.
     save(job, output_dir)
+    predict.clear(output_dir)
     os.replace(part, output_dir / METRICS)
     record(job.config, result, job.template)
     draw_loss(history.rows, output_dir / "loss.png")
+    _predict(run, output_dir, after)
     farewell(view, job.config, result, job.probe)
     return result
+
+
+def _predict(run: _Run, output_dir: Path, loss: float) -> None:
+    """Answer the held-out rows where that is asked for: the first rank does, whatever time the others wait for it.
+    Raises Stopped where a signal ends it: the adapter is saved by then."""
+    job = run.job
+    if not job.data.answered:
+        return
+    number = job.ranks.first(lambda: predict.predict(job, output_dir, loss, run.signals, run.view))
+    if number is not None:
+        name = signal.Signals(number).name
+        on = "--resume goes on" if checkpoint.folders(output_dir) else "jindo-core eval --tasks generation answers, too"
+        raise Stopped(f"stopped by {name} within the predictions: {output_dir} has the adapter; {on}", 128 + number)
 
 
 def _make_room(folder: Path) -> None:
@@ -282,11 +298,13 @@ def _measure(job: TrainingJob, view: TrainingView, history: History, step: int, 
 def _ask(
     job: TrainingJob, mmlu: Mmlu, view: TrainingView, history: History, step: int, may_break: MayBreak
 ) -> None:
-    """Every rank asks all questions."""
-    def run() -> Scores:
-        with may_break(), view.asking(len(mmlu.questions)) as on_progress:
-            return mmlu.ask(job.model, batch_size=job.relief.micro_batch, on_progress=on_progress)
+    """Each rank asks its part of the questions."""
+    def run() -> Share:
+        with may_break(), view.asking(-(-len(mmlu.questions) // job.ranks.size)) as on_progress:
+            return mmlu.ask_share(
+                job.model, batch_size=job.relief.micro_batch, ranks=job.ranks, on_progress=on_progress
+            )
 
-    scores = job.relief.outlive(run, step, view.notice)
+    scores = mmlu.scores(job.ranks.gather(job.relief.outlive(run, step, view.notice)))
     history.add_scores(step, scores)
     view.say(f"step {step}  MMLU accuracy {scores.accuracy:.4f}, mean of {len(scores.subjects)} subjects")

@@ -63,6 +63,7 @@ class TrainingData:
         chosen: the rows of those. names: of the files, for messages.
         rows: that are trained on; as many as there are examples, but for packs.
         asked: rows that were held out, with those that had nothing to learn.
+        answered: (file, its row's number from 1, the row) of those that are answered at the end.
     """
 
     examples: Selection | PackedRows
@@ -73,6 +74,7 @@ class TrainingData:
     probes: list[Record]
     chosen: Selection
     names: tuple[str, ...]
+    answered: tuple[tuple[str, int, Record], ...] = ()
 
     def said(self, batches: Sequence[Sequence[int]]) -> str:
         """The rows of a step, in words: `row 3, 17, 4 of rows.json`."""
@@ -99,12 +101,16 @@ def open_files(config: TrainConfig) -> list[DataFile]:
         InputError: a path that is not there, or rows that no format fits.
     """
     if config.data_path is None:
-        return [_open_file(str(bundled_path()), config.dataset_format)]
-    return [_open_file(path, config.dataset_format) for path in config.data_path]
+        return [open_file(str(bundled_path()), config.dataset_format)]
+    return [open_file(path, config.dataset_format) for path in config.data_path]
 
 
-def _open_file(path: str, dataset_format: str | None) -> DataFile:
-    """A path, or one of qlora's names for a data set where there is no such path."""
+def open_file(path: str, dataset_format: str | None) -> DataFile:
+    """A path, or one of qlora's names for a data set where there is no such path; its first rows are read.
+
+    Raises:
+        InputError: a path that is not there, or rows that no format fits.
+    """
     named = None if Path(path).expanduser().exists() else named_dataset(path)
     if named is not None:
         path, dataset_format = named[0], dataset_format or named[1]
@@ -154,7 +160,22 @@ def read_data(
         view.say(f"{len(rows):,} rows packed into {len(examples):,} sequences, {filled:.1f} to one")
     probes = _first_records(files, sources, measured if len(measured) else chosen)
     names = tuple(file.source.paths[0].name for file in files)
-    return TrainingData(examples, portions, len(rows), held_out, len(measured), probes, rows, names)
+    answered = _records(files, sources, measured) if config.predict_with_generate else ()
+    return TrainingData(examples, portions, len(rows), held_out, len(measured), probes, rows, names, tuple(answered))
+
+
+def _records(
+    files: Sequence[DataFile], sources: Sequence[TokenizedRows], chosen: NDArray[np.int64]
+) -> Iterator[tuple[str, int, Record]]:
+    """Of the chosen records those that something is learnt from, file by file: read now, for files may change."""
+    first = 0
+    for file, source in zip(files, sources, strict=True):
+        here = chosen[(chosen >= first) & (chosen < first + len(source))] - first
+        wanted = set(here[source.lengths[here] > 0].tolist())
+        for place, record in enumerate(itertools.islice(file.records(), max(wanted, default=-1) + 1)):
+            if place in wanted:
+                yield file.source.paths[0].name, place + 1, record
+        first += len(source)
 
 
 def _passed_over(file: DataFile) -> str:

@@ -219,7 +219,7 @@ def fails(capsys, argv, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "--tasks: got nothing, expected some of perplexity, mmlu, kobest_boolq"),
+        ([], "--tasks: got nothing, expected some of perplexity, mmlu, generation, kobest_boolq"),
         (["--tasks", "kobest_copa"], "--data_path: got nothing, expected the file or folder that each task reads"),
         (["--tasks", "perplexty", "--data_path", "x"], "--tasks: got 'perplexty', expected some of"),
         (["--tasks", "perplexty", "--data_path", "x"], "Did you mean 'perplexity'?"),

@@ -13,7 +13,8 @@ from jindo_core.cli.main import main
 from jindo_core.config import resolve_train_config
 from jindo_core.errors import InputError
 from jindo_core.loader import load_model
-from jindo_core.mmlu import LETTERS, Scores, load_mmlu
+from jindo_core.mmlu import LETTERS, Mmlu, Scores, load_mmlu
+from jindo_core.parallel import Ranks
 from jindo_core.tokenizer import load_tokenizer
 
 QUESTIONS = "data/en/mmlu/zero_shot_mmlu_val.json"
@@ -65,7 +66,7 @@ def qloras_predictions(model, encode, bos, eos, rows, longest):
 
 
 def compare(folder, theirs, encode, bos, eos, rows, path, longest):
-    """Ours beside theirs; returns our scores."""
+    """Ours beside theirs; returns our scores. path: a file, or a folder with qlora's names."""
     mmlu = load_mmlu(path, load_tokenizer(folder), source_max_len=longest)
     assert 0 < mmlu.cut < len(rows)
     got = mmlu.ask(load_model(folder, quantize="none", dtype="fp32", device="cpu"), batch_size=4)
@@ -83,26 +84,69 @@ def compare(folder, theirs, encode, bos, eos, rows, path, longest):
     return got
 
 
+def drawn(stories15m, folder, context):
+    """A model whose weights are drawn at random, saved; LLaMA's tokenizer beside it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(LlamaConfig(
+        vocab_size=32000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=context, initializer_range=0.3,
+    ))  # fmt: skip
+    theirs.save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes((stories15m / "tokenizer.model").read_bytes())
+    return folder, theirs
+
+
 @pytest.mark.parametrize("weights", ["trained", "drawn"])
 def test_as_transformers_answers(stories15m, real, file, tmp_path, weights):
     """A story teller answers A to everything; one whose weights are drawn at random answers this and that."""
     from sentencepiece import SentencePieceProcessor
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     pieces = SentencePieceProcessor(model_file=str(stories15m / "tokenizer.model"))
     if weights == "trained":
         folder, theirs = stories15m, AutoModelForCausalLM.from_pretrained(stories15m, dtype=torch.float32)
     else:
-        torch.manual_seed(0)
-        folder = tmp_path / "drawn"
-        theirs = LlamaForCausalLM(LlamaConfig(
-            vocab_size=32000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=256, initializer_range=0.3,
-        ))  # fmt: skip
-        theirs.save_pretrained(folder)
-        (folder / "tokenizer.model").write_bytes((stories15m / "tokenizer.model").read_bytes())
+        folder, theirs = drawn(stories15m, tmp_path / "drawn", 256)
     got = compare(folder, theirs, pieces.encode, [pieces.bos_id()], pieces.eos_id(), real, file(*real), 200)
     assert (len(set(got.predictions)) == 4) is (weights == "drawn")
+
+
+@pytest.fixture(scope="module")
+def five_shot(assets):
+    """Questions as qlora's five-shot files have them, one of each subject: five others with their answers go before it.
+    (Made here: only its zero-shot file is among the assets.)"""
+    of_subject = {}
+    for line in (assets / QUESTIONS).read_text(encoding="utf-8").splitlines():
+        one = json.loads(line)
+        of_subject.setdefault(one["subject"], []).append(one)
+    rows = []
+    for subject, (*shots, asked) in ((name, found[:6]) for name, found in of_subject.items()):
+        header = asked["input"].split("\n\n", 1)[0]
+        told = [f"{shot['input'].removeprefix(header).strip()} {shot['output']}" for shot in shots]
+        text = "\n\n".join([header, *told, asked["input"].removeprefix(header).strip()])
+        rows.append({"subject": subject, "input": text, "output": asked["output"]})
+    return rows
+
+
+def test_five_shot_questions_as_transformers_answers(stories15m, five_shot, file, tmp_path):
+    """From a folder, of which the five-shot file is the default. Those too long keep the question, and the shots next
+    to it."""
+    from sentencepiece import SentencePieceProcessor
+
+    asked = five_shot[::2]
+    pieces = SentencePieceProcessor(model_file=str(stories15m / "tokenizer.model"))
+    folder, theirs = drawn(stories15m, tmp_path / "drawn", 1024)
+    path = file(*asked, name="five_shot_mmlu_val.json")
+    file(row(), name="zero_shot_mmlu_val.json")
+    got = compare(folder, theirs, pieces.encode, [pieces.bos_id()], pieces.eos_id(), asked, path.parent, 640)
+    assert len(set(got.predictions)) == 4
+    tokenizer = load_tokenizer(folder)
+    for kept, one in zip(load_mmlu(path, tokenizer, source_max_len=640).questions, asked, strict=True):
+        ending = one["input"].rsplit("\n\n", 1)[1]
+        assert tokenizer.decode(kept.ids).endswith(ending[-200:])
+        assert len(kept.ids) <= 640
 
 
 @pytest.mark.slow
@@ -131,6 +175,25 @@ def test_batches_change_nothing_and_the_mode_stays(stories15m, real, file):
     assert model.training
     assert one.predictions == five.predictions
     assert one.loss == pytest.approx(five.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_ranks_parts_are_one_process_s_answers(stories15m, real, file, sharded, monkeypatch):
+    """To the last bit, for they ask the same batches; with shards all run as many passes."""
+    model = load_model(stories15m, quantize="nf4", dtype="fp32", device="cpu")
+    mmlu = load_mmlu(file(*real[:11]), load_tokenizer(stories15m), source_max_len=64)
+    logits, passes = Mmlu._logits, []
+    monkeypatch.setattr(Mmlu, "_logits", lambda *given: passes.append(1) or logits(*given))
+    whole = mmlu.ask(model, batch_size=2)
+    assert len(passes) == 6
+    shares, counts = [], []
+    for rank in range(4):
+        passes.clear()
+        shares.append(mmlu.ask_share(model, batch_size=2, ranks=Ranks(rank, 4, sharded=sharded)))
+        counts.append(len(passes))
+    assert counts == ([2] * 4 if sharded else [2, 2, 1, 1])
+    assert sorted(i for share in shares for asked, _, _ in share for i in asked) == list(range(11))
+    assert mmlu.scores(shares) == whole == mmlu.scores(shares[::-1])
 
 
 # Scores and rows ------------------------------------------------------------------------------------------

@@ -6,17 +6,20 @@ import random
 
 import pytest
 import torch
-from ranks import given, launch, losses, metrics, write_rows
+from ranks import LETTERS, given, launch, losses, metrics, write_questions, write_rows
 
-from jindo_core import outcome, parallel
+from jindo_core import mmlu, outcome, parallel
 from jindo_core import train as training
 from jindo_core.adapters import WEIGHTS
 from jindo_core.config import resolve_train_config
 from jindo_core.errors import InputError
 from jindo_core.parallel import ALONE, Ranks
 
+QUESTIONS = {"do_mmlu_eval": True, "max_mmlu_samples": 9}
+"""Three batches: two ranks with shards run two passes each, one of them for nothing."""
+
 KINDS = {
-    "rows": {},
+    "rows": {**QUESTIONS, "predict_with_generate": True, "max_new_tokens": 4},
     "packed": {"packing": True, "batch_size": 3, "micro_batch_size": 1, "val_set_size": 4},
     "by_length": {"group_by_length": True, "optim": "adamw_torch", "lora_target_modules": "all-linear"},
     "recomputed": {"gradient_checkpointing": True, "batch_size": 12, "double_quant": False},
@@ -46,7 +49,8 @@ def cache(place):
 def make(stories260k, place):
     """make("out", …) -> a run's settings."""
     rows = write_rows(place / "rows.json")
-    return lambda out, **changes: given(stories260k, rows, place / out, **changes)
+    questions = write_questions(place / "questions.json")
+    return lambda out, **changes: given(stories260k, rows, place / out, mmlu_path=str(questions), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,7 @@ def alone(make, place):
         if kind not in found:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(outcome, "ANSWER_TOKENS", 2)
+                patch.setattr(mmlu, "LETTERS", LETTERS)
                 patch.setattr(training, "draw_loss", lambda *_: None)
                 threads = torch.get_num_threads()
                 torch.set_num_threads(1)  # as a rank has: with more, products sum in another order, step after step
@@ -76,7 +81,7 @@ def two(make, place):
     """What two ranks say of their jobs."""
     saved = {"save_steps": 3}
     jobs = {kind: {"settings": make(f"two-{kind}", **saved | more)} for kind, more in KINDS.items() if kind != "few"}
-    jobs["shards"] = {"settings": make("two-shards", fsdp=True)}
+    jobs["shards"] = {"settings": make("two-shards", fsdp=True, **QUESTIONS)}
     jobs["shards_again"] = {"settings": make("two-shards_again", fsdp=True, gradient_checkpointing=True, batch_size=5)}
     jobs["dropout"] = {"settings": make("two-dropout", save_steps=3, lora_dropout=0.2)}
     jobs["stopped"] = {"settings": make("two-stopped", save_steps=3, lora_dropout=0.2), "signal": [1, 4]}
@@ -138,10 +143,28 @@ def test_rank_0_writes_and_speaks_alone(two, place):
     files = {path.name for path in (place / "two-rows").iterdir()}
     assert files == {
         "adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "jindo_run.json", "checkpoint-3",
-        "checkpoint-6",
+        "checkpoint-6", "predictions.jsonl", "metrics.json",
     }  # fmt: skip
     assert two[1].stdout.count("Memory plan") == sum(said[0]["prepared"] for said in two[0].values())
     assert [row["step"] for row in metrics(place / "two-rows") if "loss" in row] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("name", ["two-rows", "three-rows", "two-shards"])
+def test_questions_are_shared_out_and_answered_as_by_one(name, alone, two, three, place):
+    alone("rows")
+    one, found = ([row for row in metrics(place / who) if "mmlu_loss" in row] for who in ("alone-rows", name))
+    assert [row["step"] for row in found] == [0, 4, 8]
+    assert found[0] == one[0], "the same weights yet: the same bits"
+    for row, expected in zip(found, one, strict=True):
+        assert row.pop("mmlu_loss") == like(expected.pop("mmlu_loss"))
+        assert row == expected
+
+
+def test_the_first_rank_answers_the_rows_held_out(alone, two, three, place):
+    alone("rows")
+    told = [(place / name / "predictions.jsonl").read_text() for name in ("alone-rows", "two-rows", "three-rows")]
+    assert len(told[0].splitlines()) == 5
+    assert told[0] == told[1] == told[2]
 
 
 # --- going on ---------------------------------------------------------------------------------------------
@@ -253,6 +276,7 @@ def test_alone_nothing_changes_hands():
         ("all", {"device": "cuda:1"}, "--device: got cuda:1 for 2 processes, expected cuda: each takes its own"),
         ("all", {"device": "cuda"}, "got 2 processes for 0 GPUs, expected one for each"),
         ("all", {"fsdp": True, "offload_layers": 2}, "--offload_layers: got it beside --fsdp"),
+        ("all", {"fsdp": True, "predict_with_generate": True}, "--predict_with_generate: got it beside --fsdp, whose"),
     ],
 )
 def test_what_does_not_go_together_is_refused(variables, changes, words, make, monkeypatch):
