@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from jindo_core import loader, outcome, parallel
+from jindo_core import host_memory, loader, outcome, pages, parallel
 from jindo_core import step as stepping
 from jindo_core import train as training
 from jindo_core.config import resolve_train_config
@@ -24,9 +24,9 @@ from jindo_core.config import resolve_train_config
 def launch(folder, size, jobs, *, limit=120, check=True):
     """Do jobs in `size` ranks; returns {job's name: what each rank has to say of it}, and the finished process.
 
-    jobs: {name: {"settings": …, and perhaps a fault and where: "signal", "memory", "update_memory", "nan", "hang":
-    [rank, step]; "timeout": seconds that ranks wait for each other; "absmax" or "packed": that part of the weights
-    differs on rank 1}}.
+    jobs: {name: {"settings": …, and perhaps a fault and where: "signal", "memory", "update_memory", "nan", "hang",
+    "host" (which is out of memory): [rank, step]; "timeout": seconds that ranks wait for each other; "absmax" or
+    "packed": that part of the weights differs on rank 1}}.
     """
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -79,6 +79,7 @@ def losses(out):
 def make_faults(job, rank):
     """Break this rank where the job says so; once."""
     step_of, accumulate, seen = [0], ORIGINAL["accumulate"], set()
+    host_memory.shortest = ORIGINAL["shortest"]
 
     def due(kind):
         if job.get(kind) == [rank, step_of[0]] and kind not in seen:
@@ -90,6 +91,8 @@ def make_faults(job, rank):
         step_of[0] = number
         if due("signal"):
             signal.raise_signal(signal.SIGTERM)
+        if due("host"):
+            host_memory.shortest = lambda *_: pages.Limit(1 << 30, 0)
         if due("update_memory"):
             original, tries = own.optimizer.step, []
 
@@ -122,7 +125,7 @@ def quantized(spoiled, *given, **more):
 
 
 ORIGINAL = {
-    "quantize": loader.quantize_nf4,
+    "quantize": loader.quantize_nf4, "shortest": host_memory.shortest,
    "take_step": training.take_step, "accumulate": stepping.accumulate, "prepare": training.prepare}
 
 
@@ -172,6 +175,7 @@ def do(job, rank):
 
 if __name__ == "__main__":
     folder, own_rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    host_memory.INTERVAL, pages._KEPT_IN_RAM = 0.0, set()
     outcome.ANSWER_TOKENS, training.draw_loss, parallel.GRACE = 2, lambda *_: None, 0.0
     for job_name, given_job in json.loads((folder / "jobs.json").read_text()).items():
         (folder / f"{job_name}.{own_rank}.json").write_text(json.dumps(do(given_job, own_rank)))
