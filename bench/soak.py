@@ -87,6 +87,7 @@ def main() -> int:
         found = slope(rows)
         worst = max(worst, found)
         print(f"{said}: {found:,.0f} bytes a step over {len(rows)} steps, at the end {rows[-1][1] / 1e6:,.0f} MB")
+        print("  MB by step:", ", ".join(f"{step} {size / 1e6:,.1f}" for step, size in rows[:: len(rows) // 8]))
     return int(worst > LIMIT)
 
 

@@ -1,9 +1,10 @@
 """`jindo-core <command>`: finds the command, and turns what goes wrong into one line and an exit code.
 
 Exit codes: 0 done; 2 wrong input and 1 a run that could not go on (both one line `error: ...` on standard
-error); 130 stopped by Ctrl-C and 143 by SIGTERM (`train` saves a checkpoint first); 141 the reader of the output
-has gone. Anything else that is raised is a defect and keeps its traceback. Commands are imported when they run,
-and the engine when its flags have been read: `--help` and a mistyped flag never wait for torch.
+error); 130 stopped by Ctrl-C, 143 by SIGTERM and 75 for want of memory on the host (`train` saves a checkpoint
+first); 141 the reader of the output has gone. Anything else that is raised is a defect and keeps its traceback.
+Commands are imported when they run, and the engine when its flags have been read: `--help` and a mistyped flag never
+wait for torch.
 """
 
 from __future__ import annotations

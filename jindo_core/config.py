@@ -185,8 +185,10 @@ class TrainConfig:
 
     logging_steps: int = _profiled("logging_steps", _LOGS, "log every N steps", at_least=1)
     eval_steps: int = setting(200, _LOGS, "held-out loss every N steps", at_least=1)
+    eval_epochs: bool = setting(False, _LOGS, "instead: at the end of each epoch", hidden=True)
 
     save_steps: int = _profiled("save_steps", _LOGS, "a checkpoint every N steps (0: none)", at_least=0)
+    save_epochs: bool = setting(False, _LOGS, "instead: at the end of each epoch", hidden=True)
     save_total_limit: int = _profiled("save_total_limit", _LOGS, "keep the newest N", at_least=1, hidden=True)
     resume: bool = setting(False, _LOGS, "go on from the newest valid one, if any")
     resume_from_checkpoint: str | None = setting(
@@ -434,6 +436,9 @@ def _say_what_is_idle(values: Mapping[str, Any], own: Mapping[str, Any], notices
             notices.add("no effect without --do_sample", *idle)
     elif answering:
         notices.add("no effect without --do_predict", *answering)
+    for what in ("save", "eval"):
+        if values.get(f"{what}_epochs") and f"{what}_steps" in own:
+            notices.add(f"no effect with --{what}_epochs", f"{what}_steps")
     if not values.get("do_mmlu_eval"):
         idle = [name for name in own if "mmlu_" in name and name != "do_mmlu_eval"]
         if idle:

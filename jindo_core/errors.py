@@ -23,7 +23,8 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
 
 
 class Stopped(Exception):
-    """A signal ended a run, whose work is saved, as the message says. code: the process's exit code, 128 + signal."""
+    """A run ended before its time, and its work is saved, as the message says. code: the process's exit code: 128 +
+    signal, or 75 where the host ran out of memory."""
 
     def __init__(self, said: str, code: int) -> None:
         super().__init__(said)

@@ -58,6 +58,10 @@ class StreamedHead(nn.Module):
             place.copy_(part)
         return out
 
+    def move_to(self, folder: str | Path) -> int:
+        """Let what lies in RAM lie in a file in `folder` from now on; returns its bytes. InputError: no room there."""
+        return self._pager.move_to(folder)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.whole()  # the placeholder says nothing
 

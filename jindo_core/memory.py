@@ -179,15 +179,15 @@ class Relief:
         advice: what to tell who has nothing left to give: the plan of the smallest step, say.
         ranks: the processes of the run, which give way together.
     Attributes:
-        micro_batch: what is left of it.
+        micro_batch: what is left of it. place: where what gives way from now on goes.
     """
 
     def __init__(
         self, model: CausalLM, optimizer: torch.optim.Optimizer, micro_batch: int, place: str = "host",
         advice: str = "", ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
-        self._model, self._optimizer, self._place, self._advice = model, optimizer, place, advice
-        self._ranks = ranks
+        self._model, self._optimizer, self._advice = model, optimizer, advice
+        self._ranks, self.place = ranks, place
         self._refused: list[str] = []
         self._taken: list[str] = []
         self.micro_batch = micro_batch
@@ -252,14 +252,15 @@ class Relief:
                 "lower --micro_batch_size or --cutoff_len, or give --gradient_checkpointing"
             ) from error
 
-    def give_way(self, *, in_update: bool = False) -> str | None:
+    def give_way(self, *, in_update: bool = False, among: Sequence[str] = ()) -> str | None:
         """Free something, and say what; None where nothing is left that could.
 
         Args:
             in_update: it was the optimizer's step that ran out: smaller activations would not help it.
+            among: names of measures; left out: all.
         """
         measures = self._measures
-        for name in measures:
+        for name in among or measures:
             if in_update and name in ("micro_batch", "checkpointing", "checkpoints"):
                 continue
             try:
@@ -314,7 +315,7 @@ class Relief:
     def _checkpoints(self) -> str | None:
         if self._model.stack.checkpoint_offload is not None:
             return None
-        self._model.stack.checkpoint_offload = CheckpointOffload(self._place)
+        self._model.stack.checkpoint_offload = CheckpointOffload(self.place)
         return "layers' inputs go to the host from now on"
 
     def _embedding(self) -> str | None:
@@ -329,7 +330,7 @@ class Relief:
         if isinstance(head, StreamedHead):
             return None
         tied = head.weight is model.stack.embedding.weight
-        streamed = StreamedHead(head.weight, model.device, self._place)
+        streamed = StreamedHead(head.weight, model.device, self.place)
         if tied:
             model.stack.embedding.weight.data = head.weight.data.cpu()
         model.lm_head = streamed
@@ -338,7 +339,7 @@ class Relief:
     def _stream(self) -> str | None:
         """A quarter of the layers, of those that are not streamed yet."""
         stack = self._model.stack
-        stream = stack.stream or LayerStream(self._model.device, self._place)
+        stream = stack.stream or LayerStream(self._model.device, self.place)
         left = [n for n, layer in enumerate(stack.layers) if n not in stream and _holds_nf4(layer)]
         if not left:
             return None

@@ -179,6 +179,13 @@ class PagedAdamW(torch.optim.Optimizer):
         self._budget = 0
         return freed
 
+    def move_to(self, folder: str | Path) -> int:
+        """Let the moments that lie in RAM outside the devices lie in a file in `folder` from now on; returns their
+        bytes. InputError: no room there."""
+        moved = sum(pager.move_to(folder) for pager in self._pagers.values())
+        self._place = folder
+        return moved
+
     def regrow(self, resident_bytes: int) -> None:
         """Let so many bytes of moments stay on each device again."""
         for pager in self._pagers.values():

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -170,6 +171,18 @@ class Pager:
         for event in self._saved.values():
             self._finish(event)
         self._saved.clear()
+
+    def move_to(self, folder: str | Path) -> int:
+        """Let the store's pages that are in RAM lie in a file in `folder` from now on; returns their bytes. No unit may
+        be held. InputError as `PageStore.move_to`."""
+        if any(slot.held for slot in self._slots):
+            raise RuntimeError("a unit is in use: call done before the pages move")
+        if not self.store.in_ram:
+            return 0
+        self.flush()
+        for slot in self._slots:
+            self._finish(slot.ready)
+        return self.store.move_to(folder)
 
     def close(self) -> None:
         """Wait for what is under way, and give the device's memory and the store's back."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +19,16 @@ from jindo_core.errors import InputError
 
 PAGE_BYTES = 4 << 20
 """What one copy moves: long enough to run at a bus's speed (0.2 ms at 25 GB/s), short enough to stage two cheaply."""
+
+
+_TOGETHER = 16
+"""Pages that are written before the disk is waited for, and the page cache gives them back."""
+
+_NO_LIMIT = 1 << 62
+"""From here on a group of version 1 has none: what it says then is the largest number of whole pages."""
+
+_KEPT_IN_RAM = {0x01021994, 0x858458F6, 0x958458F6}
+"""statfs' types of tmpfs, ramfs and hugetlbfs."""
 
 
 class PageStore:
@@ -41,6 +54,11 @@ class PageStore:
         # Not __del__, which may run when the modules it needs are gone already.
         self._closing = weakref.finalize(self, os.close, self._file) if self._file >= 0 else lambda: None
 
+    @property
+    def in_ram(self) -> bool:
+        """Whether the pages take RAM that the system can't write back: also those in a folder that lies in RAM."""
+        return self._folder is None or lies_in_ram(self._folder)
+
     def __len__(self) -> int:
         return len(self._pages)
 
@@ -57,8 +75,43 @@ class PageStore:
         more = pages - len(self)
         if more <= 0:
             return
-        new = self._in_ram(more) if self._folder is None else self._in_file(more)
-        self._pages += new
+        if self._folder is None:
+            self._pages += self._in_ram(more)
+        else:
+            self._pages += self._in_file(self._file, self._folder, self.nbytes, more)
+
+    def move_to(self, folder: str | Path) -> int:
+        """Keep the pages in a file in `folder` from now on, with what they hold; returns their bytes.
+
+        A page at a time, so that no more than one is in RAM twice. Pages that are held elsewhere stay good, but are no
+        longer the store's: no copy may be under way.
+
+        Raises:
+            InputError: a folder that lies in RAM itself, can't be written to or has no room; all is as it was. Or its
+                disk fails in the middle: each page is where it was, or in the file.
+        """
+        folder = Path(folder).expanduser()
+        if lies_in_ram(folder):
+            raise InputError(f"the page store's folder {folder} lies in RAM itself: give one on a disk")
+        file, size, moved = self._open(folder), self.page_bytes, self.nbytes
+        try:
+            new = self._in_file(file, folder, 0, len(self)) if moved else []
+            for first in range(0, len(self), _TOGETHER):
+                for i in range(first, min(first + _TOGETHER, len(self))):
+                    _write(file, self._pages[i], i * size)
+                    self._pages[i] = new[i]
+                os.fdatasync(file)
+                os.posix_fadvise(file, first * size, _TOGETHER * size, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            os.close(file)
+            raise InputError(f"the page store's folder {folder} failed ({error.strerror}): give another") from error
+        except InputError:
+            os.close(file)
+            raise
+        self._closing()
+        self._folder, self._file = folder, file
+        self._closing = weakref.finalize(self, os.close, file)
+        return moved
 
     def close(self) -> None:
         """Give everything back; pages that are still held elsewhere stay good."""
@@ -88,19 +141,27 @@ class PageStore:
                 f"the page store's folder {folder} can't be written to ({error.strerror}): give another"
             ) from error
 
-    def _in_file(self, count: int) -> list[Tensor]:
-        start, wanted = self.nbytes, count * self.page_bytes
+    def _in_file(self, file: int, folder: Path, start: int, count: int) -> list[Tensor]:
+        """Pages from byte `start` of the file, which ends there so far."""
+        wanted = count * self.page_bytes
         try:
             # Room now, or an error now: a mapped file that meets a full disk ends the process with SIGBUS.
-            os.posix_fallocate(self._file, start, wanted)
-            mapped = mmap.mmap(self._file, wanted, offset=start)  # one for all: each holds a file descriptor
+            os.posix_fallocate(file, start, wanted)
+            mapped = mmap.mmap(file, wanted, offset=start)  # one for all: each holds a file descriptor
         except (OSError, ValueError) as error:
-            os.ftruncate(self._file, start)
+            os.ftruncate(file, start)
             said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise InputError(
-                f"the page store's folder {self._folder} has no room for {wanted >> 20} MiB ({said}): give another"
+                f"the page store's folder {folder} has no room for {wanted >> 20} MiB ({said}): give another"
             ) from error
         return list(torch.frombuffer(mapped, dtype=torch.uint8).split(self.page_bytes))
+
+
+def _write(file: int, page: Tensor, start: int) -> None:
+    values: Any = page.numpy()
+    done = 0
+    while done < len(values):
+        done += os.pwrite(file, values[done:], start + done)
 
 
 def store_for(device: torch.device, place: str | Path = "host", *, page_bytes: int = PAGE_BYTES) -> PageStore:
@@ -116,6 +177,16 @@ def store_for(device: torch.device, place: str | Path = "host", *, page_bytes: i
     return PageStore(place, pin=pin, page_bytes=page_bytes)
 
 
+def lies_in_ram(folder: str | Path) -> bool:
+    """Whether what is written to a folder stays in RAM (tmpfs), as statfs says; False where that can't be asked."""
+    if sys.platform != "linux":
+        return False
+    found = ctypes.create_string_buffer(256)  # struct statfs is 120 bytes; its first word is the type
+    if ctypes.CDLL(None).statfs(os.fsencode(folder), found):
+        return False  # a folder that is not there: whoever writes to it is told
+    return int.from_bytes(found.raw[:8], sys.byteorder) & 0xFFFFFFFF in _KEPT_IN_RAM
+
+
 def available_ram(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Bytes that can be had without swapping, within the machine and this process's control groups; None where the
     system does not say.
@@ -123,24 +194,43 @@ def available_ram(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgro
     Args:
         proc, cgroups: where those file systems are mounted.
     """
-    found = list(_left_in_cgroups(proc, cgroups))
-    info = proc / "meminfo"
-    if info.exists():
-        lines = info.read_text(encoding="ascii").splitlines()
-        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    found = [limit.left for limit in limits(proc, cgroups)]
     return max(min(found), 0) if found else None
 
 
-def _left_in_cgroups(proc: Path, cgroups: Path) -> Iterator[int]:
-    """What the limits of the process's groups, and of those above them, leave; of version 2 and version 1."""
+class Limit(NamedTuple):
+    """Of the machine or a control group, in bytes.
+
+    Attributes:
+        most: what it may hold. left: what can be had. busy: of the rest, page cache that was used of late: slow to do
+            without, but taken back before any process is killed.
+    """
+
+    most: int
+    left: int
+    busy: int = 0
+
+
+def limits(proc: Path, cgroups: Path) -> Iterator[Limit]:
+    """What bounds this process's memory: its control groups and those above them, of version 2 and 1, and the machine.
+    proc, cgroups: where those file systems are mounted."""
+    yield from _limits_of_groups(proc, cgroups)
+    info = proc / "meminfo"
+    lines = info.read_text(encoding="ascii").splitlines() if info.exists() else []
+    held = {line.split()[0]: int(line.split()[1]) << 10 for line in lines}
+    if "MemAvailable:" in held:
+        yield Limit(held.get("MemTotal:", 0), held["MemAvailable:"])
+
+
+def _limits_of_groups(proc: Path, cgroups: Path) -> Iterator[Limit]:
     listed = proc / "self" / "cgroup"
     for line in listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            top, limit, used, cache = cgroups, "memory.max", "memory.current", "inactive_file"
+            top, names, used, total = cgroups, ["memory.max", "memory.high"], "memory.current", ""
         elif "memory" in controllers.split(","):
-            top, limit, used = cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache = "total_inactive_file"
+            top, names, used = cgroups / "memory", ["memory.limit_in_bytes"], "memory.usage_in_bytes"
+            total = "total_"
         else:
             continue
         own = top / path.lstrip("/")
@@ -148,12 +238,16 @@ def _left_in_cgroups(proc: Path, cgroups: Path) -> Iterator[int]:
             if not group.is_relative_to(top):
                 break
             # A container sees its own group as the topmost one, under a path of the machine's that it can't see.
-            if (group / limit).exists() and (most := (group / limit).read_text().strip()) != "max":
-                yield int(most) - int((group / used).read_text()) + _statistic(group, cache)
+            said = [(group / name).read_text().strip() for name in names if (group / name).exists()]
+            bounds = [int(bound) for bound in said if bound != "max" and int(bound) < _NO_LIMIT]
+            if bounds:
+                # The page cache that nobody has used of late counts as used, but goes when asked.
+                idle, busy = (_statistic(group, f"{total}{kind}_file") for kind in ("inactive", "active"))
+                yield Limit(min(bounds), min(bounds) - int((group / used).read_text()) + idle, busy)
 
 
 def _statistic(group: Path, name: str) -> int:
-    """Of memory.stat, in bytes. The page cache that nobody has used of late counts as used, but goes when asked."""
+    """Of memory.stat, in bytes."""
     file = group / "memory.stat"
     lines = file.read_text(encoding="ascii").splitlines() if file.exists() else []
     return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)

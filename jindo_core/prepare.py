@@ -345,7 +345,8 @@ def _questions(config: TrainConfig, tokenizer: Tokenizer, context: int | None, v
         max_samples=config.max_mmlu_samples, source_max_len=config.mmlu_source_max_len, context=context,
     )  # fmt: skip
     count = len(mmlu.questions)
-    view.say(f"MMLU: {count} questions, asked before training, every {config.eval_steps} steps and at the end")
+    often = "after each epoch" if config.eval_epochs else f"every {config.eval_steps} steps"
+    view.say(f"MMLU: {count} questions, asked before training, {often} and at the end")
     if mmlu.cut:
         view.notice(f"{mmlu.cut} of them are too long and lose their beginning: --mmlu_source_max_len")
     return mmlu

@@ -113,8 +113,8 @@ _TABLE = [
     Flag("train_on_source", "setting", "train_on_inputs"),
     Flag("eval_dataset_size", "rule", "val_set_size", kind="int", at_least=1),
     Flag("do_eval", "rule", "val_set_size", kind="bool"),
-    Flag("evaluation_strategy", "rule", "eval_steps", kind="text"),
-    Flag("eval_strategy", "rule", "eval_steps", kind="text"),
+    Flag("evaluation_strategy", "rule", "eval_steps", "steps, epoch (--eval_epochs), or no", kind="text"),
+    Flag("eval_strategy", "rule", "eval_steps", "steps, epoch (--eval_epochs), or no", kind="text"),
     *_inert("data_seed", "one seed serves split, order and LoRA: --seed"),
     *_inert("remove_unused_columns", "a format names the columns it reads; the others are never loaded"),
     *_inert("dataloader_num_workers dataloader_pin_memory dataloader_drop_last", _ROWS_READY),
@@ -148,7 +148,7 @@ _TABLE = [
     *_inert("min_new_tokens penalty_alpha", _NO_SUCH_SETTING, (*_NOTHING, "0.0")),
     *_inert("diversity_penalty no_repeat_ngram_size", _NO_SUCH_SETTING, (*_NOTHING, "0.0")),
     # files and reports
-    Flag("save_strategy", "rule", "save_steps", "steps, or no for none", kind="text"),
+    Flag("save_strategy", "rule", "save_steps", "steps, epoch (--save_epochs), or no for none", kind="text"),
     *_inert("logging_strategy logging_first_step logging_dir", _LOGGED),
     *_inert("disable_tqdm", "the bar shows only on a terminal"),
     *[
@@ -275,9 +275,9 @@ def _precision(line: _Given) -> None:
 def _held_out(line: _Given) -> None:
     named = next((name for name in ("eval_strategy", "evaluation_strategy") if name in line.other), "")
     strategy, size = line.other.get(named, "no"), line.other.get("eval_dataset_size")
-    if strategy not in ("no", "steps"):
-        raise InputError(f"--{named}: got {strategy!r}, expected steps or no")
-    wanted = strategy == "steps" or line.other.get("do_eval") or line.other.get("do_predict")
+    if strategy not in ("no", "steps", "epoch"):
+        raise InputError(f"--{named}: got {strategy!r}, expected steps, epoch or no")
+    wanted = strategy != "no" or line.other.get("do_eval") or line.other.get("do_predict")
     if not wanted and size is not None:
         note = "qlora.py holds rows out only with --do_eval or --do_predict: all are trained on"
         line.notices.add(note, "eval_dataset_size")
@@ -291,6 +291,8 @@ def _held_out(line: _Given) -> None:
         line.own["eval_steps"] = line.now("logging_steps")
     elif wanted and strategy == "no" and "eval_steps" in line.own:
         line.notices.add("counts without --evaluation_strategy too", "eval_steps")
+    if strategy == "epoch":
+        line.put(named, "eval_epochs", True)
 
 
 def _predictions(line: _Given) -> None:
@@ -304,8 +306,12 @@ def _predictions(line: _Given) -> None:
 
 def _checkpoints(line: _Given) -> None:
     strategy = line.other.get("save_strategy", "steps")
-    if strategy not in ("no", "steps"):
-        raise InputError(f"--save_strategy: got {strategy!r}, expected steps or no: --save_steps says how many")
+    if strategy not in ("no", "steps", "epoch"):
+        raise InputError(
+            f"--save_strategy: got {strategy!r}, expected steps (--save_steps says how many), epoch or no"
+        )
+    if "save_strategy" in line.other:
+        line.put("save_strategy", "save_epochs", strategy == "epoch")
     if strategy == "no":
         if "save_steps" in line.own:
             line.notices.add("no effect with --save_strategy no", "save_steps")

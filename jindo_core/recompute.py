@@ -101,6 +101,13 @@ class CheckpointOffload:
         """Of the pager in use."""
         return self._pagers[-1].counters if self._pagers else Counters()
 
+    def move_to(self, folder: str | Path) -> int:
+        """Let what lies in RAM lie in a file in `folder` from now on, between two passes; returns its bytes.
+        InputError: no room there."""
+        moved = sum(pager.move_to(folder) for pager in self._pagers)
+        self._place = folder
+        return moved
+
     def put(self, x: Tensor) -> Kept:
         """Begin to move a copy of x away."""
         pager = self._pager_for(x)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 import torch
 
+from jindo_core.data.lazy import LazySequence
 from jindo_core.errors import InputError, TrainingError
 from jindo_core.mmlu import Scores
 from jindo_core.recompute import random_state, set_random_state
@@ -22,18 +23,37 @@ MOST_SKIPPED = 5
 NOT_FINITE = "no adapter was saved; lower --learning_rate, use --dtype fp32, or look at the data"
 
 
+class Rows(LazySequence[dict[str, Any]]):
+    """Rows of metrics, kept as lines of JSON: a third of a dict's memory, and a long run has many. A figure that is
+    null there is NaN here, but for `epoch`."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def _at(self, index: int) -> dict[str, Any]:
+        row = json.loads(self.lines[index])
+        return {k: math.nan if v is None and k != "epoch" else v for k, v in row.items()}
+
+
 class History:
     """The rows of metrics.jsonl, written as they come; and MMLU's scores, the first and the last."""
 
     def __init__(self, log: TextIO) -> None:
-        self.rows: list[dict[str, Any]] = []
+        self.rows = Rows()
         self.first_scores: Scores | None = None
         self.last_scores: Scores | None = None
         self._log = log
 
     def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        self._log.write(json.dumps(_plain(row)) + "\n")
+        self.add_line(json.dumps(_plain(row)))
+
+    def add_line(self, line: str) -> None:
+        """A row as its line of JSON."""
+        self.rows.lines.append(line)
+        self._log.write(line + "\n")
         self._log.flush()
 
     def add_scores(self, step: int, scores: Scores) -> None:
@@ -108,7 +128,7 @@ class RunState:
             "first_answer": self.first_answer, "skipped": vars(self.skipped),
             "best": None if self.best is None else list(self.best),
             "first_scores": None if scores is None else vars(scores),
-            "history": [_plain(row) for row in self.history.rows], **_plain({"before": self.before}),
+            "history": list(self.history.rows.lines), **_plain({"before": self.before}),
         }  # fmt: skip
 
     def load(self, packed: Mapping[str, Any]) -> None:
@@ -121,8 +141,8 @@ class RunState:
         if (held := packed["first_scores"]) is not None:
             subjects = {name: (right, count) for name, (right, count) in held["subjects"].items()}
             self.history.first_scores = Scores(held["split"], tuple(held["predictions"]), subjects, held["loss"])
-        for row in packed["history"]:
-            self.history.add({k: math.nan if v is None and k != "epoch" else v for k, v in row.items()})
+        for line in packed["history"]:
+            self.history.add_line(line)
 
 
 def random_states(device: torch.device) -> dict[str, Any]:

@@ -118,6 +118,12 @@ class LayerStream:
         self._parts[number], self._units[number] = parts, self._spare.pop()
         self._find_order()
 
+    def move_to(self, folder: str | Path) -> int:
+        """Let what lies in RAM lie in a file in `folder` from now on; returns its bytes. InputError: no room there."""
+        moved = 0 if self._pager is None else self._pager.move_to(folder)
+        self._place = folder
+        return moved
+
     def _find_order(self) -> None:
         pairs = list(pairwise(self.layers))
         self._next = {(a, False): self._units[b] for a, b in pairs} | {(b, True): self._units[a] for a, b in pairs}

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from jindo_core import checkpoint, parallel, predict, resume
 from jindo_core.checkpoint import Checkpoint
@@ -18,6 +19,7 @@ from jindo_core.data.batches import BatchCursor
 from jindo_core.errors import InputError, Stopped, TrainingError
 from jindo_core.evaluate import held_out_sums
 from jindo_core.files import held
+from jindo_core.host_memory import TRY_AGAIN, HostWatch
 from jindo_core.interrupt import Broken, StopSignals
 from jindo_core.memory import current_bytes, keep_budget, peak_bytes
 from jindo_core.mmlu import Mmlu, Share
@@ -48,7 +50,7 @@ def train(
         InputError: a path, file, row or setting that can't be used; nothing was written.
         TrainingError: the loss or a gradient stopped being finite; no adapter was written, and one that the
             folder held is as it was. metrics.jsonl.part shows how far the run came.
-        Stopped: SIGTERM or SIGINT came; the step was finished and a checkpoint written.
+        Stopped: SIGTERM or SIGINT came, or the host ran out of memory; the step was finished and a checkpoint written.
     """
     if config.preview:
         raise InputError(f"preview is {config.preview}, expected 0 to train: rows are shown by prepare.preview")
@@ -159,6 +161,9 @@ class _Run:
             job.examples.lengths, batch_size=config.micro_batch_size, accumulation=config.accumulation_steps,
             group_by_length=config.group_by_length, seed=config.seed, portions=job.data.portions,
         )  # fmt: skip
+        self.total = count_steps(self.cursor.steps_per_epoch, config)
+        folder = config.offload_folder or tempfile.gettempdir()
+        self._host = HostWatch(job.model, job.optimizer, job.relief, folder, job.ranks)
         self._output_dir = output_dir
         self._base = base_digest(job.model)
         job.ranks.check_same({"the base model's weights": self._base, "the rows": job.data.chosen.digest()})
@@ -178,14 +183,13 @@ class _Run:
     def measure(self, total: int) -> None:
         """The held-out loss after the last step, where it is due and not known yet; left off when a signal comes."""
         state = self.state
-        if not 0 < state.step < total or state.step % self.job.config.eval_steps or state.measured == state.step:
+        if not 0 < state.step < total or not self._is_due("eval") or state.measured == state.step:
             return
         with contextlib.suppress(Broken):
             loss = self._measure(breakable=True)
             if self.job.held_out:
                 self.view.say(f"step {state.step}/{total}  held-out loss {loss:.4f}")
-            saved = self.job.config.save_steps and state.step % self.job.config.save_steps == 0
-            if saved and math.isfinite(loss) and (state.best is None or loss < state.best.loss):
+            if self._is_due("save") and math.isfinite(loss) and (state.best is None or loss < state.best.loss):
                 state.best = Best(state.step, loss)
 
     def measure_last(self, total: int) -> tuple[float, int]:
@@ -211,30 +215,46 @@ class _Run:
         self.state.measured = self.state.step
         return loss
 
-    def save_if_due(self) -> None:
-        """A checkpoint after every so many steps, and where a signal ends the run: raises Stopped then."""
-        step, every = self.state.step, self.job.config.save_steps
+    def _is_due(self, what: Literal["eval", "save"]) -> bool:
+        """Whether the step that was taken last is one to measure or to save after."""
+        config, step = self.job.config, self.state.step
+        epochs, every = getattr(config, f"{what}_epochs"), getattr(config, f"{what}_steps")
+        if epochs:
+            every = self.cursor.steps_per_epoch
+        return bool(every and step % every == 0)
+
+    def _why_stop(self) -> tuple[str, int] | None:
+        """What ends the run before its time, and the exit code: a signal, or want of memory on the host."""
         number = self.job.ranks.worst(self.signals.asked or 0)
-        asked = signal.Signals(number) if number else None
-        if asked is None and not (every and step % every == 0):
+        if number:
+            return f"by {signal.Signals(number).name}", 128 + number
+        if self.state.step == self.total:
+            return None
+        short = self._host.look(self.state.step, self.view.notice)
+        return None if short is None else (f"for want of memory ({short})", TRY_AGAIN)
+
+    def save_if_due(self) -> None:
+        """A checkpoint where one is due, and where the run has to end: raises Stopped then."""
+        step, stop = self.state.step, self._why_stop()
+        if stop is None and not self._is_due("save"):
             return
         try:
             path = self._saver.save(self.state)
         except (OSError, InputError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             said = f"the checkpoint of step {step} could not be written ({reason}); the ones before it are as they were"
-            if asked is None:
+            if stop is None:
                 self.view.notice(f"{said}, and the run goes on")
                 return
-            raise TrainingError(f"stopped by {asked.name}, and {said}") from error
-        if asked is not None:
-            raise Stopped(f"stopped by {asked.name} after step {step}: {path} is saved, --resume goes on", 128 + asked)
+            raise TrainingError(f"stopped {stop[0]}, and {said}") from error
+        if stop is not None:
+            raise Stopped(f"stopped {stop[0]} after step {step}: {path} is saved, --resume goes on", stop[1])
 
 
 def _loop(run: _Run) -> int:
     """Train to the end; returns the number of steps."""
     job, state, view, config = run.job, run.state, run.view, run.job.config
-    lengths, total = job.examples.lengths, count_steps(run.cursor.steps_per_epoch, config)
+    lengths, total = job.examples.lengths, run.total
     if state.step > total:
         raise InputError(f"step {state.step} is done, and {total} are asked for: raise --max_steps or --num_epochs")
     job.model.train()

@@ -24,6 +24,9 @@ Slices = Callable[[], Iterator[Tensor]]
 _CHUNK_LOGITS = 1 << 24
 """Logits a chunk holds at most: 64 MiB in fp32."""
 
+_PRODUCT_STEP = 32
+"""Rows; two of AMX's tiles."""
+
 
 def chunk_rows(vocab_size: int, *, in_place: bool = False) -> int:
     """Rows of one chunk for a vocabulary of that size.
@@ -48,6 +51,32 @@ def workspace_bytes(
     narrow = dtype.itemsize if dtype.itemsize < 4 else 0  # beside fp32 ones, before and after
     logits = -(-vocab_size // 16) * 16 * dtype.itemsize if in_place else vocab_size * (4 + narrow)
     return rows * (logits + 2 * hidden_size * dtype.itemsize)
+
+
+def product_rows(rows: int, most: int, like: Tensor) -> int:
+    """Rows that a chunk's products are made with: on the CPU in 16 bits few sizes, else as many as there are.
+
+    There oneDNN compiles a product for every shape that it meets (0.6 MB each, seen with AMX), and keeps it whatever
+    ONEDNN_PRIMITIVE_CACHE_CAPACITY says; the number of supervised rows differs from step to step. So it is rounded up,
+    by at most 31 or an eighth.
+
+    Args:
+        most: of a whole chunk, whose size never changes. like: a tensor of the product.
+    """
+    if like.device.type != "cpu" or like.dtype.itemsize != 2 or not rows:
+        return rows
+    step = max(_PRODUCT_STEP, (1 << rows.bit_length() - 1) // 8)
+    return min(-(-rows // step) * step, max(most, rows))
+
+
+def gathered(hidden: Tensor, rows: Tensor, most: int) -> Tensor:
+    """hidden[rows], and zeros below up to `product_rows`."""
+    return extended(hidden[rows], product_rows(len(rows), most, hidden))
+
+
+def extended(part: Tensor, rows: int) -> Tensor:
+    """`part` [M, …] with zeros below up to so many rows."""
+    return part if len(part) == rows else torch.cat([part, part.new_zeros(rows - len(part), *part.shape[1:])])
 
 
 def linear_cross_entropy(
@@ -116,9 +145,10 @@ def forward_reference(
     total = hidden.new_zeros((), dtype=wide)
     dhidden = torch.zeros_like(hidden) if need_dhidden else hidden.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=wide) if need_dweight else weight.new_empty(0)
-    for rows in counted(labels, ignore_index).split(chunk_rows(weight.shape[0])):
-        h, y = hidden[rows], labels[rows, None]
-        logits = (h @ weight.t()).to(wide)
+    most = chunk_rows(weight.shape[0])
+    for rows in counted(labels, ignore_index).split(most):
+        h, y = gathered(hidden, rows, most), labels[rows, None]
+        logits = (h @ weight.t())[: len(rows)].to(wide)
         log_sum = logits.logsumexp(dim=1, keepdim=True)
         loss = log_sum - logits.gather(1, y) * (1 - label_smoothing)
         if label_smoothing:
@@ -129,9 +159,9 @@ def forward_reference(
             dlogits.scatter_add_(1, y, dlogits.new_full((1, 1), label_smoothing - 1).expand(y.shape))
             if label_smoothing:
                 dlogits -= label_smoothing / weight.shape[0]
-            narrow = dlogits.to(hidden.dtype)
+            narrow = extended(dlogits.to(hidden.dtype), len(h))
             if need_dhidden:
-                dhidden[rows] = narrow @ weight
+                dhidden[rows] = (narrow @ weight)[: len(rows)]
             if need_dweight:
                 dweight += (narrow.t() @ h).to(wide)
             del dlogits, narrow
@@ -165,12 +195,14 @@ class _SlicedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, slices, labels, ignore_index):  # type: ignore[no-untyped-def]
         rows = counted(labels, ignore_index)
-        h, y = hidden[rows], labels[rows]
+        count = len(rows)
+        h = extended(hidden[rows], product_rows(count, 1 << 62, hidden))
+        y = torch.cat([labels[rows], labels.new_full((len(h) - count,), -1)])  # in no slice
         log_sum, own = _log_sums(h, slices, y)
         if ctx.needs_input_grad[0]:
             ctx.rows, ctx.shape = rows, hidden.shape
-            ctx.save_for_backward(_sliced_gradient(h, slices, y, log_sum))
-        return (log_sum - own).sum()
+            ctx.save_for_backward(_sliced_gradient(h, slices, y, log_sum)[:count])
+        return (log_sum - own)[:count].sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable

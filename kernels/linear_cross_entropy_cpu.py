@@ -34,21 +34,24 @@ def forward(
     dweight = torch.zeros_like(weight, dtype=torch.float32) if need_dweight else weight.new_empty(0)
     run = native.function("jindo_softmax_cross_entropy", POINTER, LONG, LONG, POINTER, FLOAT, INT, INT, POINTER)
     classes = weight.shape[0]
-    for rows in contract.counted(labels, ignore_index).split(contract.chunk_rows(classes)):
-        if not rows.numel():
+    most = contract.chunk_rows(classes)
+    for rows in contract.counted(labels, ignore_index).split(most):
+        count = rows.numel()
+        if not count:
             continue
-        h, y = hidden[rows], labels[rows].contiguous()
+        h, y = contract.gathered(hidden, rows, most), labels[rows].contiguous()
         if int(y.min()) < 0 or int(y.max()) >= classes:
             raise IndexError(f"labels reach from {int(y.min())} to {int(y.max())}, expected 0 to {classes - 1}")
-        logits = torch.mm(h, weight.t(), out=scratch((rows.numel(), classes), hidden.dtype, hidden.device))
-        loss = torch.empty(rows.numel(), dtype=torch.float64)
+        logits = torch.mm(h, weight.t(), out=scratch((len(h), classes), hidden.dtype, hidden.device))
+        logits[count:].zero_()  # the gradient's, too
+        loss = torch.empty(count, dtype=torch.float64)
         run(
-            address(logits), rows.numel(), classes, address(y), label_smoothing, TYPES[hidden.dtype],
+            address(logits), count, classes, address(y), label_smoothing, TYPES[hidden.dtype],
             need_dhidden or need_dweight, address(loss),
         )  # fmt: skip
         total += loss.sum().item()
         if need_dhidden:
-            dhidden[rows] = logits @ weight
+            dhidden[rows] = (logits @ weight)[:count]
         if need_dweight:
             dweight += logits.t() @ h
     return torch.tensor(total, dtype=torch.float32), dhidden, dweight.to(weight.dtype)

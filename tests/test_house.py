@@ -28,7 +28,7 @@ ENGINE_ROWS = [
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"checkpoint", "run_record", "decoding", "generation", "batch_generation", "progress"},
     {"evaluate", "mmlu", "scoring", "tune", "doctor", "merge", "training_data", "run_state", "refinery"}
-    | {"likelihood", "predictions"},
+    | {"likelihood", "predictions", "host_memory"},
     {"prepare", "drift", "refine", "kobest", "perplexity"},
     {"resume", "step", "outcome", "predict"},
     {"train", "convert", "evaluation"},

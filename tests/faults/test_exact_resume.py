@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from jindo_core import checkpoint
 from jindo_core.adapters import WEIGHTS
 from jindo_core.errors import Stopped
 from jindo_core.train import train
@@ -38,3 +39,17 @@ def test_stopped_and_resumed_is_as_never_stopped(kind, settings, stop_after, met
     rows = [[{name: row.get(name) for name in same} for row in log] for log in logs]
     assert rows[0] == rows[1]
     assert [row["step"] for row in rows[0]] == [0, *range(1, 9), 8]
+
+
+def test_checkpoints_and_measurements_at_the_end_of_each_epoch(settings, stop_after, metrics, tmp_path):
+    """Five steps to an epoch; also where the run was stopped within one."""
+    more = {"save_strategy": "epoch", "evaluation_strategy": "epoch", "max_steps": 12}
+    train(*settings("whole", **more))
+    stop_after(7)
+    with pytest.raises(Stopped):
+        train(*settings("parts", **more))
+    train(*settings("parts", **more, resume=True))
+    assert (tmp_path / "parts" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    for name, steps in (("whole", [5, 10]), ("parts", [5, 7, 10])):
+        assert sorted(found.step for found in map(checkpoint.read, checkpoint.folders(tmp_path / name))) == steps
+        assert [row["step"] for row in metrics(tmp_path / name) if "eval_loss" in row] == [0, 5, 10, 12]

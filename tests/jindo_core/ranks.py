@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from jindo_core import loader, mmlu, outcome, parallel, prepare
+from jindo_core import host_memory, loader, mmlu, outcome, pages, parallel, prepare
 from jindo_core import step as stepping
 from jindo_core import train as training
 from jindo_core.config import resolve_train_config
@@ -30,8 +30,8 @@ LETTERS = ("B", "L", "S", "T")
 def launch(folder, size, jobs, *, limit=120, check=True):
     """Do jobs in `size` ranks; returns {job's name: what each rank has to say of it}, and the finished process.
 
-    jobs: {name: {"settings": …, and perhaps a fault and where: "signal", "memory", "update_memory", "nan", "hang":
-    [rank, step]; "timeout": seconds that ranks wait for each other; "absmax" or "packed": that part of the weights
+    jobs: {name: {"settings": …, and perhaps a fault and where: "signal", "memory", "update_memory", "nan", "hang",
+    "host" (which is out of memory): [rank, step]; "timeout": seconds that ranks wait for each other; "absmax" or "packed": that part of the weights
     differs on rank 1; "live": count the storages that are alive from its first step on; "process": bytes that each
     rank is told to hold beside the step}}. Or {name: {"steps": …}}: the simulation's steps, with real tensors.
     """
@@ -95,6 +95,7 @@ def losses(out):
 def make_faults(job, rank):
     """Break this rank where the job says so; once."""
     step_of, accumulate, seen = [0], ORIGINAL["accumulate"], set()
+    host_memory.shortest = ORIGINAL["shortest"]
 
     def due(kind):
         if job.get(kind) == [rank, step_of[0]] and kind not in seen:
@@ -106,6 +107,8 @@ def make_faults(job, rank):
         step_of[0] = number
         if due("signal"):
             signal.raise_signal(signal.SIGTERM)
+        if due("host"):
+            host_memory.shortest = lambda *_: pages.Limit(1 << 30, 0)
         if due("update_memory"):
             original, tries = own.optimizer.step, []
 
@@ -140,6 +143,7 @@ def quantized(spoiled, *given, **more):
 ORIGINAL = {
     "quantize": loader.quantize_nf4, "take_step": training.take_step, "accumulate": stepping.accumulate,
     "prepare": training.prepare, "plan": prepare._plan,
+    "shortest": host_memory.shortest,
 }  # fmt: skip
 
 
@@ -225,6 +229,7 @@ def do(job, rank):
 if __name__ == "__main__":
     folder, own_rank = Path(sys.argv[1]), int(os.environ["RANK"])
     mmlu.LETTERS = LETTERS
+    host_memory.INTERVAL, pages._KEPT_IN_RAM = 0.0, set()
     outcome.ANSWER_TOKENS, training.draw_loss, parallel.GRACE = 2, lambda *_: None, 0.0
     for job_name, given_job in json.loads((folder / "jobs.json").read_text()).items():
         found_here = (steps_alone if "steps" in given_job else do)(given_job, own_rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import random
 import subprocess
@@ -187,12 +188,15 @@ class LateCopies:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_any_order_of_use_on_a_device_that_is_late(seed, monkeypatch):
-    """As `test_any_order_of_use`, held against what each use should find; nothing but events keeps copies in order."""
+def test_any_order_of_use_on_a_device_that_is_late(seed, monkeypatch, tmp_path):
+    """As `test_any_order_of_use`, held against what each use should find; nothing but events keeps copies in order.
+    On the way the store moves to a file, whatever is under way then."""
+    monkeypatch.setattr(pages, "_KEPT_IN_RAM", set())  # the tests' folder may lie there
     order = LateCopies.order = random.Random(seed)
     monkeypatch.setattr(pager_module, "_Thread", LateCopies)
-    store = PageStore("host", page_bytes=64)
-    pager = Pager(store, CPU, units=6, unit_bytes=100, resident=order.randrange(3), slots=order.choice([2, 3]))
+    store = PageStore("host", page_bytes=mmap.PAGESIZE)
+    unit_bytes, move_at = 3 * mmap.PAGESIZE // 2, order.randrange(1, 200)
+    pager = Pager(store, CPU, units=6, unit_bytes=unit_bytes, resident=order.randrange(3), slots=order.choice([2, 3]))
     late, wanted, wrong = pager._copier, [0] * 6, []
 
     def use(turn, buffer, found, new):
@@ -215,6 +219,8 @@ def test_any_order_of_use_on_a_device_that_is_late(seed, monkeypatch):
         else:
             late.launch(0, lambda t=turn, b=buffer, f=found: read(t, b, f))
         pager.done(unit, changed=changed)
+        if turn == move_at:
+            assert pager.move_to(tmp_path) == store.nbytes
         late.run(order.randrange(8))
         if order.random() < 0.02:
             late.mark().synchronize()  # these copy on the stream that computes
@@ -225,9 +231,10 @@ def test_any_order_of_use_on_a_device_that_is_late(seed, monkeypatch):
             unit = order.randrange(6)
             assert (pager.read(unit) == wanted[unit]).all()
             wanted[unit] = turn
-            pager.write(unit, 0, torch.full((100,), turn, dtype=torch.uint8))
+            pager.write(unit, 0, torch.full((unit_bytes,), turn, dtype=torch.uint8))
     late.mark().synchronize()
     assert wrong == []
+    assert not store.in_ram
     assert [int(pager.read(unit).unique()) for unit in range(6)] == wanted
 
 

@@ -92,6 +92,8 @@ def two(make, place):
     jobs["half"] = {"settings": make("two-half"), "signal": [0, 5]}
     jobs["sharded_half"] = {"settings": make("two-sharded_half", fsdp=True), "signal": [1, 5]}
     jobs["taken_up"] = {"settings": make("two-sharded_half", resume=True)}
+    jobs["host"] = {"settings": make("two-host"), "host": [1, 3]}
+    jobs["host_again"] = {"settings": make("two-host", resume=True)}
     jobs["wrong"] = {"settings": make("two-wrong", data_path=str(place / "none.json"))}
     jobs["constants"] = {"settings": make("two-constants"), "absmax": True}
     jobs["codes"] = {"settings": make("two-codes"), "packed": True}
@@ -202,6 +204,15 @@ def test_one_process_goes_on_where_ranks_stopped(alone, make, two, place):
 def test_when_one_runs_out_of_memory_all_give_way(alone, two, place):
     assert [said["gave_way"] for said in two[0]["short"]] == [["moments"]] * 2
     assert losses(place / "two-short") == like(alone("rows"))
+
+
+def test_when_one_s_host_runs_out_of_memory_all_give_way_and_stop(alone, two, place):
+    """At once, for nothing is left there; each says what is true of itself."""
+    stopped, again = two[0]["host"], two[0]["host_again"]
+    assert {said["code"] for said in stopped} == {75}
+    assert [said["gave_way"] for said in stopped + again] == [["moments", "layers", "layers", "layers"]] * 4
+    assert [said["ended"] for said in again] == ["well", "well"]
+    assert losses(place / "two-host") == like(alone("rows"))
 
 
 def test_an_update_is_made_once_though_another_rank_tries_again(alone, two, place):

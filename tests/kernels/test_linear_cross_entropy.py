@@ -233,3 +233,32 @@ def test_the_upstream_gradient_is_not_rounded():
     once = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, count=1.0), hidden)[0].double()
     third = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, count=3.0), hidden)[0].double()
     assert abs((third.abs().sum() * 3 / once.abs().sum()).item() - 1) < 5e-4
+
+
+def test_few_sizes_of_products_on_a_cpu_in_16_bits():
+    """Each size is a product that oneDNN compiles and keeps."""
+    like = torch.empty(0, dtype=torch.bfloat16)
+    sizes = [module.product_rows(rows, 1 << 20, like) for rows in range(1, 4097)]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) == 16 + 3 * 8
+    assert all(rows <= size < rows + max(32, rows / 8 + 1) for rows, size in enumerate(sizes, 1))
+    assert [module.product_rows(rows, 341, like) for rows in (0, 320, 330, 341)] == [0, 320, 341, 341]
+    assert module.product_rows(77, 341, like.float()) == module.product_rows(77, 341, like.to("meta")) == 77
+
+
+@pytest.mark.parametrize("rows", [5, 33, 200])
+@pytest.mark.usefixtures("each_cpu_implementation")
+def test_rows_that_only_fill_up_change_no_bit(rows, monkeypatch):
+    hidden, weight, labels = make_case(rows, 64, 96, torch.bfloat16)
+    slices = lambda: iter(weight.detach().split(40))  # noqa: E731
+
+    def run():
+        loss = linear_cross_entropy(hidden, weight.detach(), labels, label_smoothing=0.1)
+        sliced = module.sliced_cross_entropy(hidden, slices, labels)
+        found = [torch.autograd.grad(value, hidden)[0] for value in (loss, sliced)]
+        return loss.detach(), sliced.detach(), *found
+
+    filled = run()
+    monkeypatch.setattr(module, "product_rows", lambda count, most, like: count)
+    for one, other in zip(filled, run(), strict=True):
+        assert torch.equal(one, other)
