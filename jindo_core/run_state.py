@@ -25,20 +25,31 @@ NOT_FINITE = "no adapter was saved; lower --learning_rate, use --dtype fp32, or 
 class History:
     """The rows of metrics.jsonl, written as they come; and MMLU's scores, the first and the last."""
 
-    def __init__(self, log: TextIO) -> None:
+    def __init__(self, log: TextIO, tell: Callable[[Mapping[str, Any]], None] = lambda row: None) -> None:
+        """tell: is told of every row that is new."""
         self.rows: list[dict[str, Any]] = []
         self.first_scores: Scores | None = None
         self.last_scores: Scores | None = None
-        self._log = log
+        self._log, self._tell = log, tell
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: dict[str, Any], *, new: bool = True) -> None:
         self.rows.append(row)
         self._log.write(json.dumps(_plain(row)) + "\n")
         self._log.flush()
+        if new:
+            self._tell(row)
 
     def add_scores(self, step: int, scores: Scores) -> None:
         self.add({"step": step, **scores.metrics()})
         self.first_scores, self.last_scores = self.first_scores or scores, scores
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean cross entropy; infinite where no float holds it, NaN of NaN."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +123,7 @@ class RunState:
         }  # fmt: skip
 
     def load(self, packed: Mapping[str, Any]) -> None:
-        """The inverse of `packed`; the rows are written to the log once more."""
+        """The inverse of `packed`; the rows are written to the log once more, and those of the last step told."""
         self.step, self.measured, self.tokens = packed["step"], packed["measured"], packed["tokens"]
         self.seconds, self.first_answer = packed["seconds"], packed["first_answer"]
         self.before = math.nan if packed["before"] is None else packed["before"]
@@ -122,7 +133,8 @@ class RunState:
             subjects = {name: (right, count) for name, (right, count) in held["subjects"].items()}
             self.history.first_scores = Scores(held["split"], tuple(held["predictions"]), subjects, held["loss"])
         for row in packed["history"]:
-            self.history.add({k: math.nan if v is None and k != "epoch" else v for k, v in row.items()})
+            found = {k: math.nan if v is None and k != "epoch" else v for k, v in row.items()}
+            self.history.add(found, new=row["step"] == self.step)
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
