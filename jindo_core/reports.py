@@ -11,6 +11,7 @@ run's id and how far that was told lie in wandb_run.json, and rows are sent from
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
@@ -22,7 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from jindo_core.adapters import CONFIG, WEIGHTS
 from jindo_core.config import SINKS, TrainConfig
@@ -273,8 +275,8 @@ class _Wandb:
         self._id, self._told = _kept(output_dir)
         self._keep(closed=True)  # should wandb not begin now, it is as far as this
         settings = wandb.Settings(
-            x_disable_meta=True, x_disable_machine_info=True, disable_git=True, disable_code=True, save_code=False,
-            console="off",
+            x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False, disable_git=True,
+            disable_code=True, save_code=False, console="off", host="",
         )  # fmt: skip
         self._run = wandb.init(
             project=config.wandb_project, name=config.wandb_run_name, id=self._id, resume="allow", dir=str(output_dir),
@@ -283,9 +285,9 @@ class _Wandb:
         self._keep(closed=False)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step", step_sync=True)
-        watch = config.wandb_watch
-        if model is not None and watch not in (None, "false"):
-            self._run.watch(model, log=watch, log_freq=max(_WATCHED_EVERY, config.logging_steps))
+        watch, self._watched = config.wandb_watch, None
+        if model is not None and watch is not None and watch != "false":
+            self._watched = _Watched(model, watch, config.logging_steps)
 
     @property
     def failures(self) -> tuple[type[Exception], ...]:
@@ -294,8 +296,10 @@ class _Wandb:
     def log(self, row: Mapping[str, Any]) -> None:
         if (kind := _kind(row)) is None or row["step"] <= self._told.get(kind, -1):
             return
+        watched = {} if self._watched is None or kind != "loss" else self._watched.histograms(row["step"])
+        shapes = {name: self._wandb.Histogram(np_histogram=counted) for name, counted in watched.items()}
         try:
-            self._run.log({**tagged(row), "step": row["step"]})
+            self._run.log({**tagged(row), **shapes, "step": row["step"]})
         except self.failures:
             self._keep(closed=True)
             raise
@@ -321,6 +325,40 @@ class _Wandb:
     def _keep(self, *, closed: bool) -> None:
         held = {"id": self._id, "told": self._told, "closed": closed}
         write_atomically(self._file, (json.dumps(held) + "\n").encode())
+
+
+class _Watched:
+    """Histograms of what is trained, as wandb.watch makes them, but in the loop: that one sends from hooks inside the
+    backward pass, where a lost connection ends the run (seen with wandb 0.31)."""
+
+    def __init__(self, model: nn.Module, which: str, logging_steps: int) -> None:
+        """which: gradients, parameters or all."""
+        self._which, self._every = which, max(_WATCHED_EVERY, logging_steps)
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._gradients: dict[str, Tensor] = {}
+        if which != "parameters":
+            for name, parameter in self._trained.items():
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._see, name))
+
+    def _see(self, name: str, parameter: Tensor) -> None:
+        """Keeps the gradient, which is summed up and clipped in place, until the step's row is logged."""
+        if parameter.grad is not None:
+            self._gradients[name] = parameter.grad
+
+    def histograms(self, step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """{"gradients/NAME": (counts, edges)} at every so many steps; of gradients as the update took them."""
+        gradients, self._gradients = self._gradients, {}
+        if step != 1 and step % self._every:
+            return {}
+        parameters: Mapping[str, Tensor] = {} if self._which == "gradients" else self._trained
+        kinds = {"gradients": gradients, "parameters": parameters}
+        return {f"{kind}/{name}": _counted(value) for kind, found in kinds.items() for name, value in found.items()}
+
+
+def _counted(values: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    flat = values.detach().float().flatten()
+    counts, edges = np.histogram(flat[flat.isfinite()].cpu().numpy(), bins=64)
+    return counts, edges
 
 
 def _kind(row: Mapping[str, Any]) -> str | None:

@@ -114,7 +114,9 @@ class Card:
         files = ", ".join(_code(name) for name in data.names)
         return (
             f"## What it was trained on\n\n{data.rows:,} {named}, of {files}; SHA-256 of the rows as they were trained "
-            f"on (tokens, and which of them count in the loss, in their order):\n{_code(data.chosen.digest())}"
+            f"on (tokens, and which of them count in the loss, in their order):\n{_code(data.chosen.digest())}\n\n"
+            f"Prompts are those of the template {_code(by_name(config.prompt_template_name))}, which "
+            "jindo-core generate takes from the adapter's folder."
         )
 
     def _use(self, folder: Path) -> str:
@@ -123,7 +125,7 @@ class Card:
         asks = shlex.join(["jindo-core", "generate", *named, "--lora_weights", here, "--instruction", "..."])
         merges = shlex.join(["jindo-core", "merge", *named, "--lora_weights", here, "--output_dir", f"{here}-merged"])
         peft = (
-            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
             f"base = AutoModelForCausalLM.from_pretrained({json.dumps(_hub_base(self.job.config) or base)})\n"
             f"model = PeftModel.from_pretrained(base, {json.dumps(here, ensure_ascii=False)})"
         )
@@ -187,6 +189,8 @@ def command_of(config: TrainConfig, explicit: frozenset[str], processes: int = 1
     known = settings(TrainConfig)
     given = {name: value for name in known if name in explicit and (value := getattr(config, name)) is not None}
     profile = config.profile or "alpaca"
+    if profile == "qlora" and config.lr_scheduler_type == "constant" and (config.warmup_ratio or config.warmup_steps):
+        given["lr_scheduler_type"] = "constant_with_warmup"  # what that program's constant never does
     # Others' rules are not run again where all that they decide is given: so a second look adds what they changed.
     for _ in range(2):
         found, _, _ = resolve_train_config(given if _chooses(given) == profile else {"profile": profile, **given})

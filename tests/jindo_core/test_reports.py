@@ -10,6 +10,7 @@ import signal
 import sys
 
 import pytest
+import torch
 from short_runs import logged, rows_file, settings_of, signal_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -28,7 +29,9 @@ class Error(Exception): pass
 class CommError(Error): pass
 class UsageError(Error): pass
 class AuthenticationError(CommError): pass
-errors = SimpleNamespace(Error=Error, CommError=CommError, UsageError=UsageError, AuthenticationError=AuthenticationError)
+errors = SimpleNamespace(
+    Error=Error, CommError=CommError, UsageError=UsageError, AuthenticationError=AuthenticationError,
+)
 calls, fail_with = [], {}
 
 def _said(call, /, **what):
@@ -38,6 +41,9 @@ def _said(call, /, **what):
 
 class Settings:
     def __init__(self, **given): self.given = given
+
+class Histogram:
+    def __init__(self, np_histogram): self.counts, self.edges = np_histogram
 
 class Artifact:
     def __init__(self, **given): self.given, self.files = given, {}
@@ -54,7 +60,6 @@ class Artifact:
 class Run:
     def __init__(self): self.summary = {}
     def define_metric(self, name, **how): _said("define_metric", metric=name, **how)
-    def watch(self, model, **how): _said("watch", **how)
     def log(self, row): _said("log", **row)
     def log_artifact(self, artifact): _said("log_artifact", files=artifact.files, **artifact.given)
     def finish(self, exit_code): _said("finish", exit_code=exit_code, summary=dict(self.summary))
@@ -92,8 +97,7 @@ def run(stories260k, tmp_path):
     """run("out", …) trains; its folder."""
 
     def start(out, **changes):
-        path = tmp_path / "rows.json"
-        training.train(*settings_of(stories260k, path if path.exists() else rows_file(tmp_path), tmp_path / out, **changes))
+        training.train(*settings_of(stories260k, rows_file(tmp_path), tmp_path / out, **changes))
         return tmp_path / out
 
     return start
@@ -190,7 +194,7 @@ def test_a_full_disk_costs_the_curves_and_not_the_run(run, monkeypatch, capsys):
 def test_a_folder_that_takes_no_file_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     config = TrainConfig(report_to="tensorboard", logging_dir=str(tmp_path / "file"))
-    with pytest.raises(InputError, match="TensorBoard's files can't be written to .*file .*: give another --logging_dir"):
+    with pytest.raises(InputError, match=r"can't be written to .*file .*: give another --logging_dir"):
         open_reports(config, tmp_path, None, print)
 
 
@@ -232,15 +236,14 @@ def test_wandb_is_told_the_same_and_no_secret(wandb, run, monkeypatch, tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     out = run("out", wandb_project="p", wandb_run_name="first try", wandb_watch="all", wandb_log_model=True)
     kinds = [name for name, _ in wandb.calls]
-    assert kinds == ["init", "define_metric", "define_metric", "watch", *["log"] * 10, "log_artifact", "finish"]
+    assert kinds == ["init", "define_metric", "define_metric", *["log"] * 10, "log_artifact", "finish"]
     begun = wandb.calls[0][1]
     assert (begun["project"], begun["name"], begun["resume"]) == ("p", "first try", "allow")
     assert begun["dir"] == str(out)
     assert begun["config"]["data_path"] == ["rows.json"]
     assert begun["config"]["base_model"] == "stories260K-hf"
     assert begun["settings"].given["x_disable_meta"] is True
-    assert dict(wandb.calls)["watch"] == {"log": "all", "log_freq": 100}
-    rows = [row for name, row in wandb.calls if name == "log"]
+    rows = [{k: v for k, v in row.items() if "s/" not in k} for name, row in wandb.calls if name == "log"]
     assert [row.pop("step") for row in rows] == [row["step"] for row in logged(out)]
     assert rows == [tagged(row) for row in logged(out)]
     model, ended = wandb.calls[-2][1], wandb.calls[-1][1]
@@ -252,6 +255,26 @@ def test_wandb_is_told_the_same_and_no_secret(wandb, run, monkeypatch, tmp_path)
     told = repr([{**call, "dir": ""} for _, call in wandb.calls])
     assert str(tmp_path) not in told
     assert "hf_secret" not in told
+
+
+@pytest.mark.parametrize(("watch", "kinds"), [("all", {"gradients", "parameters"}), ("gradients", {"gradients"})])
+def test_wandb_gets_histograms_of_what_is_trained(watch, kinds, wandb, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5, bias=False), torch.nn.Linear(5, 2, bias=False))
+    model[0].requires_grad_(False)
+    config = TrainConfig(report_to="wandb", wandb_watch=watch)
+    with open_reports(config, tmp_path, None, print, model) as opened:
+        for step in (1, 2, 100):
+            model(torch.ones(4, 3)).square().sum().backward()
+            model(torch.ones(4, 3)).square().sum().backward()  # a second micro-batch
+            gradient = model[1].weight.grad.clone()
+            model.zero_grad(set_to_none=True)
+            opened.log({"step": step, "loss": 1.0})
+    rows = [row for name, row in wandb.calls if name == "log"]
+    assert [len(row) for row in rows] == [2 + len(kinds), 2, 2 + len(kinds)]
+    assert {name for name in rows[2] if "weight" in name} == {f"{kind}/1.weight" for kind in kinds}
+    found = rows[2]["gradients/1.weight"]
+    assert found.counts.sum() == 10
+    assert (found.edges[0], found.edges[-1]) == pytest.approx((gradient.min().item(), gradient.max().item()))
 
 
 def test_wandb_goes_on_under_the_same_id_with_each_step_once(wandb, run, monkeypatch, tmp_path):
@@ -291,7 +314,7 @@ def test_wandb_is_not_told_again_what_a_killed_run_told(wandb, tmp_path):
 
 def test_a_damaged_file_of_wandbs_run_is_an_error(wandb, tmp_path):
     (tmp_path / "wandb_run.json").write_text('{"id": 3}')
-    with pytest.raises(InputError, match="wandb_run.json has no id of a run: remove it"):
+    with pytest.raises(InputError, match=r"wandb_run.json has no id of a run: remove it"):
         open_reports(TrainConfig(report_to="wandb"), tmp_path, 3, print)
 
 
@@ -342,7 +365,7 @@ def test_what_is_not_installed_is_an_error_before_anything_is_read(stories260k, 
         with pytest.raises(InputError, match=rf"^{why} asks for \w+, which is not installed: pip install "):
             training.train(*settings_of(stories260k, rows_file(tmp_path), out, **given))
     monkeypatch.setenv("WANDB_PROJECT", "p")
-    with pytest.raises(InputError, match="^WANDB_PROJECT in the environment asks for wandb, .*or give --report_to none"):
+    with pytest.raises(InputError, match=r"^WANDB_PROJECT in the environment asks for wandb, .*or .*--report_to none"):
         training.train(*settings_of(stories260k, rows_file(tmp_path), out))
     assert not out.exists()
 
