@@ -375,12 +375,12 @@ def test_alpaca_loras_other_flags():
     assert notices == ("--add_eos_token: EOS is learnt wherever the answer fits, as alpaca-lora does without it too",)
     reported = "--wandb_project p --wandb_run_name r --wandb_watch all --wandb_log_model true"
     config, notices = resolved(f"jindo-core train --base_model m {reported}")
-    assert values(config, "wandb_project", "wandb_run_name", "wandb_watch", "wandb_log_model") == ("p", "r", "all", True)
+    names = ("wandb_project", "wandb_run_name", "wandb_watch", "wandb_log_model")
+    assert values(config, *names) == ("p", "r", "all", True)
     assert notices == ()
     # As finetune.py has them where nothing is given.
-    config, _ = resolved("jindo-core train --base_model m --wandb_project '' --wandb_run_name '' --wandb_watch '' "
-                         "--wandb_log_model ''")  # fmt: skip
-    assert values(config, "wandb_project", "wandb_run_name", "wandb_watch", "wandb_log_model") == (None, None, None, False)
+    config, _ = resolved("jindo-core train --base_model m " + " ".join(f"--{name} ''" for name in names))
+    assert values(config, *names) == (None, None, None, False)
     assert message("--run_name a --wandb_run_name b").startswith("--run_name: got it beside --wandb_run_name")
     config, _ = resolved("jindo-core train --base_model m --resume_from_checkpoint lora-alpaca/checkpoint-200")
     assert values(config, "resume_from_checkpoint", "save_steps", "save_total_limit", "load_best_model_at_end") == (
