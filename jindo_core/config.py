@@ -86,6 +86,9 @@ _SAID_ELSEWHERE = {
     "instruction": "prompt",
 }
 
+SINKS = ("tensorboard", "wandb")
+"""Where a run's figures may be reported to, by the names of the packages."""
+
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -186,6 +189,17 @@ class TrainConfig:
     logging_steps: int = _profiled("logging_steps", _LOGS, "log every N steps", at_least=1)
     eval_steps: int = setting(200, _LOGS, "held-out loss every N steps", at_least=1)
     eval_epochs: bool = setting(False, _LOGS, "instead: at the end of each epoch", hidden=True)
+    report_to: tuple[str, ...] | None = setting(
+        None, _LOGS, "tensorboard, wandb, all or none", example="tensorboard and wandb, or all or none",
+        empty_is_none=True, metavar="NAME",
+    )  # fmt: skip
+    logging_dir: str | None = setting(None, _LOGS, "TensorBoard's files", path=True, metavar="DIR", hidden=True)
+    wandb_project: str | None = setting(None, _LOGS, "wandb's project", empty_is_none=True, hidden=True)
+    wandb_run_name: str | None = setting(None, _LOGS, "the run's name there", empty_is_none=True, hidden=True)
+    wandb_watch: Literal["false", "gradients", "all"] | None = setting(
+        None, _LOGS, "histograms there", empty_is_none=True, also=("False", "parameters"), hidden=True
+    )
+    wandb_log_model: bool = setting(False, _LOGS, "send it the adapter", empty_is_none=True, hidden=True)
 
     save_steps: int = _profiled("save_steps", _LOGS, "a checkpoint every N steps (0: none)", at_least=0)
     save_epochs: bool = setting(False, _LOGS, "instead: at the end of each epoch", hidden=True)
@@ -220,6 +234,7 @@ class TrainConfig:
                 f"({self.batch_size}): lower it, or raise --batch_size"
             )
         _check_resume(self)
+        _check_reports(self)
         if self.max_steps == 0:
             raise InputError("--max_steps: got 0, expected a whole number above 0, or -1 for no limit")
         if "all-linear" in self.lora_target_modules and len(self.lora_target_modules) > 1:
@@ -325,6 +340,23 @@ def _check_resume(config: TrainConfig) -> None:
         raise InputError("--resume: got it beside --resume_from_checkpoint, expected one of them")
     elif word == "true":
         object.__setattr__(config, "resume_from_checkpoint", "True")
+
+
+def _check_reports(config: TrainConfig) -> None:
+    """The names of report_to, in small letters; and none beside what asks for wandb. Raises InputError."""
+    if config.report_to is not None:
+        names = tuple(dict.fromkeys(name.lower() for name in config.report_to))
+        expected = "expected tensorboard and wandb, or all or none alone"
+        for name in names:
+            if name not in (*SINKS, "all", "none"):
+                raise InputError(f"--report_to: got {name!r}, {expected}.{nearest(name, [*SINKS, 'all', 'none'])}")
+        if len(names) > 1 and {"all", "none"} & set(names):
+            raise InputError(f"--report_to: got {show(names)}, {expected}")
+        if names == ("none",) and config.wandb_project is not None:
+            raise InputError("--wandb_project: got it beside --report_to none, expected one of them: leave one out")
+        object.__setattr__(config, "report_to", names)
+    if config.wandb_watch == "False":
+        object.__setattr__(config, "wandb_watch", "false")
 
 
 def read_fields(config: Config) -> None:

@@ -46,7 +46,7 @@ def resolve_model(name: str | None) -> Path:
             hint = f"; give the file, {inside}" if inside else ""
             raise InputError(f"base model {name}: no model here, expected config.json or params.json in it{hint}")
         return path
-    if not _looks_like_hub_id(name):
+    if not looks_like_hub_id(name):
         raise InputError(f"base model {name} does not exist: expected a folder, a .gguf file or a Hub id owner/name")
     folder = _snapshot(name, "model", MODEL_FILES)
     return folder if any(folder.glob("*.safetensors")) else _snapshot(name, "model", MODEL_FILES + OLDER_FILES)
@@ -75,7 +75,7 @@ def resolve_data(name: str) -> Path:
     parts = name.removeprefix(HUB).split("/", 2)
     repo, file = "/".join(parts[:2]), "".join(parts[2:])
     is_file = not name.startswith(HUB) and (file or name.endswith(DATA_ENDINGS))  # a path that was mistyped
-    if is_file or not _looks_like_hub_id(repo):
+    if is_file or not looks_like_hub_id(repo):
         endings = ", ".join(DATA_ENDINGS)
         hint = "; several are separated by spaces, not commas" if "," in name else ""
         raise InputError(f"data_path {name} does not exist: expected a file ({endings}), a folder or a Hub id{hint}")
@@ -121,7 +121,8 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _looks_like_hub_id(name: str) -> bool:
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name, which a path may have too."""
     parts = name.split("/")
     return len(parts) == 2 and all(part and part not in (".", "..", "~") for part in parts) and " " not in name
 

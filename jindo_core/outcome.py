@@ -20,9 +20,8 @@ from jindo_core.generation import generate
 from jindo_core.memory import is_out_of_memory
 from jindo_core.prepare import ANSWER_TOKENS, TrainingJob
 from jindo_core.progress import TrainingView, typed
-from jindo_core.run_record import RunRecord, keep_template, write_run
-
-METRICS = "metrics.jsonl"
+from jindo_core.run_record import METRICS, RunRecord, keep_template, write_run
+from jindo_core.run_state import History, perplexity
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,17 @@ class TrainResult:
     loss_after: float
     tokens_per_second: float
     peak_bytes: int
+    skipped_steps: int = 0
+
+    @property
+    def perplexity_before(self) -> float:
+        """NaN without held-out rows."""
+        return perplexity(self.loss_before)
+
+    @property
+    def perplexity_after(self) -> float:
+        """NaN without held-out rows."""
+        return perplexity(self.loss_after)
 
 
 def save(job: TrainingJob, output_dir: Path) -> None:
@@ -73,15 +83,26 @@ def one_line(record: Record) -> str:
     return text if len(text) <= 100 else text[:99] + "…"
 
 
-def record(config: TrainConfig, result: TrainResult, template: Template) -> None:
-    results = {
+def figures_of(result: TrainResult, history: History) -> dict[str, Any]:
+    """What a run came to, by name; None: it was not measured. MMLU's accuracies only where it was asked."""
+    found: dict[str, Any] = {
         "steps": result.steps,
         "adapter_of_step": result.adapter_step,
-        "held_out_loss_before": None if math.isnan(result.loss_before) else result.loss_before,
-        "held_out_loss_after": None if math.isnan(result.loss_after) else result.loss_after,
+        "held_out_loss_before": result.loss_before,
+        "held_out_loss_after": result.loss_after,
+        "held_out_perplexity_before": result.perplexity_before,
+        "held_out_perplexity_after": result.perplexity_after,
         "tokens_per_second": result.tokens_per_second,
         "peak_bytes": result.peak_bytes,
+        "skipped_steps": result.skipped_steps,
     }
+    if (first := history.first_scores) is not None and (last := history.last_scores) is not None:
+        found |= {"mmlu_accuracy_before": first.accuracy, "mmlu_accuracy_after": last.accuracy}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
+
+def record(config: TrainConfig, result: TrainResult, template: Template, results: dict[str, Any]) -> None:
+    """The record of a run beside its adapter. results: `figures_of` it."""
     name = keep_template(result.output_dir, config.prompt_template_name, template)
     write_run(result.output_dir, record_of(config, results, name))
 
@@ -102,7 +123,10 @@ def _lasting(name: str | None) -> str | None:
     return str(Path(name).absolute()) if name is not None and Path(name).exists() else name
 
 
-def farewell(view: TrainingView, config: TrainConfig, result: TrainResult, probe: Record | None) -> None:
+def farewell(
+    view: TrainingView, config: TrainConfig, result: TrainResult, probe: Record | None, card: str | None = None
+) -> None:
+    """What a person is told at the end. card: the run card's name, if one was written."""
     view.say(
         f"{result.steps} steps at {result.tokens_per_second:,.0f} tokens/s; peak memory "
         f"{result.peak_bytes / 1e6:,.0f} MB"
@@ -111,7 +135,8 @@ def farewell(view: TrainingView, config: TrainConfig, result: TrainResult, probe
     if budget and result.peak_bytes > budget:
         over = (result.peak_bytes - budget) / 1e6
         view.notice(f"that is {over:,.0f} MB over the {config.max_memory_MB:,} MB asked for")
-    view.say(f"Saved and read back: {result.output_dir}/{WEIGHTS}, {CONFIG}, {METRICS}, loss.png")
+    files = ", ".join(filter(None, (WEIGHTS, CONFIG, METRICS, "loss.png", card)))
+    view.say(f"Saved and read back: {result.output_dir}/{files}")
     base = [] if config.base_model is None else ["--base_model", config.base_model]
     asked = [("--instruction", probe.instruction), ("--input", probe.input)] if probe else [("--instruction", "…")]
     if probe is not None and not probe.instruction:

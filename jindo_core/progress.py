@@ -189,13 +189,20 @@ class TrainingView:
             self._bar.stop()
             self._bar = None
 
-    def results(self, before: float, after: float, rows: int, answers: Sequence[tuple[str, str, str]]) -> None:
+    def results(
+        self, before: float, after: float, rows: int, answers: Sequence[tuple[str, str, str]], *,
+        perplexities: tuple[float, float] | None = None,
+    ) -> None:
         """Held-out loss and answers before and after; answers: (instruction, before, after)."""
         if rows:
             table = Table(title=f"Loss on {rows} held-out rows", title_justify="left", title_style="bold")
+            table.add_column("")
             for name in ("before", "after", "change"):
                 table.add_column(name, justify="right")
-            table.add_row(f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+            table.add_row("loss", f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+            if perplexities is not None:
+                was, now = perplexities
+                table.add_row("perplexity", f"{was:,.2f}", f"{now:,.2f}", f"{now - was:+,.2f}")
             self.console.print(table)
         for instruction, first, second in answers:
             title = f"Instruction: {instruction}" if instruction else "What it writes without a prompt"

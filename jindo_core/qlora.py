@@ -1,7 +1,7 @@
 """The flags of qlora.py and of alpaca-lora's finetune.py that `train` has no setting of the same name for.
 
 Each is in `FLAGS` with what becomes of it: another of our settings, one together with others (`_RULES`), nothing
-for a reason, nothing yet, or a refusal. `translate` applies them; nothing that has no effect is passed over in
+for a reason, or a refusal. `translate` applies them; nothing that has no effect is passed over in
 silence. docs/qlora.md shows the table, and a test holds the two together. Source of names, defaults and effects:
 qlora.py (ModelArguments, DataArguments, TrainingArguments, GenerationArguments) and transformers'
 Seq2SeqTrainingArguments, which it inherits.
@@ -59,13 +59,13 @@ class Flag:
 
     Attributes:
         kind: how its value is read, as in `Setting`; "word": anything, for its value changes nothing here.
-        does: "setting": it is our setting `ours`; "rule": it decides about `ours` together with others; "inert",
-            "later": nothing, for the reason in `note`; "refused": an error with that reason.
+        does: "setting": it is our setting `ours`; "rule": it decides about `ours` together with others; "inert":
+            nothing, for the reason in `note`; "refused": an error with that reason.
         as_is: values that ask for what is done anyway, of which nothing needs to be said; words in lower case.
     """
 
     name: str
-    does: Literal["setting", "rule", "inert", "later", "refused"]
+    does: Literal["setting", "rule", "inert", "refused"]
     ours: str = ""
     note: str = ""
     kind: Literal["int", "float", "bool", "text", "word"] = "word"
@@ -85,7 +85,6 @@ _NO_SUCH_SETTING = "answers are greedy, or sampled as --temperature, --top_k and
 _NEW_TOKENS = "--max_new_tokens says how long an answer may be"
 _OWN_CODE = "models are built from the engine's own code: nothing of a checkpoint's is ever run"
 _HUB_LOGIN = "the Hub's own login counts: hf auth login, or HF_TOKEN"
-_NO_WANDB = "no reports to other services yet: metrics.jsonl and loss.png are written to output_dir"
 _MICRO = "held-out rows go through in micro-batches too, or in what memory leaves room for"
 _LOGGED = "every step is written to metrics.jsonl; --logging_steps says which are shown"
 _ROWS_READY = "rows are tokenized before the first step: no worker prepares them beside it"
@@ -149,12 +148,9 @@ _TABLE = [
     *_inert("diversity_penalty no_repeat_ngram_size", _NO_SUCH_SETTING, (*_NOTHING, "0.0")),
     # files and reports
     Flag("save_strategy", "rule", "save_steps", "steps, epoch (--save_epochs), or no for none", kind="text"),
-    *_inert("logging_strategy logging_first_step logging_dir", _LOGGED),
+    *_inert("logging_strategy logging_first_step", _LOGGED),
     *_inert("disable_tqdm", "the bar shows only on a terminal"),
-    *[
-        Flag(name, "later", note=_NO_WANDB, as_is=_NOTHING)
-        for name in ("report_to", "run_name", "wandb_project", "wandb_run_name", "wandb_watch", "wandb_log_model")
-    ],
+    Flag("run_name", "setting", "wandb_run_name"),
     *_refused("push_to_hub", "nothing is sent anywhere: hf upload, or jindo-core export --push_to_hub"),
     # alpaca-lora's
     *_inert("add_eos_token", "EOS is learnt wherever the answer fits, as alpaca-lora does without it too"),

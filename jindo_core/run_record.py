@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -16,8 +17,10 @@ from jindo_core.data.templates import CHAT, Template, template_names
 from jindo_core.errors import InputError
 from jindo_core.files import read_json, write_atomically
 from jindo_core.hub import holds_model
+from jindo_core.settings import settings
 
 FILE = "jindo_run.json"
+METRICS = "metrics.jsonl"
 TEMPLATE = "prompt_template.json"
 """A copy of the user's own template, beside the record that names it."""
 
@@ -52,6 +55,24 @@ def keep_template(folder: Path, name: str, template: Template) -> str:
     texts = {key: value for key, value in vars(template).items() if value and key != "name"}
     write_atomically(folder / TEMPLATE, (json.dumps(texts, indent=2, ensure_ascii=False) + "\n").encode())
     return TEMPLATE
+
+
+def by_name(text: str) -> str:
+    """A local path's last part, which says nothing of the machine; other names, a Hub id's say, as they are."""
+    path = Path(text).expanduser()
+    local = path.is_absolute() or text.startswith((".", "~")) or path.exists()
+    return path.resolve().name if local else text
+
+
+def shown(config: TrainConfig) -> dict[str, Any]:
+    """The settings as others may see them: paths by their last part, tuples as lists."""
+    found = {}
+    for name, value in dataclasses.asdict(config).items():
+        known = settings(TrainConfig)[name]
+        if known.path or name == "prompt_template_name":
+            value = [by_name(one) for one in value] if isinstance(value, tuple) else value and by_name(value)
+        found[name] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def read_run(folder: str | Path | None) -> RunRecord | None:

@@ -41,24 +41,36 @@ class Rows(LazySequence[dict[str, Any]]):
 class History:
     """The rows of metrics.jsonl, written as they come; and MMLU's scores, the first and the last."""
 
-    def __init__(self, log: TextIO) -> None:
+    def __init__(self, log: TextIO, tell: Callable[[Mapping[str, Any]], None] = lambda row: None) -> None:
+        """tell: is told of every row that is new."""
         self.rows = Rows()
         self.first_scores: Scores | None = None
         self.last_scores: Scores | None = None
-        self._log = log
+        self._log, self._tell = log, tell
 
     def add(self, row: dict[str, Any]) -> None:
         self.add_line(json.dumps(_plain(row)))
+        self._tell(row)
 
-    def add_line(self, line: str) -> None:
-        """A row as its line of JSON."""
+    def add_line(self, line: str, *, new: bool = False) -> None:
+        """A row as its line of JSON. new: it is to be told."""
         self.rows.lines.append(line)
         self._log.write(line + "\n")
         self._log.flush()
+        if new:
+            self._tell(json.loads(line))
 
     def add_scores(self, step: int, scores: Scores) -> None:
         self.add({"step": step, **scores.metrics()})
         self.first_scores, self.last_scores = self.first_scores or scores, scores
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean cross entropy; infinite where no float holds it, NaN of NaN."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +144,7 @@ class RunState:
         }  # fmt: skip
 
     def load(self, packed: Mapping[str, Any]) -> None:
-        """The inverse of `packed`; the rows are written to the log once more."""
+        """The inverse of `packed`; the rows are written to the log once more, and those of the last step told."""
         self.step, self.measured, self.tokens = packed["step"], packed["measured"], packed["tokens"]
         self.seconds, self.first_answer = packed["seconds"], packed["first_answer"]
         self.before = math.nan if packed["before"] is None else packed["before"]
@@ -142,7 +154,7 @@ class RunState:
             subjects = {name: (right, count) for name, (right, count) in held["subjects"].items()}
             self.history.first_scores = Scores(held["split"], tuple(held["predictions"]), subjects, held["loss"])
         for line in packed["history"]:
-            self.history.add_line(line)
+            self.history.add_line(line, new=json.loads(line)["step"] == self.step)
 
 
 def random_states(device: torch.device) -> dict[str, Any]:

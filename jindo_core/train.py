@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from jindo_core import checkpoint, parallel, predict, resume
+from jindo_core import checkpoint, parallel, predict, reports, resume
 from jindo_core.checkpoint import Checkpoint
 from jindo_core.config import TrainConfig
 from jindo_core.data.batches import BatchCursor
@@ -23,12 +23,24 @@ from jindo_core.host_memory import TRY_AGAIN, HostWatch
 from jindo_core.interrupt import Broken, StopSignals
 from jindo_core.memory import current_bytes, keep_budget, peak_bytes
 from jindo_core.mmlu import Mmlu, Share
-from jindo_core.outcome import METRICS, TrainResult, answer, base_name, farewell, one_line, record, record_of, save
+from jindo_core.outcome import (
+    TrainResult,
+    answer,
+    base_name,
+    farewell,
+    figures_of,
+    one_line,
+    record,
+    record_of,
+    save,
+)
 from jindo_core.prepare import TrainingJob, prepare
 from jindo_core.progress import TrainingView, draw_loss
+from jindo_core.reports import Reports, open_reports
 from jindo_core.resume import Foreign, Saver, base_digest, load_best, restore, take_weights
-from jindo_core.run_record import choose_output_dir
-from jindo_core.run_state import NOT_FINITE, Best, History, RunState
+from jindo_core.run_card import Card, command_of, write_card
+from jindo_core.run_record import METRICS, choose_output_dir
+from jindo_core.run_state import NOT_FINITE, Best, History, RunState, perplexity
 from jindo_core.step import take_step
 
 ROOM = 4 << 20
@@ -54,16 +66,19 @@ def train(
     """
     if config.preview:
         raise InputError(f"preview is {config.preview}, expected 0 to train: rows are shown by prepare.preview")
+    given = config
     with parallel.joined(config) as (ranks, config), contextlib.ExitStack() as owned:
         view = TrainingView(quiet=not ranks.leads)
         for notice in (*notices, *([] if (advice := parallel.advice(config)) is None else [advice])):
             view.notice(notice)
+        ranks.first(lambda: reports.check(config, view.notice))
         output_dir, there, found = ranks.first(lambda: _claim(config, "output_dir" in explicit, owned, view))
         planned = resume.check_settings(found, config, view) if isinstance(found, Checkpoint) else None
         job = prepare(config, explicit, view, planned, ranks)
         owned.callback(keep_budget, job.model.device, 0)
         ranks.first(lambda: _clear(output_dir, owned, there, anew=found is None and config.overwrite_output_dir))
-        return _run(job, found, output_dir, view)
+        command = command_of(given, explicit, ranks.size)
+        return _run(job, found, output_dir, view, command)
 
 
 def _claim(
@@ -87,41 +102,65 @@ def _clear(output_dir: Path, owned: contextlib.ExitStack, there: bool, *, anew: 
             checkpoint.remove(folder)
 
 
-def _run(job: TrainingJob, found: Checkpoint | Foreign | None, output_dir: Path, view: TrainingView) -> TrainResult:
-    """Measure, train, measure again, save."""
+def _run(
+    job: TrainingJob, found: Checkpoint | Foreign | None, output_dir: Path, view: TrainingView, command: str
+) -> TrainResult:
+    """Measure, train, measure again, save. command: what a person typed for it."""
     part = output_dir / f"{METRICS}.part"
-    with open(part if job.ranks.leads else os.devnull, "w", encoding="utf-8") as log:
-        run = _Run(job, RunState(History(log)), output_dir, view)
+    with (
+        _reports(job, found, output_dir, view) as reported,
+        open(part if job.ranks.leads else os.devnull, "w", encoding="utf-8") as log,
+    ):
+        run = _Run(job, RunState(History(log, reported.log)), output_dir, view)
         run.begin(found)
         with run.signals:
             total = _loop(run)
             after, kept = run.measure_last(total)
-            return _finish(run, part, total, after, kept)
+            return _finish(run, part, total, after, kept, reported, command)
 
 
-def _finish(run: _Run, part: Path, total: int, after: float, kept: int) -> TrainResult:
+def _reports(job: TrainingJob, found: Checkpoint | Foreign | None, output_dir: Path, view: TrainingView) -> Reports:
+    """Where the run's figures go to; the first rank's."""
+    opened = [Reports([], view.notice)]
+    step = int(found.state["run"]["step"]) if isinstance(found, Checkpoint) else None
+
+    def begin() -> None:
+        opened[0] = open_reports(job.config, output_dir, step, view.notice, job.model)
+
+    job.ranks.first(begin)
+    return opened[0]
+
+
+def _finish(
+    run: _Run, part: Path, total: int, after: float, kept: int, reported: Reports, command: str
+) -> TrainResult:
     """Show and save what came of it. A signal that comes now changes nothing: it is short, but for the predictions."""
     job, output_dir, view = run.job, part.parent, run.view
     state, history = run.state, run.state.history
     result = TrainResult(
-        output_dir, total, kept, state.before, after, state.tokens_per_second, peak_bytes(job.model.device)
-    )
+        output_dir, total, kept, state.before, after, state.tokens_per_second, peak_bytes(job.model.device),
+        state.skipped.total,
+    )  # fmt: skip
     if not job.ranks.leads:
         _predict(run, output_dir, after)
         return result
     asked = None if job.ranks.sharded else job.probe
     answers = [] if asked is None else [(one_line(asked), state.first_answer, answer(job, view))]
-    view.results(state.before, after, len(job.held_out), answers)
+    perplexities = (result.perplexity_before, result.perplexity_after)
+    view.results(state.before, after, len(job.held_out), answers, perplexities=perplexities)
     if (first := history.first_scores) is not None and (last := history.last_scores) is not None:
         view.mmlu(first.subjects, last.subjects, first.accuracy, last.accuracy)
     # Until here a run that was in the folder before is whole, and one that fails leaves no more than its log.
     save(job, output_dir)
     predict.clear(output_dir)
     os.replace(part, output_dir / METRICS)
-    record(job.config, result, job.template)
+    figures = figures_of(result, history)
+    record(job.config, result, job.template, figures)
     draw_loss(history.rows, output_dir / "loss.png")
+    described = write_card(output_dir, Card(job, figures, answers, command), view.notice)
+    reported.finish(output_dir, figures)
     _predict(run, output_dir, after)
-    farewell(view, job.config, result, job.probe)
+    farewell(view, job.config, result, job.probe, described)
     return result
 
 
@@ -188,7 +227,8 @@ class _Run:
         with contextlib.suppress(Broken):
             loss = self._measure(breakable=True)
             if self.job.held_out:
-                self.view.say(f"step {state.step}/{total}  held-out loss {loss:.4f}")
+                held_out = f"held-out loss {loss:.4f}  perplexity {perplexity(loss):.2f}"
+                self.view.say(f"step {state.step}/{total}  {held_out}")
             if self._is_due("save") and math.isfinite(loss) and (state.best is None or loss < state.best.loss):
                 state.best = Best(state.step, loss)
 
@@ -311,7 +351,7 @@ def _measure(job: TrainingJob, view: TrainingView, history: History, step: int, 
 
     total, count = job.ranks.totals(*job.relief.outlive(run, step, view.notice))
     loss = total / count if count else math.nan
-    history.add({"step": step, "eval_loss": loss})
+    history.add({"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
     return loss
 
 

@@ -28,9 +28,9 @@ ENGINE_ROWS = [
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"checkpoint", "run_record", "decoding", "generation", "batch_generation", "progress"},
     {"evaluate", "mmlu", "scoring", "tune", "doctor", "merge", "training_data", "run_state", "refinery"}
-    | {"likelihood", "predictions", "host_memory"},
+    | {"likelihood", "predictions", "host_memory", "reports"},
     {"prepare", "drift", "refine", "kobest", "perplexity"},
-    {"resume", "step", "outcome", "predict"},
+    {"resume", "step", "outcome", "predict", "run_card"},
     {"train", "convert", "evaluation"},
     {"integrations"},
 ]

@@ -313,7 +313,8 @@ def test_the_guanaco_script_runs(stories15m, tmp_path, monkeypatch, capsys):
         ("--max_mmlu_samples 5", {"max_mmlu_samples": 5}, "--max_mmlu_samples: no effect without --do_mmlu_eval"),
         ("--do_mmlu_eval --mmlu_dataset mmlu-zs --mmlu_split test", {"mmlu_dataset": "mmlu-zs"}, ""),
         ("--report_to none --local_rank -1 --deepspeed ''", {}, ""),
-        ("--report_to wandb tensorboard --seed 3", {"seed": 3}, "--report_to: no reports to other services yet"),
+        ("--report_to wandb tensorboard --seed 3", {"seed": 3, "report_to": ("wandb", "tensorboard")}, ""),
+        ("--report_to none --run_name r --logging_dir d", {"wandb_run_name": "r", "logging_dir": "d"}, ""),
         ("--top_k 1 --temperature 0.7", {}, "--top_k, --temperature: no effect without --do_predict"),
         ("--do_predict", {"predict_with_generate": True, "val_set_size": 1024, "max_new_tokens": 256}, ""),
         ("--do_predict --predict_with_generate --eval_dataset_size 9", {"val_set_size": 9, "do_sample": False}, ""),
@@ -387,9 +388,15 @@ def test_alpaca_loras_other_flags():
     rest = "--wandb_project '' --resume_from_checkpoint None --add_eos_token"
     _, notices = resolved(f"jindo-core train --base_model m {rest}")
     assert notices == ("--add_eos_token: EOS is learnt wherever the answer fits, as alpaca-lora does without it too",)
-    _, notices = resolved("jindo-core train --base_model m --wandb_project p --wandb_run_name r --wandb_watch all")
-    (notice,) = notices
-    assert notice.startswith("--wandb_project, --wandb_run_name, --wandb_watch: no reports to other services yet")
+    reported = "--wandb_project p --wandb_run_name r --wandb_watch all --wandb_log_model true"
+    config, notices = resolved(f"jindo-core train --base_model m {reported}")
+    names = ("wandb_project", "wandb_run_name", "wandb_watch", "wandb_log_model")
+    assert values(config, *names) == ("p", "r", "all", True)
+    assert notices == ()
+    # As finetune.py has them where nothing is given.
+    config, _ = resolved("jindo-core train --base_model m " + " ".join(f"--{name} ''" for name in names))
+    assert values(config, *names) == (None, None, None, False)
+    assert message("--run_name a --wandb_run_name b").startswith("--run_name: got it beside --wandb_run_name")
     config, _ = resolved("jindo-core train --base_model m --resume_from_checkpoint lora-alpaca/checkpoint-200")
     assert values(config, "resume_from_checkpoint", "save_steps", "save_total_limit", "load_best_model_at_end") == (
         "lora-alpaca/checkpoint-200", 200, 3, True,
@@ -446,7 +453,7 @@ def test_other_values_name_settings_values():
 def test_the_documentation_holds_the_table(repo_root):
     text = (repo_root / "docs" / "qlora.md").read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| `--(\w+)` \| (\w+) \| (.*) \|$", text, re.MULTILINE))
-    said = {"setting": "mapped", "rule": "mapped", "inert": "none", "later": "later", "refused": "refused"}
+    said = {"setting": "mapped", "rule": "mapped", "inert": "none", "refused": "refused"}
     expected = {
         (flag.name, said[flag.does], " ".join(filter(None, [flag.ours and f"`--{flag.ours}`", flag.note])))
         for flag in FLAGS.values()

@@ -31,8 +31,8 @@ def launch(folder, size, jobs, *, limit=120, check=True):
     """Do jobs in `size` ranks; returns {job's name: what each rank has to say of it}, and the finished process.
 
     jobs: {name: {"settings": …, and perhaps a fault and where: "signal", "memory", "update_memory", "nan", "hang",
-    "host" (which is out of memory): [rank, step]; "timeout": seconds that ranks wait for each other; "absmax" or "packed": that part of the weights
-    differs on rank 1; "live": count the storages that are alive from its first step on; "process": bytes that each
+    "host" (which is out of memory): [rank, step]; "timeout": seconds that ranks wait for each other; "absmax" or
+    "packed": that part of the weights differs on rank 1; "live": count the storages that are alive from its first step on; "process": bytes that each
     rank is told to hold beside the step}}. Or {name: {"steps": …}}: the simulation's steps, with real tensors.
     """
     folder.mkdir()

@@ -83,7 +83,7 @@ def two(make, place):
     jobs = {kind: {"settings": make(f"two-{kind}", **saved | more)} for kind, more in KINDS.items() if kind != "few"}
     jobs["shards"] = {"settings": make("two-shards", fsdp=True, **QUESTIONS)}
     jobs["shards_again"] = {"settings": make("two-shards_again", fsdp=True, gradient_checkpointing=True, batch_size=5)}
-    jobs["dropout"] = {"settings": make("two-dropout", save_steps=3, lora_dropout=0.2)}
+    jobs["dropout"] = {"settings": make("two-dropout", save_steps=3, lora_dropout=0.2, report_to="tensorboard")}
     jobs["stopped"] = {"settings": make("two-stopped", save_steps=3, lora_dropout=0.2), "signal": [1, 4]}
     jobs["resumed"] = {"settings": make("two-stopped", save_steps=3, lora_dropout=0.2, resume=True)}
     jobs["short"] = {"settings": make("two-short"), "memory": [1, 2]}
@@ -145,8 +145,9 @@ def test_rank_0_writes_and_speaks_alone(two, place):
     files = {path.name for path in (place / "two-rows").iterdir()}
     assert files == {
         "adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "jindo_run.json", "checkpoint-3",
-        "checkpoint-6", "predictions.jsonl", "metrics.json",
+        "checkpoint-6", "README.md", "predictions.jsonl", "metrics.json",
     }  # fmt: skip
+    assert len(list((place / "two-dropout" / "runs").iterdir())) == 1
     assert two[1].stdout.count("Memory plan") == sum(said[0]["prepared"] for said in two[0].values())
     assert [row["step"] for row in metrics(place / "two-rows") if "loss" in row] == list(range(1, 9))
 

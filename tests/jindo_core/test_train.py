@@ -92,7 +92,7 @@ def test_a_run_learns_saves_and_says_so(stories15m, rows, tmp_path, capsys):
     assert result.steps == 14  # 52 rows in micro-batches of 4, two a step: 7 steps an epoch
     files = {path.name for path in out.iterdir()}
     assert files == {
-        "adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "loss.png", "jindo_run.json"
+        "adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "loss.png", "jindo_run.json", "README.md"
     }  # fmt: skip
     log = metrics(out)
     steps = [row for row in log if "loss" in row]
