@@ -183,6 +183,8 @@ class TrainConfig:
 
     logging_steps: int = _profiled("logging_steps", _LOGS, "log every N steps", at_least=1)
     eval_steps: int = setting(200, _LOGS, "held-out loss every N steps", at_least=1)
+    json: bool = setting(False, _LOGS, "for machines: JSON, an object a line")
+    bar: bool = setting(True, _LOGS, "on a terminal, a bar in place of lines", hidden=True)
 
     save_steps: int = _profiled("save_steps", _LOGS, "a checkpoint every N steps (0: none)", at_least=0)
     save_total_limit: int = _profiled("save_total_limit", _LOGS, "keep the newest N", at_least=1, hidden=True)
@@ -209,6 +211,8 @@ class TrainConfig:
                 f"({self.batch_size}): lower it, or raise --batch_size"
             )
         _check_resume(self)
+        if self.json and self.preview:
+            raise InputError("--json: got it beside --preview, which shows rows to people: leave one of them out")
         if self.max_steps == 0:
             raise InputError("--max_steps: got 0, expected a whole number above 0, or -1 for no limit")
         if "all-linear" in self.lora_target_modules and len(self.lora_target_modules) > 1:

@@ -147,7 +147,7 @@ _TABLE = [
     # files and reports
     Flag("save_strategy", "rule", "save_steps", "steps, or no for none", kind="text"),
     *_inert("logging_strategy logging_first_step logging_dir", _LOGGED),
-    *_inert("disable_tqdm", "the bar shows only on a terminal"),
+    Flag("disable_tqdm", "rule", "bar", "True: lines in place of the bar, on a terminal too", kind="bool"),
     *[
         Flag(name, "later", note=_NO_WANDB, as_is=_NOTHING)
         for name in ("report_to", "run_name", "wandb_project", "wandb_run_name", "wandb_watch", "wandb_log_model")
@@ -333,6 +333,11 @@ def _schedule(line: _Given) -> None:
         line.own.setdefault("warmup_ratio", WARMUP_RATIO)
 
 
+def _bar(line: _Given) -> None:
+    if "disable_tqdm" in line.other:
+        line.put("disable_tqdm", "bar", not line.other["disable_tqdm"])
+
+
 def _epochs(line: _Given) -> None:
     if line.profile == "qlora" and "num_epochs" in line.own and "max_steps" not in line.own:
         line.own["max_steps"] = -1
@@ -341,5 +346,5 @@ def _epochs(line: _Given) -> None:
 
 
 _RULES: tuple[Callable[[_Given], None], ...] = (
-    _batches, _precision, _quantization, _held_out, _checkpoints, _modules, _optimizer, _schedule, _epochs,
+    _batches, _precision, _quantization, _held_out, _checkpoints, _modules, _optimizer, _schedule, _epochs, _bar,
 )  # fmt: skip

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jindo_core import checkpoint, parallel, resume
+from jindo_core.ceiling import share_of
 from jindo_core.checkpoint import Checkpoint
 from jindo_core.config import TrainConfig
 from jindo_core.data.batches import BatchCursor
@@ -22,12 +23,14 @@ from jindo_core.interrupt import Broken, StopSignals
 from jindo_core.memory import current_bytes, keep_budget, peak_bytes
 from jindo_core.mmlu import Mmlu, Scores
 from jindo_core.outcome import METRICS, TrainResult, answer, base_name, farewell, one_line, record, record_of, save
+from jindo_core.plan import plan
 from jindo_core.prepare import TrainingJob, prepare
-from jindo_core.progress import TrainingView, draw_loss
+from jindo_core.progress import draw_loss
 from jindo_core.resume import Foreign, Saver, base_digest, load_best, restore, take_weights
 from jindo_core.run_record import choose_output_dir
 from jindo_core.run_state import NOT_FINITE, Best, History, RunState
 from jindo_core.step import take_step
+from jindo_core.training_view import JsonView, TrainingView
 
 ROOM = 4 << 20
 """Bytes that must be free in output_dir before a run begins."""
@@ -53,7 +56,7 @@ def train(
     if config.preview:
         raise InputError(f"preview is {config.preview}, expected 0 to train: rows are shown by prepare.preview")
     with parallel.joined(config) as (ranks, config), contextlib.ExitStack() as owned:
-        view = TrainingView(quiet=not ranks.leads)
+        view = JsonView(quiet=not ranks.leads) if config.json else TrainingView(quiet=not ranks.leads, bar=config.bar)
         for notice in (*notices, *([] if (advice := parallel.advice(config)) is None else [advice])):
             view.notice(notice)
         output_dir, there, found = ranks.first(lambda: _claim(config, "output_dir" in explicit, owned, view))
@@ -166,8 +169,6 @@ class _Run:
             return
         with contextlib.suppress(Broken):
             loss = self._measure(breakable=True)
-            if self.job.held_out:
-                self.view.say(f"step {state.step}/{total}  held-out loss {loss:.4f}")
             saved = self.job.config.save_steps and state.step % self.job.config.save_steps == 0
             if saved and math.isfinite(loss) and (state.best is None or loss < state.best.loss):
                 state.best = Best(state.step, loss)
@@ -211,6 +212,7 @@ class _Run:
                 self.view.notice(f"{said}, and the run goes on")
                 return
             raise TrainingError(f"stopped by {asked.name}, and {said}") from error
+        self.view.saved(step, path)
         if asked is not None:
             raise Stopped(f"stopped by {asked.name} after step {step}: {path} is saved, --resume goes on", 128 + asked)
 
@@ -222,7 +224,11 @@ def _loop(run: _Run) -> int:
     if state.step > total:
         raise InputError(f"step {state.step} is done, and {total} are asked for: raise --max_steps or --num_epochs")
     job.model.train()
-    view.start(total)
+    share = share_of(job, view.notice, tokens=state.tokens, seconds=state.seconds)
+    view.start(
+        total, done=state.step, planned_bytes=plan(job.step).peak_bytes, ceiling=share.ceiling,
+        token_operations=share.token_operations,
+    )  # fmt: skip
     try:
         run.measure(total)  # a run that was stopped within a measurement goes on with it
         while state.step < total:
@@ -241,6 +247,8 @@ def _loop(run: _Run) -> int:
                 "memory_bytes": current_bytes(job.model.device),
                 "seconds": state.seconds,
             }
+            if (reached := share.reached(state.tokens, state.seconds)) is not None:
+                row["share_of_ceiling"] = reached
             state.history.add(row)
             logged = state.step % config.logging_steps == 0 or state.step in (1, total)
             view.step(row, total, state.seconds / state.step * (total - state.step), logged)
@@ -275,7 +283,9 @@ def _measure(job: TrainingJob, view: TrainingView, history: History, step: int, 
 
     total, count = job.ranks.totals(*job.relief.outlive(run, step, view.notice))
     loss = total / count if count else math.nan
-    history.add({"step": step, "eval_loss": loss})
+    row = {"step": step, "eval_loss": loss}
+    history.add(row)
+    view.evaluated(row)
     return loss
 
 
@@ -289,4 +299,4 @@ def _ask(
 
     scores = job.relief.outlive(run, step, view.notice)
     history.add_scores(step, scores)
-    view.say(f"step {step}  MMLU accuracy {scores.accuracy:.4f}, mean of {len(scores.subjects)} subjects")
+    view.evaluated({"step": step, **scores.metrics()})
