@@ -56,7 +56,7 @@ def _run(config: TrainConfig, explicit: frozenset[str], notices: Sequence[str]) 
 def _asks_for_json(argv: Sequence[str]) -> bool:
     """Whether --json is among the words, of which another one may be wrong."""
     asked = False
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, following in zip(argv, [*argv[1:], "--"], strict=False):
         name, equals, value = word.partition("=")
         if name == "--json":
             value = value if equals else following

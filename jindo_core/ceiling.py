@@ -148,7 +148,7 @@ def products_per_second(
         timed(x, 1)  # a library's start, and what it makes for a shape
         took = timed(x, 1)
         if rows < tokens and took > 0:
-            rows = int(min(max(_LONGEST / took * rows, rows), tokens))
+            rows = min(max(int(_LONGEST / took), 1) * rows, tokens)
             x = _numbers(rows, hidden, dtype, device)
             timed(x, 1)
             took = timed(x, 1)
