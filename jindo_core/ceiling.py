@@ -41,8 +41,10 @@ BUDGET = 0.4
 _SAMPLES, _SAMPLE = 5, 0.004
 """Timings of which the median counts, and the least that each takes: its resolution and a launch are lost in it."""
 
-_LONGEST = 0.05
-"""Seconds of one product at most: a large one is made of fewer rows on a slow device."""
+_LONGEST = 0.03
+"""Seconds of one product at most: of a large one a slow device makes a part, `_PART` rows and columns or more."""
+
+_PART = 128
 
 _LOOKED_AT = 256
 """Examples that stand for all."""
@@ -129,34 +131,35 @@ def products_per_second(
     """Floating-point operations a second of this device's products of [tokens, hidden] and [hidden, inner].
 
     Takes `BUDGET` seconds at most, and as much memory as one product does. torch's own random numbers are not drawn
-    from, and the median of a few timings counts. Where one product would take long it is of fewer rows.
+    from, and the median of a few timings counts. Where one product would take long, a part of it is made.
     """
-    weight = _numbers(inner, hidden, dtype, device)
 
-    def timed(x: Tensor, calls: int) -> float:
+    def timed(x: Tensor, weight: Tensor, calls: int) -> float:
         """Seconds of one product."""
         _wait(device)
         began = clock()
         for _ in range(calls):
             F.linear(x, weight)
         _wait(device)
-        return (clock() - began) / calls
+        return max((clock() - began) / calls, 1e-9)
+
+    def probed(rows: int, columns: int) -> tuple[Tensor, Tensor, float]:
+        x, weight = _numbers(rows, hidden, dtype, device), _numbers(columns, hidden, dtype, device)
+        timed(x, weight, 1)  # a library's start, and what it makes for a shape
+        return x, weight, timed(x, weight, 1)
 
     with torch.no_grad():
-        began, rows = clock(), min(tokens, 64)
-        x = _numbers(rows, hidden, dtype, device)
-        timed(x, 1)  # a library's start, and what it makes for a shape
-        took = timed(x, 1)
-        if rows < tokens and took > 0:
-            rows = min(max(int(_LONGEST / took), 1) * rows, tokens)
-            x = _numbers(rows, hidden, dtype, device)
-            timed(x, 1)
-            took = timed(x, 1)
-        calls = max(1, int(_SAMPLE / took)) if took > 0 else 1000
-        found = [timed(x, calls)]
+        began, rows, columns = clock(), min(tokens, _PART), min(inner, _PART)
+        x, weight, took = probed(rows, columns)
+        if (room := int(_LONGEST / took)) > 1 and (rows < tokens or columns < inner):
+            wider = min(room, -(-inner // columns))
+            rows, columns = min(room // wider * rows, tokens), min(wider * columns, inner)
+            x, weight, took = probed(rows, columns)
+        calls = max(1, int(_SAMPLE / took))
+        found = [timed(x, weight, calls)]
         while len(found) < _SAMPLES and clock() - began < BUDGET - found[-1] * calls:
-            found.append(timed(x, calls))
-    return 2.0 * rows * hidden * inner / max(statistics.median(found), 1e-9)
+            found.append(timed(x, weight, calls))
+    return 2.0 * rows * hidden * columns / statistics.median(found)
 
 
 def _numbers(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -168,14 +168,20 @@ def test_operations_a_second_by_the_clock():
     assert found == pytest.approx(2 * 32 * 16 * 48 / (0.002 / 2))
 
 
-@pytest.mark.parametrize("tick", [0.009, 0.3, 2.0])
-def test_a_slow_device_is_measured_by_fewer_and_smaller_products(tick, monkeypatch):
+@pytest.mark.parametrize(
+    ("tick", "inner", "part"),
+    [
+        (0.009, 48, (384, 48)), (0.3, 48, (128, 48)), (2.0, 1000, (128, 128)), (0.014, 1000, (128, 256)),
+        (0.0049, 200, (384, 200)),
+    ],
+)  # fmt: skip
+def test_a_slow_device_is_measured_by_fewer_and_smaller_products(tick, inner, part, monkeypatch):
     shapes, own = [], F.linear
-    monkeypatch.setattr(F, "linear", lambda x, w: shapes.append(len(x)) or own(x, w))
-    found = products_per_second(4096, 16, 48, torch.bfloat16, torch.device("cpu"), clock=ticking(tick))
-    rows = {0.009: 320, 0.3: 64, 2.0: 64}[tick]
-    assert found == pytest.approx(2 * rows * 16 * 48 / tick)
-    assert max(shapes) == rows
+    monkeypatch.setattr(F, "linear", lambda x, w: shapes.append((len(x), len(w))) or own(x, w))
+    found = products_per_second(4096, 16, inner, torch.bfloat16, torch.device("cpu"), clock=ticking(tick))
+    rows, columns = part
+    assert found == pytest.approx(2 * rows * 16 * columns / tick)
+    assert shapes[-1] == part
     assert len(shapes) <= 4 + 5
 
 
