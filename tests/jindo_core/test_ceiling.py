@@ -15,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jindo_core import ceiling
 from jindo_core.ceiling import Share, keys_seen, products_per_second, token_operations
+from jindo_core.data.examples import Example
+from jindo_core.data.packing import Pack
 from jindo_core.falcon import FalconConfig
 from jindo_core.kernels.attention import causal_mask
 from jindo_core.long_memory import LongMemory
@@ -225,7 +227,7 @@ def test_no_room_to_measure_is_said_and_ends_nothing(monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(ceiling, "products_per_second", fail)
-    example = SimpleNamespace(input_ids=[1, 2, 3], labels=[-100, -100, 3])
+    example = Example([1, 2, 3], [1, -100, 3])  # the first token is foretold by nothing
     model = SimpleNamespace(
         config=llama_config(), device=torch.device("cpu"), dtype=torch.float32, lm_head=nn.Linear(1, 1),
         stack=SimpleNamespace(checkpointed_layers=0, stream=None),
@@ -240,10 +242,23 @@ def test_no_room_to_measure_is_said_and_ends_nothing(monkeypatch):
     assert found.token_operations == token_operations(Job(sizes=sizes), [2.0, 2.0], 1 / 3)
 
 
+def test_packs_are_read_document_by_document():
+    pack = Pack([1, 2, 3, 4, 5, 6], [-100, 2, -100, 4, 5, 6], (2, 4))
+    job = SimpleNamespace(examples=[pack, Example([1, 2], [-100, 2])])
+    assert ceiling._what_is_read(job) == ([2, 4, 2], 5 / 8)
+
+
+def test_of_many_examples_a_few_spread_over_all_are_looked_at():
+    examples = [Example([1] * (1 + number // 1000), [1] * (1 + number // 1000)) for number in range(10_000)]
+    lengths, _ = ceiling._what_is_read(SimpleNamespace(examples=examples))
+    assert len(lengths) == 256
+    assert sum(lengths) / 256 == pytest.approx(5.5, rel=0.01)
+
+
 def test_a_defect_while_measuring_is_not_taken_for_want_of_memory(monkeypatch):
     monkeypatch.setattr(ceiling, "products_per_second", lambda *_: torch.ones(2) @ torch.ones(3))
     job = SimpleNamespace(
-        step=Job(sizes=LLAMA), examples=[SimpleNamespace(input_ids=[1, 2], labels=[1, 2])],
+        step=Job(sizes=LLAMA), examples=[Example([1, 2], [1, 2])],
         model=SimpleNamespace(dtype=torch.float32, device=torch.device("cpu")),
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="size"):
