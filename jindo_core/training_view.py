@@ -158,7 +158,8 @@ class TrainingView:
         if "eval_loss" in row:
             self._held_out = row["eval_loss"]
             if 0 < row["step"] < self._total:
-                self.say(f"step {row['step']}/{self._total}  held-out loss {row['eval_loss']:.4f}")
+                more = f"  perplexity {row['eval_perplexity']:,.2f}" if "eval_perplexity" in row else ""
+                self.say(f"step {row['step']}/{self._total}  held-out loss {row['eval_loss']:.4f}{more}")
             return
         name = next(name for name in row if name.startswith("mmlu_") and name.endswith("_accuracy"))
         subjects = sum(other.startswith(f"{name}_") for other in row)
@@ -172,13 +173,20 @@ class TrainingView:
             self._bar.stop()
             self._bar = None
 
-    def results(self, before: float, after: float, rows: int, answers: Sequence[tuple[str, str, str]]) -> None:
+    def results(
+        self, before: float, after: float, rows: int, answers: Sequence[tuple[str, str, str]], *,
+        perplexities: tuple[float, float] | None = None,
+    ) -> None:  # fmt: skip
         """Held-out loss and answers before and after; answers: (instruction, before, after)."""
         if rows:
             table = Table(title=f"Loss on {rows} held-out rows", title_justify="left", title_style="bold")
+            table.add_column("")
             for name in ("before", "after", "change"):
                 table.add_column(name, justify="right")
-            table.add_row(f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+            table.add_row("loss", f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+            if perplexities is not None:
+                was, now = perplexities
+                table.add_row("perplexity", f"{was:,.2f}", f"{now:,.2f}", f"{now - was:+,.2f}")
             self.console.print(table)
         for instruction, first, second in answers:
             title = f"Instruction: {instruction}" if instruction else "What it writes without a prompt"
@@ -371,7 +379,11 @@ class JsonView(TrainingView):
     def saved(self, step: int, path: str | os.PathLike[str]) -> None:
         self.event("checkpoint", step=step, path=str(path))
 
-    def results(self, before: float, after: float, rows: int, answers: Sequence[tuple[str, str, str]]) -> None:
+    def results(
+        self, before: float, after: float, rows: int, answers: Sequence[tuple[str, str, str]], *,
+        perplexities: tuple[float, float] | None = None,
+    ) -> None:  # fmt: skip
+        """The losses come with `finished`."""
         for instruction, first, second in answers:
             self.event("answer", instruction=instruction, before=first, after=second)
 

@@ -182,14 +182,20 @@ def test_a_line_says_all_that_is_known(capsys):
     view.start(240, planned_bytes=506_000_000)
     view.step(row(1, input_seconds=0.5), 240, 478.0, log=False)
     view.step(row(2, input_seconds=0.0, share_of_ceiling=0.634), 240, 7384.0, log=True)
-    view.evaluated({"step": 2, "eval_loss": 6.5})
+    view.evaluated({"step": 2, "eval_loss": 6.5, "eval_perplexity": 665.1416})
     view.step(row(3, input_seconds=0.02), 240, 474.0, log=True)
     assert capsys.readouterr().out.splitlines() == [
         "step 2/240  loss 2.346  lr 2.00e-04  819 tokens/s  63% of ceiling  412/506 MB  held out 7.250  "
         "input wait 12.5%  2:03:04 left",
-        "step 2/240  held-out loss 6.5000",
+        "step 2/240  held-out loss 6.5000  perplexity 665.14",
         "step 3/240  loss 2.346  lr 2.00e-04  819 tokens/s  412/506 MB  held out 6.500  input wait 1.0%  7:54 left",
     ]
+
+
+def test_losses_and_perplexities_before_and_after(capsys):
+    TrainingView().results(7.25, 6.5, 8, [], perplexities=(1408.1, 665.14))
+    cells = [re.split(r"\s*│\s*", line)[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert cells == [["loss", "7.2500", "6.5000", "-0.7500"], ["perplexity", "1,408.10", "665.14", "-742.96"]]
 
 
 def test_the_first_and_the_last_measurement_are_left_to_the_results(capsys):
