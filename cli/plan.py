@@ -39,6 +39,8 @@ def _config_class() -> Any:
     hints = typing.get_type_hints(TrainConfig)
     fields: list[Any] = []
     for field in dataclasses.fields(TrainConfig):
+        if field.name == "json":  # a plan's is its own
+            continue
         metadata = {**field.metadata, "hidden": field.name not in _NEEDED}
         if field.name == "base_model":
             metadata["help"] = "the model: folder, .gguf file or Hub id; only its sizes are read"
@@ -158,7 +160,7 @@ def _job(config: Any, targets_named: bool) -> Any:
         raise InputError("--fsdp: got it in one process, expected several: --processes N, those that share the layers")
     if config.fsdp and config.offload_layers:
         raise InputError("--offload_layers: got it beside --fsdp, expected one of them: layers lie in shards then")
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    names = {field.name for field in dataclasses.fields(TrainConfig)} - {"json"}
     train = TrainConfig(**{name: value for name, value in dataclasses.asdict(config).items() if name in names})
     from jindo_core.memory import job_of, usual_targets
     from jindo_core.plan import CONTEXT, SHAPES

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jindo_core.cli.flags import parse_flags
 from jindo_core.config import TrainConfig, resolve_train_config
+from jindo_core.errors import CrossoverError, InputError, Stopped, TrainingError
 
 _DESCRIPTION = """\
 Fine-tune a language model with LoRA on its 4-bit weights; without flags,
@@ -17,21 +20,47 @@ example:
 
 
 def run(argv: list[str]) -> int:
-    """Trains as `argv` says and returns 0. Raises InputError for wrong input."""
-    given = parse_flags(TrainConfig, argv, prog="jindo-core train", description=_DESCRIPTION, epilog=_EPILOG)
-    config, explicit, notices = resolve_train_config(given)
+    """Trains as `argv` says and returns 0. Raises InputError for wrong input. With --json what ends a run early is told
+    on standard output, too."""
+    as_json = _asks_for_json(argv)
+    try:
+        given = parse_flags(TrainConfig, argv, prog="jindo-core train", description=_DESCRIPTION, epilog=_EPILOG)
+        as_json = as_json or bool(given.get("json"))  # a file may say so
+        config, explicit, notices = resolve_train_config(given)
+        _run(config, explicit, notices)
+    except (InputError, CrossoverError, TrainingError, Stopped, KeyboardInterrupt) as error:
+        if as_json:
+            from jindo_core.training_view import JsonView
 
+            JsonView().ended(error)
+        raise
+    return 0
+
+
+def _run(config: TrainConfig, explicit: frozenset[str], notices: Sequence[str]) -> None:
     if config.preview:
         from jindo_core.prepare import preview
-        from jindo_core.progress import TrainingView
+        from jindo_core.training_view import TrainingView
 
         view = TrainingView()
         for notice in notices:
             view.notice(notice)
         preview(config, explicit, view)
-        return 0
+        return
 
     from jindo_core.train import train
 
     train(config, explicit, notices)
-    return 0
+
+
+def _asks_for_json(argv: Sequence[str]) -> bool:
+    """Whether --json is among the words, of which another one may be wrong."""
+    asked = False
+    for word, following in zip(argv, [*argv[1:], "--"], strict=False):
+        name, equals, value = word.partition("=")
+        if name == "--json":
+            value = value if equals else following
+            asked = value.lower() not in ("false", "0", "no", "off")
+        elif word == "--no_json":
+            asked = False
+    return asked

@@ -200,6 +200,8 @@ class TrainConfig:
         None, _LOGS, "histograms there", empty_is_none=True, also=("False", "parameters"), hidden=True
     )
     wandb_log_model: bool = setting(False, _LOGS, "send it the adapter", empty_is_none=True, hidden=True)
+    json: bool = setting(False, _LOGS, "for machines: JSON, an object a line")
+    bar: bool = setting(True, _LOGS, "on a terminal, a bar in place of lines", hidden=True)
 
     save_steps: int = _profiled("save_steps", _LOGS, "a checkpoint every N steps (0: none)", at_least=0)
     save_epochs: bool = setting(False, _LOGS, "instead: at the end of each epoch", hidden=True)
@@ -235,6 +237,8 @@ class TrainConfig:
             )
         _check_resume(self)
         _check_reports(self)
+        if self.json and self.preview:
+            raise InputError("--json: got it beside --preview, which shows rows to people: leave one of them out")
         if self.max_steps == 0:
             raise InputError("--max_steps: got 0, expected a whole number above 0, or -1 for no limit")
         if "all-linear" in self.lora_target_modules and len(self.lora_target_modules) > 1:

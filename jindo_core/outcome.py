@@ -19,9 +19,10 @@ from jindo_core.errors import TrainingError
 from jindo_core.generation import generate
 from jindo_core.memory import is_out_of_memory
 from jindo_core.prepare import ANSWER_TOKENS, TrainingJob
-from jindo_core.progress import TrainingView, typed
+from jindo_core.progress import typed
 from jindo_core.run_record import METRICS, RunRecord, keep_template, write_run
 from jindo_core.run_state import History, perplexity
+from jindo_core.training_view import TrainingView
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,7 @@ def farewell(
     view: TrainingView, config: TrainConfig, result: TrainResult, probe: Record | None, card: str | None = None
 ) -> None:
     """What a person is told at the end. card: the run card's name, if one was written."""
-    view.say(
-        f"{result.steps} steps at {result.tokens_per_second:,.0f} tokens/s; peak memory "
-        f"{result.peak_bytes / 1e6:,.0f} MB"
-    )
+    view.finished(vars(result))
     budget = config.max_memory_MB * 1_000_000
     if budget and result.peak_bytes > budget:
         over = (result.peak_bytes - budget) / 1e6

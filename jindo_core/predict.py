@@ -17,7 +17,8 @@ from jindo_core.memory import in_halves, is_out_of_memory
 from jindo_core.part_file import PartFile
 from jindo_core.predictions import Prediction, Question, Sampling
 from jindo_core.prepare import TrainingJob
-from jindo_core.progress import TrainingView, spoken
+from jindo_core.progress import spoken
+from jindo_core.training_view import TrainingView
 
 FILE = "predictions.jsonl"
 FIGURES = "metrics.json"

@@ -44,10 +44,11 @@ from jindo_core.parallel import ALONE, Ranks
 from jindo_core.plan import Job as Step
 from jindo_core.plan import Plan, Sizes, plan
 from jindo_core.plan_falcon import FalconSizes
-from jindo_core.progress import TrainingView, loading_bar
+from jindo_core.progress import loading_bar
 from jindo_core.recompute import CheckpointOffload
 from jindo_core.tokenizer import Tokenizer, load_tokenizer
 from jindo_core.training_data import DataFile, TrainingData, open_files, read_data, show_rows
+from jindo_core.training_view import TrainingView
 
 ANSWER_TOKENS = 64
 """Tokens of the sample answers, before and after training."""
@@ -59,6 +60,7 @@ class TrainingJob:
 
     Attributes:
         given: the settings as they came. config: those, with what the model and a memory budget made necessary.
+        step: a training step, as its memory was planned.
         probe: the row that is answered before and after, or None. mmlu: asked at every measuring, or None.
         ranks: the processes that do it together.
     """
@@ -71,6 +73,7 @@ class TrainingJob:
     tokenizer: Tokenizer
     template: Template
     data: TrainingData
+    step: Step
     probe: Record | None
     mmlu: Mmlu | None = None
     ranks: Ranks = ALONE
@@ -123,10 +126,10 @@ def prepare(
     config, step = _plan(config, found.architecture, data, view, ranks, anew=planned is None)
     model = _load(found.path, config, view, ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
-    view.say(
-        f"{data.rows} training rows, {data.asked} held out; {sum(p.numel() for p in trained):,} trainable "
-        f"parameters; {str(model.dtype).removeprefix('torch.')} on {model.device}"
-    )
+    view.loaded(
+        rows=data.rows, held_out=data.asked, trainable=sum(p.numel() for p in trained),
+        dtype=str(model.dtype).removeprefix("torch."), device=str(model.device),
+    )  # fmt: skip
     resident = config.resident_optimizer_MB
     optimizer = build_optimizer(
         config.optim, trained, lr=config.learning_rate, weight_decay=config.weight_decay,
@@ -135,7 +138,7 @@ def prepare(
     relief = Relief(model, optimizer, config.micro_batch_size, _place(config), _advice(step), ranks)
     tokenizer, template = found.tokenizer, found.template
     probe = _choose_probe(data.probes, tokenizer, template, found.capacity, context)
-    return TrainingJob(given, config, model, optimizer, relief, tokenizer, template, data, probe, mmlu, ranks)
+    return TrainingJob(given, config, model, optimizer, relief, tokenizer, template, data, step, probe, mmlu, ranks)
 
 
 def preview(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> None:

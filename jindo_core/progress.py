@@ -1,11 +1,11 @@
-"""What a person sees of a training run or a conversion: plain lines and tables, and a live bar on a terminal."""
+"""What a person sees of loading, tokenizing and a conversion; a plan as a table, and the loss as a picture."""
 
 from __future__ import annotations
 
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,133 +111,6 @@ def typed(command: Sequence[str]) -> str:
     special = set('"$`\\!')
     words = (" ".join(word.split()) for word in command)
     return " ".join(f'"{w}"' if "'" in w and not set(w) & special else shlex.quote(w) for w in words)
-
-
-class TrainingView:
-    """Prints a run to standard output; without a terminal, one line every `logging_steps`."""
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        """quiet: say nothing, for a rank that does not lead."""
-        # Without a terminal rich assumes 80 columns and wraps; a log line should stay one line.
-        self.console = Console(highlight=False)
-        if quiet or not self.console.is_terminal:
-            self.console = Console(highlight=False, width=160, quiet=quiet, force_terminal=False)
-        self._bar: Progress | None = None
-
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
-
-    def notice(self, text: str) -> None:
-        """Something the user should know: a warning that does not stop the run."""
-        self.console.print(f"note: {text}", style="yellow", markup=False)
-
-    def plan(self, plan: Plan, process: str) -> None:
-        """The rows of a plan; `process`: what the row of the context is called here."""
-        self.console.print(plan_table(plan, process))
-
-    def start(self, total: int) -> None:
-        if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[memory]} MB  left"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self._bar.start()
-            self._bar.add_task("training", total=total, loss="-", speed="-", memory="-")
-
-    @contextmanager
-    def asking(self, total: int) -> Iterator[Callable[[int], None] | None]:
-        """Shows how many of MMLU's questions are answered; on a terminal only, and gone afterwards."""
-        if not self.console.is_terminal:
-            yield None
-            return
-        if self._bar is not None:  # two live displays at once can't be: this is a line of training's
-            bar = self._bar
-            task = bar.add_task("MMLU", total=total, loss="-", speed="-", memory="-")
-            try:
-                yield lambda done: bar.update(task, completed=done, refresh=True)
-            finally:
-                bar.remove_task(task)
-            return
-        columns = (TextColumn("MMLU"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as own:
-            alone = own.add_task("MMLU", total=total)
-            yield lambda done: own.update(alone, completed=done, refresh=True)
-
-    def step(self, row: dict[str, Any], total: int, left: float, log: bool) -> None:
-        """One optimizer step; `row` as in metrics.jsonl, `left` in seconds."""
-        memory = f"{row['memory_bytes'] / 1e6:,.0f}"
-        if self._bar is not None:
-            self._bar.update(
-                self._bar.task_ids[0],
-                completed=row["step"],
-                loss=f"{row['loss']:.3f}",
-                speed=f"{row['tokens_per_second']:,.0f}",
-                memory=memory,
-            )
-        elif log:
-            self.say(
-                f"step {row['step']}/{total}  loss {row['loss']:.3f}  lr {row['learning_rate']:.2e}  "
-                f"{row['tokens_per_second']:,.0f} tokens/s  {memory} MB  {_clock(left)} left"
-            )
-
-    def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def results(
-        self, before: float, after: float, rows: int, answers: Sequence[tuple[str, str, str]], *,
-        perplexities: tuple[float, float] | None = None,
-    ) -> None:
-        """Held-out loss and answers before and after; answers: (instruction, before, after)."""
-        if rows:
-            table = Table(title=f"Loss on {rows} held-out rows", title_justify="left", title_style="bold")
-            table.add_column("")
-            for name in ("before", "after", "change"):
-                table.add_column(name, justify="right")
-            table.add_row("loss", f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
-            if perplexities is not None:
-                was, now = perplexities
-                table.add_row("perplexity", f"{was:,.2f}", f"{now:,.2f}", f"{now - was:+,.2f}")
-            self.console.print(table)
-        for instruction, first, second in answers:
-            title = f"Instruction: {instruction}" if instruction else "What it writes without a prompt"
-            table = Table(title=title, title_justify="left", title_style="bold")
-            table.add_column("before", ratio=1)
-            table.add_column("after", ratio=1)
-            table.add_row(_plain(first), _plain(second))
-            self.console.print(table)
-
-
-    def mmlu(
-        self, before: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]], first: float, last: float
-    ) -> None:
-        """Right answers and questions of each subject, before and after; and the accuracies over all subjects."""
-        table = Table(title="MMLU accuracy", title_justify="left", title_style="bold")
-        table.add_column("subject")
-        for name in ("questions", "before", "after"):
-            table.add_column(name, justify="right")
-        for subject, (right, count) in sorted(after.items()):
-            table.add_row(_plain(subject), str(count), f"{before[subject][0] / count:.3f}", f"{right / count:.3f}")
-        table.add_section()
-        questions = sum(count for _, count in after.values())
-        table.add_row("mean of the subjects", str(questions), f"{first:.4f}", f"{last:.4f}", style="bold")
-        self.console.print(table)
-
-
-def _plain(text: str) -> str:
-    # Square brackets are markup to rich, and a model may say them.
-    # A syllable that the token limit cut in half is left out.
-    return (text.strip().rstrip("\N{REPLACEMENT CHARACTER}") or "(nothing)").replace("[", r"\[")
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}:{rest:02d}"
 
 
 def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -149,7 +149,7 @@ _TABLE = [
     # files and reports
     Flag("save_strategy", "rule", "save_steps", "steps, epoch (--save_epochs), or no for none", kind="text"),
     *_inert("logging_strategy logging_first_step", _LOGGED),
-    *_inert("disable_tqdm", "the bar shows only on a terminal"),
+    Flag("disable_tqdm", "rule", "bar", "True: lines in place of the bar, on a terminal too", kind="bool"),
     Flag("run_name", "setting", "wandb_run_name"),
     *_refused("push_to_hub", "nothing is sent anywhere: hf upload, or jindo-core export --push_to_hub"),
     # alpaca-lora's
@@ -348,6 +348,11 @@ def _schedule(line: _Given) -> None:
         line.own.setdefault("warmup_ratio", WARMUP_RATIO)
 
 
+def _bar(line: _Given) -> None:
+    if "disable_tqdm" in line.other:
+        line.put("disable_tqdm", "bar", not line.other["disable_tqdm"])
+
+
 def _epochs(line: _Given) -> None:
     if line.profile == "qlora" and "num_epochs" in line.own and "max_steps" not in line.own:
         line.own["max_steps"] = -1
@@ -357,5 +362,5 @@ def _epochs(line: _Given) -> None:
 
 _RULES: tuple[Callable[[_Given], None], ...] = (
     _batches, _precision, _quantization, _held_out, _predictions, _checkpoints, _modules, _optimizer, _schedule,
-    _epochs,
+    _epochs, _bar,
 )  # fmt: skip

@@ -42,11 +42,11 @@ from jindo_core.memory import BUDGETED
 from jindo_core.nf4 import CONSTANTS
 from jindo_core.parallel import is_sharded, whole
 from jindo_core.prepare import TrainingJob
-from jindo_core.progress import TrainingView
 from jindo_core.run_record import FILE as RUN
 from jindo_core.run_record import RunRecord, record_bytes
 from jindo_core.run_state import RunState, random_states, set_random_states
 from jindo_core.settings import show
+from jindo_core.training_view import TrainingView
 
 OPTIMIZER = "optimizer.safetensors"
 _FILES = {WEIGHTS, CONFIG, OPTIMIZER, STATE}

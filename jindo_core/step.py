@@ -13,8 +13,8 @@ from jindo_core.data.packing import collate_documents
 from jindo_core.optim import learning_rate_factor
 from jindo_core.paged_adamw import PagedAdamW
 from jindo_core.prepare import TrainingJob
-from jindo_core.progress import TrainingView
 from jindo_core.run_state import Skipped
+from jindo_core.training_view import TrainingView
 
 _IDLE = Example([0, 0], [IGNORE, IGNORE])
 """A row of which nothing is learnt."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from jindo_core import checkpoint, parallel, predict, reports, resume
+from jindo_core.ceiling import share_of
 from jindo_core.checkpoint import Checkpoint
 from jindo_core.config import TrainConfig
 from jindo_core.data.batches import BatchCursor
@@ -34,14 +35,16 @@ from jindo_core.outcome import (
     record_of,
     save,
 )
+from jindo_core.plan import plan
 from jindo_core.prepare import TrainingJob, prepare
-from jindo_core.progress import TrainingView, draw_loss
+from jindo_core.progress import draw_loss
 from jindo_core.reports import Reports, open_reports
 from jindo_core.resume import Foreign, Saver, base_digest, load_best, restore, take_weights
 from jindo_core.run_card import Card, command_of, write_card
 from jindo_core.run_record import METRICS, choose_output_dir
 from jindo_core.run_state import NOT_FINITE, Best, History, RunState, perplexity
 from jindo_core.step import take_step
+from jindo_core.training_view import JsonView, TrainingView
 
 ROOM = 4 << 20
 """Bytes that must be free in output_dir before a run begins."""
@@ -68,7 +71,7 @@ def train(
         raise InputError(f"preview is {config.preview}, expected 0 to train: rows are shown by prepare.preview")
     given = config
     with parallel.joined(config) as (ranks, config), contextlib.ExitStack() as owned:
-        view = TrainingView(quiet=not ranks.leads)
+        view = JsonView(quiet=not ranks.leads) if config.json else TrainingView(quiet=not ranks.leads, bar=config.bar)
         for notice in (*notices, *([] if (advice := parallel.advice(config)) is None else [advice])):
             view.notice(notice)
         ranks.first(lambda: reports.check(config, view.notice))
@@ -226,9 +229,6 @@ class _Run:
             return
         with contextlib.suppress(Broken):
             loss = self._measure(breakable=True)
-            if self.job.held_out:
-                held_out = f"held-out loss {loss:.4f}  perplexity {perplexity(loss):.2f}"
-                self.view.say(f"step {state.step}/{total}  {held_out}")
             if self._is_due("save") and math.isfinite(loss) and (state.best is None or loss < state.best.loss):
                 state.best = Best(state.step, loss)
 
@@ -287,6 +287,7 @@ class _Run:
                 self.view.notice(f"{said}, and the run goes on")
                 return
             raise TrainingError(f"stopped {stop[0]}, and {said}") from error
+        self.view.saved(step, path)
         if stop is not None:
             raise Stopped(f"stopped {stop[0]} after step {step}: {path} is saved, --resume goes on", stop[1])
 
@@ -298,7 +299,11 @@ def _loop(run: _Run) -> int:
     if state.step > total:
         raise InputError(f"step {state.step} is done, and {total} are asked for: raise --max_steps or --num_epochs")
     job.model.train()
-    view.start(total)
+    share = share_of(job, view.notice, tokens=state.tokens, seconds=state.seconds)
+    view.start(
+        total, done=state.step, planned_bytes=plan(job.step).peak_bytes, ceiling=share.ceiling,
+        token_operations=share.token_operations,
+    )  # fmt: skip
     try:
         run.measure(total)  # a run that was stopped within a measurement goes on with it
         while state.step < total:
@@ -317,6 +322,8 @@ def _loop(run: _Run) -> int:
                 "memory_bytes": current_bytes(job.model.device),
                 "seconds": state.seconds,
             }
+            if (reached := share.reached(state.tokens, state.seconds)) is not None:
+                row["share_of_ceiling"] = reached
             state.history.add(row)
             logged = state.step % config.logging_steps == 0 or state.step in (1, total)
             view.step(row, total, state.seconds / state.step * (total - state.step), logged)
@@ -351,7 +358,9 @@ def _measure(job: TrainingJob, view: TrainingView, history: History, step: int, 
 
     total, count = job.ranks.totals(*job.relief.outlive(run, step, view.notice))
     loss = total / count if count else math.nan
-    history.add({"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
+    row = {"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
+    history.add(row)
+    view.evaluated(row)
     return loss
 
 
@@ -367,4 +376,4 @@ def _ask(
 
     scores = mmlu.scores(job.ranks.gather(job.relief.outlive(run, step, view.notice)))
     history.add_scores(step, scores)
-    view.say(f"step {step}  MMLU accuracy {scores.accuracy:.4f}, mean of {len(scores.subjects)} subjects")
+    view.evaluated({"step": step, **scores.metrics()})

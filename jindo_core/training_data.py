@@ -26,8 +26,9 @@ from jindo_core.data.readers import RowSource, open_rows
 from jindo_core.data.records import Record, bundled_path, split_indices
 from jindo_core.data.store import Selection, TokenizedRows, tokenize
 from jindo_core.errors import InputError
-from jindo_core.progress import TrainingView, tokenizing_bar
+from jindo_core.progress import tokenizing_bar
 from jindo_core.tokenizer import Tokenizer
+from jindo_core.training_view import TrainingView
 
 _PROBE_WITHIN = 10_000
 """Records at a source's start that the row to be answered is chosen from: a file is not read a second time for it."""

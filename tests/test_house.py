@@ -26,11 +26,11 @@ ENGINE_ROWS = [
     {"model", "falcon"},
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
-    | {"checkpoint", "run_record", "decoding", "generation", "batch_generation", "progress"},
+    | {"checkpoint", "run_record", "decoding", "generation", "batch_generation", "progress", "training_view"},
     {"evaluate", "mmlu", "scoring", "tune", "doctor", "merge", "training_data", "run_state", "refinery"}
     | {"likelihood", "predictions", "host_memory", "reports"},
     {"prepare", "drift", "refine", "kobest", "perplexity"},
-    {"resume", "step", "outcome", "predict", "run_card"},
+    {"resume", "step", "outcome", "predict", "run_card", "ceiling"},
     {"train", "convert", "evaluation"},
     {"integrations"},
 ]

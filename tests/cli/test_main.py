@@ -142,7 +142,7 @@ def test_a_broken_checkpoint_is_one_line_too(tmp_path, capsys):
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save({"model.norm.weight": print}, tmp_path / "pytorch_model.bin")
-    assert main(["plan", "--base_model", str(tmp_path)]) == 2
+    assert main(["quantize", "--base_model", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 2
     assert "needs more than weights" in one_error(capsys)
 
 

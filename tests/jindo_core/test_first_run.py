@@ -11,8 +11,8 @@ from jindo_core import train as training
 from jindo_core.config import GenerateConfig, resolve_train_config
 from jindo_core.errors import InputError
 from jindo_core.generation import run_generate
-from jindo_core.progress import TrainingView
 from jindo_core.run_record import read_run
+from jindo_core.training_view import TrainingView
 
 ROWS = [{"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."} for i in range(12)]
 

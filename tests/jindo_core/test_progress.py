@@ -5,12 +5,10 @@ from __future__ import annotations
 import io
 import shlex
 
-import pytest
 from rich.console import Console
 
-from jindo_core.errors import TrainingError
 from jindo_core.loader import load_model
-from jindo_core.progress import TrainingView, loading_bar, tokenizing_bar, typed
+from jindo_core.progress import loading_bar, tokenizing_bar, typed
 
 
 def test_a_bar_on_a_terminal(stories260k):
@@ -28,38 +26,6 @@ def test_nothing_elsewhere():
     with loading_bar(Console(file=screen, force_terminal=False)) as on_progress:
         assert on_progress is None
     assert screen.getvalue() == ""
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_mmlus_bar_stands_alone_or_within_trainings(training):
-    screen = io.StringIO()
-    view = TrainingView()
-    view.console = Console(file=screen, force_terminal=True, width=120)
-    if training:
-        view.start(5)
-
-    def fail():
-        with view.asking(40) as on_progress:
-            on_progress(10)
-            raise TrainingError("out of memory, say")
-
-    with pytest.raises(TrainingError, match="out of memory"):
-        fail()
-    screen.truncate(0)
-    with view.asking(30) as on_progress:
-        on_progress(30)
-    view.stop()
-    shown = screen.getvalue()
-    assert "MMLU" in shown
-    assert "30/30" in shown
-    assert "10/40" not in shown  # what was tried before has gone
-    assert ("training" in shown) is training
-
-
-def test_mmlu_draws_nothing_in_a_log(capsys):
-    with TrainingView().asking(40) as on_progress:
-        assert on_progress is None
-    assert capsys.readouterr().out == ""
 
 
 def test_a_command_is_shown_as_it_would_be_typed():

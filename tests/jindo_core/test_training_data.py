@@ -18,9 +18,9 @@ from jindo_core.data.records import read_records, split_records
 from jindo_core.data.store import tokenize
 from jindo_core.data.templates import load_template
 from jindo_core.errors import InputError
-from jindo_core.progress import TrainingView
 from jindo_core.tokenizer import load_tokenizer
 from jindo_core.training_data import open_files, read_data
+from jindo_core.training_view import TrainingView
 
 
 def write(path, count, say="It is a little bird named Lily.", start=0):
