@@ -356,10 +356,11 @@ def _moments(job: Job) -> Iterator[dict[str, int]]:
     yield rows(below, layers - below, 0) | {"loss_chunk": _loss(job)}
     for n in reversed(range(layers)):
         passed, plain = layers - 1 - n, n + 1 - below
-        if again[n]:
-            yield rows(below, plain, passed, 2) | {"recompute": kept - boundary + backward}
-        else:  # one is there, and what the next one is copied out of
-            yield rows(below, plain, passed, 2) | {"recompute": backward}
+        repeated = kept - boundary if again[n] else 0
+        # One is there, and what the next one is copied out of; the first layer has none below it.
+        yield rows(below, plain, passed, 2 if n else 1) | {"recompute": repeated + backward}
+        if again[n] and not n:  # while it runs again fully_shard still holds what it was copied out of
+            yield rows(below, plain, passed, 2) | {"recompute": repeated}
         below -= again[n]
 
 
