@@ -31,8 +31,9 @@ LEAST = 256 << 20
 SHARE = 0.03
 """… or this share of it where that is more, …"""
 
-MOST_SHARE = 0.1
-"""… but never more than this: a small container may be filled."""
+MOST, MOST_SHARE = 2 << 30, 0.1
+"""… but never more bytes or a larger share than these: a large machine has enough then, and a small container may be
+filled."""
 
 INTERVAL = 1.0
 """Seconds between two looks, while all is well."""
@@ -55,7 +56,7 @@ over when this is asked."""
 
 def margin(limit: Limit) -> int:
     """Bytes of a limit that should be free between two steps."""
-    return int(min(max(LEAST, SHARE * limit.most), MOST_SHARE * limit.most))
+    return int(min(max(LEAST, SHARE * limit.most), MOST, MOST_SHARE * limit.most))
 
 
 def shortest(proc: Path, cgroups: Path) -> Limit | None:

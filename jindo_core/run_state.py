@@ -24,7 +24,7 @@ NOT_FINITE = "no adapter was saved; lower --learning_rate, use --dtype fp32, or 
 
 
 class Rows(LazySequence[dict[str, Any]]):
-    """Rows of metrics, kept as lines of JSON: a third of a dict's memory, and a long run has many. A figure that is
+    """Rows of metrics, kept as lines of JSON: half of a dict's memory, and a long run has many. A figure that is
     null there is NaN here, but for `epoch`."""
 
     def __init__(self) -> None:

@@ -101,7 +101,8 @@ def test_a_group_that_is_throttled_before_it_is_full(host):
 
 
 def test_the_margin_is_a_share_within_bounds():
-    assert [margin(Limit(most, 0)) for most in (GB, 4 * GB, 100 * GB)] == [GB // 10, LEAST, 3 * GB]
+    found = [margin(Limit(most, 0)) for most in (GB, 4 * GB, 50 * GB, 900 * GB)]
+    assert found == [GB // 10, LEAST, 3 * GB // 2, 2 << 30]
 
 
 # --- page stores --------------------------------------------------------------------------------------------
