@@ -17,6 +17,7 @@ from jindo_core.config import TrainConfig
 from jindo_core.data.batches import BatchCursor
 from jindo_core.errors import InputError, Stopped, TrainingError
 from jindo_core.evaluate import held_out_sums
+from jindo_core.feeder import Feeder
 from jindo_core.files import held
 from jindo_core.interrupt import Broken, StopSignals
 from jindo_core.memory import current_bytes, keep_budget, peak_bytes
@@ -223,13 +224,15 @@ def _loop(run: _Run) -> int:
         raise InputError(f"step {state.step} is done, and {total} are asked for: raise --max_steps or --num_epochs")
     job.model.train()
     view.start(total)
-    try:
+    with contextlib.ExitStack() as ending:
+        ending.callback(view.stop)
+        feeder = ending.enter_context(Feeder(job, run.cursor, total - state.step))
         run.measure(total)  # a run that was stopped within a measurement goes on with it
         while state.step < total:
-            began, batches = time.perf_counter(), next(run.cursor)
-            taken = take_step(job, batches, state.step + 1, total, state.skipped, view)
+            began, rows = time.perf_counter(), next(feeder)
+            taken = take_step(job, rows, state.step + 1, total, state.skipped, view)
             state.step += 1
-            state.tokens += sum(int(lengths[i]) for batch in batches for i in batch)
+            state.tokens += sum(int(lengths[i]) for batch in rows for i in batch)
             state.seconds += time.perf_counter() - began
             row = {
                 "step": state.step,
@@ -248,8 +251,6 @@ def _loop(run: _Run) -> int:
             run.save_if_due()
         if state.skipped.total == total:
             raise TrainingError(f"no step had a finite gradient: {NOT_FINITE}")
-    finally:
-        view.stop()
     job.model.eval()
     return total
 
