@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -96,7 +96,8 @@ class DecoderStack(nn.Module, ABC):
     """The stack below the head: token ids to hidden states. A subclass holds the modules, under its own names.
 
     Attributes:
-        layers: each called as `model.DecoderLayer` is. norm: behind the last one; its weight says device and dtype.
+        layers: each called as `model.DecoderLayer` is. compiled: what runs in their place in training, if anything.
+        norm: behind the last one; its weight says device and dtype.
     """
 
     layers: nn.ModuleList
@@ -108,6 +109,7 @@ class DecoderStack(nn.Module, ABC):
         self.checkpointed_layers = 0
         self.checkpoint_offload: CheckpointOffload | None = None
         self.stream: LayerStream | None = None
+        self.compiled: Sequence[Callable[..., Tensor]] | None = None
 
     @property
     @abstractmethod
@@ -199,8 +201,9 @@ class DecoderStack(nn.Module, ABC):
         for i, layer in enumerate(self.layers):
             mask = masks.get(self.config.window(i))
             run = functools.partial(
-                layer, cos=cos, sin=sin, mask=mask, causal=causal and mask is None, cache=cache, documents=documents
-            )
+                layer if self.compiled is None or not self.training else self.compiled[i],
+                cos=cos, sin=sin, mask=mask, causal=causal and mask is None, cache=cache, documents=documents,
+            )  # fmt: skip
             if self._checkpointed(i):
                 around = functools.partial(self._weights, i)
                 x = recomputed(run, x, tuple(layer.parameters()), around=around, offload=self.checkpoint_offload)

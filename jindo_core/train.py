@@ -24,6 +24,7 @@ from jindo_core.memory import current_bytes, keep_budget, peak_bytes
 from jindo_core.mmlu import Mmlu, Scores
 from jindo_core.outcome import METRICS, TrainResult, answer, base_name, farewell, one_line, record, record_of, save
 from jindo_core.prepare import TrainingJob, prepare
+from jindo_core.profiling import StepProfile
 from jindo_core.progress import TrainingView, draw_loss
 from jindo_core.resume import Foreign, Saver, base_digest, load_best, restore, take_weights
 from jindo_core.run_record import choose_output_dir
@@ -160,6 +161,11 @@ class _Run:
         state.before = self._measure()
         state.first_answer = answer(job, self.view)
 
+    def profile(self, total: int) -> StepProfile:
+        """Of some of the steps that are left, on the first rank, where it is asked for."""
+        asked = self.job.config.profile_steps if self.job.ranks.leads else 0
+        return StepProfile(asked, total - self.state.step, self._output_dir, self.job.model.device, self.view)
+
     def measure(self, total: int) -> None:
         """The held-out loss after the last step, where it is due and not known yet; left off when a signal comes."""
         state = self.state
@@ -227,10 +233,12 @@ def _loop(run: _Run) -> int:
     with contextlib.ExitStack() as ending:
         ending.callback(view.stop)
         feeder = ending.enter_context(Feeder(job, run.cursor, total - state.step))
+        profile = ending.enter_context(run.profile(total))
         run.measure(total)  # a run that was stopped within a measurement goes on with it
         while state.step < total:
             began, rows = time.perf_counter(), next(feeder)
-            taken = take_step(job, rows, state.step + 1, total, state.skipped, view)
+            with profile.step():
+                taken = take_step(job, rows, state.step + 1, total, state.skipped, view)
             state.step += 1
             state.tokens += sum(int(lengths[i]) for batch in rows for i in batch)
             state.seconds += time.perf_counter() - began

@@ -27,9 +27,10 @@ ENGINE_ROWS = [
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"checkpoint", "run_record", "decoding", "generation", "batch_generation", "progress"},
-    {"evaluate", "mmlu", "scoring", "tune", "doctor", "merge", "training_data", "run_state", "refinery"}
+    {"compiled", "evaluate", "mmlu", "scoring", "tune", "doctor", "merge", "training_data", "run_state", "refinery"}
     | {"likelihood"},
     {"prepare", "drift", "refine", "kobest", "perplexity"},
+    {"feeder", "profiling"},
     {"resume", "step", "outcome"},
     {"train", "convert", "evaluation"},
     {"integrations"},
