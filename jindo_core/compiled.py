@@ -20,8 +20,8 @@ from jindo_core.errors import InputError
 
 MOST_VARIANTS = 16
 """Graphs of one kind of layer that torch may keep: a batch of one row or more, an input that takes gradients or (the
-first layer's) does not, a checkpointed layer's two runs; and room for what a step that ran out of memory changes. Beyond
-them it would run uncompiled."""
+first layer's) does not, a checkpointed layer's two runs; and room for what a step that ran out of memory changes.
+Beyond them it would run uncompiled."""
 
 
 def check_compile(config: TrainConfig) -> None:
@@ -66,7 +66,7 @@ def _compiled(layer: nn.Module, backend: str | Callable[..., Any]) -> Callable[.
         try:
             found: Tensor = run(*args, **kwargs)
         except BackendCompilerFailed as error:
-            said = str(error).strip().splitlines()[0]
+            said = str(error.inner_exception).strip().partition("\n")[0]
             raise InputError(f"--compile: torch.compile failed ({said}): leave --compile out") from error
         return found
 

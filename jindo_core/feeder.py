@@ -87,7 +87,8 @@ def collated(job: TrainingJob, batches: Sequence[list[int]], micro_batch: int) -
     device = job.model.device
     # Pinning asks for the current device, which is a thread's own setting.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        return [_collate([job.examples[i] for i in numbers] or [_IDLE], job.tokenizer.pad_id, device) for numbers in own]
+        pad = job.tokenizer.pad_id
+        return [_collate([job.examples[i] for i in numbers] or [_IDLE], pad, device) for numbers in own]
 
 
 def _collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> MicroBatch:

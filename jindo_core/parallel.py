@@ -186,8 +186,8 @@ class Ranks:
         return own + [[]] * (max(map(len, shares)) - len(own)) if self.sharded else own
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
-        """* Sum all ranks' gradients in place, and their losses, scalars: one all-reduce, which nobody waits for. A rank
-        without rows adds zeros."""
+        """* Sum all ranks' gradients in place, and their losses, scalars: one all-reduce, which the host does not wait
+        for on a GPU. A rank without rows adds zeros."""
         if self.size == 1:
             return loss
         for parameter in parameters:

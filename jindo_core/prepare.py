@@ -134,7 +134,7 @@ def prepare(
     )  # fmt: skip
     if config.compile:
         compile_layers(model)
-        view.say("layers are compiled at the first step, which takes a minute or so; the memory plan does not know them")
+        view.say("layers are compiled in the first steps, which takes a minute; the memory plan does not count it")
     relief = Relief(model, optimizer, config.micro_batch_size, _place(config), _advice(step), ranks)
     tokenizer, template = found.tokenizer, found.template
     probe = _choose_probe(data.probes, tokenizer, template, found.capacity, context)

@@ -146,8 +146,8 @@ def table(events: Sequence[Any]) -> str:
     cuda = any(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
     operators, seconds, steps = dearest(events, cuda)
     head = f"{'operator':<36} {'calls':>7} {'own ms':>9} {'share':>6}" + (f" {'GPU ms':>9}" if cuda else "")
-    lines = [f"{steps} {'step' if steps == 1 else 'steps'}, {seconds:.3f} s under the profiler; own time in all of them"]
-    lines.append(head)
+    what = "1 step" if steps == 1 else f"{steps} steps"
+    lines = [f"{what}, {seconds:.3f} s under the profiler; own time in all of them", head]
     for one in operators[:DEAREST]:
         name = one.name if len(one.name) <= 36 else one.name[:35] + "…"
         device = f" {one.device * 1e3:9.1f}" if cuda else ""

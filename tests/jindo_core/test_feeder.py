@@ -89,7 +89,8 @@ def test_smaller_micro_batches_are_read_again_and_so_is_a_step_that_is_tried_aga
         again = step.collated()
         assert [len(own.input_ids) for own in again] == [1, 1, 1, 1]
         assert sum(len(own.supervised) for own in again) == sum(len(own.supervised) for own in first)
-        assert [len(own.input_ids) for own in next(feeder).collated()] == [1, 1, 1, 1], "read for two, and wanted for one"
+        later = next(feeder)  # which was read for two
+        assert [len(own.input_ids) for own in later.collated()] == [1, 1, 1, 1]
         assert [len(own.input_ids) for own in next(feeder).collated()] == [1, 1, 1]
 
 
@@ -126,9 +127,13 @@ def test_what_fails_is_raised_at_its_step_and_may_be_tried_again(error):
 
 
 def test_no_thread_is_left_behind_an_interrupt():
-    with pytest.raises(KeyboardInterrupt), Feeder(make(), cursor(), 5) as feeder:
-        next(feeder)
-        raise KeyboardInterrupt
+    def interrupted():
+        with Feeder(make(), cursor(), 5) as feeder:
+            next(feeder)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert not threads()
 
 
@@ -143,8 +148,8 @@ def test_supervised_places_are_those_of_the_loss_packs_too():
 
 @pytest.fixture
 def settings(stories260k, tmp_path):
-    rows = [{"instruction": f"Count {i}.", "input": "", "output": "one two three" + " and" * (i % 5)} for i in range(24)]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    data = [{"instruction": f"Count {i}.", "output": "one two three" + " and" * (i % 5)} for i in range(24)]
+    (tmp_path / "rows.json").write_text(json.dumps(data))
     given = {
         "base_model": str(stories260k), "data_path": str(tmp_path / "rows.json"), "batch_size": 8,
         "micro_batch_size": 4, "max_steps": 4, "val_set_size": 0, "lora_r": 2, "lora_dropout": 0.2, "save_steps": 0,

@@ -350,7 +350,7 @@ def test_a_retry_draws_the_same_dropout(stories260k, rows, tmp_path, monkeypatch
 
 
 def test_an_adapter_that_finds_no_room_is_saved_elsewhere(stories260k, rows, tmp_path, monkeypatch):
-    save = training.save_adapter
+    save = outcome.save_adapter
 
     def full(model, folder, **more):
         if folder == tmp_path / "out":
