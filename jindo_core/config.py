@@ -117,7 +117,7 @@ class TrainConfig:
     )
     dataset_format: str | None = setting(None, _MODEL, "of the rows; left out: by their columns", metavar="NAME")
     profile: Literal["alpaca", "qlora", "embedded"] | None = setting(
-        None, _MODEL, "alpaca, qlora or embedded: whose defaults. Bare or a number: profile steps", metavar="NAME|N"
+        None, _MODEL, "defaults: alpaca, qlora, embedded; N: a profile", metavar="NAME|N"
     )
     output_dir: str = _profiled("output_dir", _MODEL, "for all output", path=True, metavar="DIR")
     overwrite_output_dir: bool = setting(False, _MODEL, "replace another run's output")
@@ -180,7 +180,7 @@ class TrainConfig:
     fsdp: bool = setting(False, _MEMORY, "shard frozen weights over processes", hidden=True)
     dtype: Literal["auto", "bf16", "fp32"] = setting("auto", _MEMORY, "of the arithmetic")
     device: str = setting("auto", _MEMORY, "auto, cpu, cuda or cuda:N", metavar="DEVICE")
-    compile: bool = setting(False, _MEMORY, "torch.compile the layers")
+    compile: bool = setting(False, _MEMORY, "torch.compile the layers (CPU: no gain)")
 
     logging_steps: int = _profiled("logging_steps", _LOGS, "log every N steps", at_least=1)
     eval_steps: int = setting(200, _LOGS, "held-out loss every N steps", at_least=1)

@@ -118,6 +118,8 @@ class Feeder(Iterator[StepRows]):
         self._coming: tuple[Future[list[list[int]]], int, Future[list[MicroBatch]]] | None = None
 
     def __enter__(self) -> Feeder:
+        if self._ahead and self._left > 0:
+            self._coming = self._read()
         return self
 
     def __exit__(

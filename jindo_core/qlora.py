@@ -88,7 +88,7 @@ _HUB_LOGIN = "the Hub's own login counts: hf auth login, or HF_TOKEN"
 _NO_WANDB = "no reports to other services yet: metrics.jsonl and loss.png are written to output_dir"
 _MICRO = "held-out rows go through in micro-batches too, or in what memory leaves room for"
 _LOGGED = "every step is written to metrics.jsonl; --logging_steps says which are shown"
-_ROWS_READY = "rows are tokenized before the first step: no worker prepares them beside it"
+_ROWS_READY = "rows are tokenized before the first step, and a thread reads them a step ahead"
 _TORCHRUN = "several GPUs are torchrun's and --fsdp's here"
 _BETAS = "AdamW runs with betas 0.9 and 0.999 and eps 1e-8: leave it out"
 
