@@ -4,6 +4,8 @@ VENV   ?= .venv
 # The one place where the venv's torch is pinned. PIP_FLAGS chooses a CPU or CUDA build of it (README, Install).
 TORCH     ?= torch==2.13.0
 PIP_FLAGS ?=
+# Processes that share out the tests, of one thread each, or two where threads are tested: most tests keep no second core busy.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
@@ -31,8 +33,9 @@ train: $(VENV)/.installed ## the main job on an embedded default: SmolLM2-135M, 
 test: $(VENV)/.installed-dev ## lint, types, and every test that needs no GPU (under 10 minutes on 2 cores)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "interpreter and not slow" tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" --ignore tests/kernels
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" tests/kernels
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "interpreter and not slow" tests/kernels
 
 test-slow: $(VENV)/.installed-dev ## the long tests: real training runs against the peers
 	$(BIN)/python -m pytest -q -m slow

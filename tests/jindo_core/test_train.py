@@ -140,8 +140,7 @@ def test_every_token_weighs_the_same_however_it_is_batched(stories260k):
         ids = torch.randint(0, 512, (n,), generator=generator).tolist()
         examples.append(Example(ids, [-100] * (n // 2) + ids[n // 2 :]))
 
-    relief = Relief(model, torch.optim.AdamW(model.parameters()), 4)
-    tokenizer = SimpleNamespace(pad_id=0)
+    relief, tokenizer = Relief(model, torch.optim.AdamW(model.parameters()), 4), SimpleNamespace(pad_id=0)
     job = SimpleNamespace(model=model, relief=relief, tokenizer=tokenizer, examples=examples, ranks=ALONE)
     gradients, losses = [], []
     for batches in ([[0, 1, 2, 3]], [[0], [1], [2], [3]], [[1, 3], [0, 2]]):
