@@ -256,7 +256,7 @@ def _nothing(*_: Any) -> None:
     return None
 
 
-def _every(labels: Tensor, _: int) -> Tensor:
+def _every(labels: Tensor, _: int, __: Tensor | None = None) -> Tensor:
     return torch.arange(len(labels))
 
 

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from jindo_core.config import PROFILES, TrainConfig, accepted, did_you_mean
+from jindo_core.config import PROFILES, TrainConfig, accepted, did_you_mean, meant
 from jindo_core.config_files import read_config_file
 from jindo_core.errors import InputError
 from jindo_core.qlora import ours
@@ -153,12 +153,15 @@ def _canonical(config_class: type[Config], argv: Sequence[str], prog: str) -> It
         name = _name(spelled)
         if name == "config" or (name in known and known[name].kind != "bool"):
             setting = known.get(name)
-            if not equals:
+            if name == "profile" and not equals and not (words and not words[0].startswith("-")):
+                value = "True"  # bare: a profile of some steps
+            elif not equals:
                 value = _take_value(setting, name, words, known, prog)
             elif setting is not None and setting.kind in _LISTS:
                 value = _LISTS[setting.kind].join([value, *_take_list(words)])
             parts = [value] if _verbatim(setting) else [_unquoted(part) for part in value.split(SEPARATOR)]
-            yield f"--{name}={SEPARATOR.join(parts)}"
+            own, said = meant(name, SEPARATOR.join(parts))
+            yield f"--{own}={said}"
             before = setting
         elif name in known:
             if not equals:

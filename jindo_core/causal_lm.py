@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -96,7 +96,8 @@ class DecoderStack(nn.Module, ABC):
     """The stack below the head: token ids to hidden states. A subclass holds the modules, under its own names.
 
     Attributes:
-        layers: each called as `model.DecoderLayer` is. norm: behind the last one; its weight says device and dtype.
+        layers: each called as `model.DecoderLayer` is. compiled: what runs in their place in training, if anything.
+        norm: behind the last one; its weight says device and dtype.
     """
 
     layers: nn.ModuleList
@@ -108,6 +109,7 @@ class DecoderStack(nn.Module, ABC):
         self.checkpointed_layers = 0
         self.checkpoint_offload: CheckpointOffload | None = None
         self.stream: LayerStream | None = None
+        self.compiled: Sequence[Callable[..., Tensor]] | None = None
 
     @property
     @abstractmethod
@@ -146,7 +148,7 @@ class DecoderStack(nn.Module, ABC):
                 )
             if cache is not None:
                 return self._read_in_windows(input_ids, cache, memory)
-            position_ids = memory.places(new, input_ids.device)
+            position_ids = memory.places(new, self.norm.weight.device)
         return self._read(input_ids, attention_mask, position_ids, cache)
 
     def _read_in_windows(self, input_ids: Tensor, cache: KVCache, memory: LongMemory) -> Tensor:
@@ -171,7 +173,7 @@ class DecoderStack(nn.Module, ABC):
         places = torch.cat([torch.arange(length) for length in lengths]).view(input_ids.shape)
         x = self._embed(input_ids)
         # Where RoPE's frequencies depend on the length they are the longest document's, as in a padded batch.
-        cos, sin = self.angles(places.to(x.device), max(lengths))
+        cos, sin = self.angles(_sent(places, x.device), max(lengths))
         return self._through(x, cos=cos, sin=sin, masks={}, causal=False, cache=None, documents=lengths)
 
     def _read(
@@ -179,9 +181,9 @@ class DecoderStack(nn.Module, ABC):
     ) -> Tensor:
         past = 0 if cache is None else cache.length
         new = input_ids.shape[1]
-        if position_ids is None:
-            position_ids = torch.arange(past, past + new, device=input_ids.device)[None]
         x = self._embed(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(past, past + new, device=x.device)[None]
         memory, windows = self.config.memory, {self.config.window(i) for i in range(len(self.layers))}
         cos, sin = self.angles(position_ids, past + new if memory is None else min(past + new, memory.context))
         masks = {window: _attention_mask(attention_mask, past, new, window, x.device) for window in windows}
@@ -199,8 +201,9 @@ class DecoderStack(nn.Module, ABC):
         for i, layer in enumerate(self.layers):
             mask = masks.get(self.config.window(i))
             run = functools.partial(
-                layer, cos=cos, sin=sin, mask=mask, causal=causal and mask is None, cache=cache, documents=documents
-            )
+                layer if self.compiled is None or not self.training else self.compiled[i],
+                cos=cos, sin=sin, mask=mask, causal=causal and mask is None, cache=cache, documents=documents,
+            )  # fmt: skip
             if self._checkpointed(i):
                 around = functools.partial(self._weights, i)
                 x = recomputed(run, x, tuple(layer.parameters()), around=around, offload=self.checkpoint_offload)
@@ -212,7 +215,7 @@ class DecoderStack(nn.Module, ABC):
     def _embed(self, input_ids: Tensor) -> Tensor:
         """The table may lie on the CPU while the layers do not."""
         embedding = self.embedding
-        return embedding(input_ids.to(embedding.weight.device)).to(self.norm.weight.device)
+        return _sent(embedding(input_ids.to(embedding.weight.device)), self.norm.weight.device)
 
     def _checkpointed(self, layer: int) -> bool:
         # A streamed layer's weights are gone when its backward pass comes: it has to run again.
@@ -225,8 +228,15 @@ class DecoderStack(nn.Module, ABC):
     def angles(self, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin, fp32 [B or 1, T, D/2]."""
         inverse, factor = rope_frequencies(self.config, length)
-        angle = position_ids[:, :, None].float() * inverse.to(position_ids.device)
+        angle = position_ids[:, :, None].float() * _sent(inverse, position_ids.device)
         return angle.cos() * factor, angle.sin() * factor
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device. To a GPU from pinned memory: a copy from any other first waits for all that was launched."""
+    if x.device.type == "cpu" and device.type == "cuda" and not x.requires_grad:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def _attention_mask(
@@ -291,6 +301,7 @@ class CausalLM(nn.Module, ABC):
         cache: KVCache | None = None,
         num_items_in_batch: Tensor | float | None = None,
         documents: Documents | None = None,
+        supervised: Tensor | None = None,
     ) -> CausalLMOutput:
         """
         Args:
@@ -303,6 +314,8 @@ class CausalLM(nn.Module, ABC):
             num_items_in_batch: divisor of the loss; the counted labels of this call by default.
             documents: what is packed into each sequence, which is computed as it would be alone: positions, attention
                 and labels stop at its bounds. Padding at the end is a document, too.
+            supervised: int64 [N], in order the places in the flattened [B * T] whose next token counts, from who knows
+                them: without them a GPU is waited for to count labels.
         Returns:
             `.loss`: mean cross entropy, or None. `.logits`: [B, T, V].
         """
@@ -310,14 +323,16 @@ class CausalLM(nn.Module, ABC):
         if labels is None:
             return CausalLMOutput(hidden, self.lm_head, None)
         shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
-        if documents is not None:  # the last token of one does not foretell the next one's first
+        if documents is not None and supervised is None:  # the last token of one does not foretell the next one's first
             ends = itertools.accumulate(length for sequence in documents for length in sequence)
             shifted.view(-1)[torch.tensor(list(ends), device=labels.device) - 1] = -100
         rows, wanted = hidden.flatten(0, 1), shifted.flatten()
         if isinstance(self.lm_head, StreamedHead):
-            loss = self.lm_head.loss(rows, wanted, num_items_in_batch)
+            loss = self.lm_head.loss(rows, wanted, num_items_in_batch, supervised)
         else:
-            loss = linear_cross_entropy(rows, self.lm_head.weight, wanted, count=num_items_in_batch)
+            loss = linear_cross_entropy(
+                rows, self.lm_head.weight, wanted, count=num_items_in_batch, counted_rows=supervised
+            )
         return CausalLMOutput(hidden, self.lm_head, loss)
 
     @property

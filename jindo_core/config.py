@@ -122,7 +122,7 @@ class TrainConfig:
     )
     dataset_format: str | None = setting(None, _MODEL, "of the rows; left out: by their columns", metavar="NAME")
     profile: Literal["alpaca", "qlora", "embedded"] | None = setting(
-        None, _MODEL, "alpaca, qlora or embedded: whose defaults", metavar="NAME"
+        None, _MODEL, "defaults: alpaca, qlora, embedded; N: a profile", metavar="NAME|N"
     )
     output_dir: str = _profiled("output_dir", _MODEL, "for all output", path=True, metavar="DIR")
     overwrite_output_dir: bool = setting(False, _MODEL, "replace another run's output")
@@ -185,6 +185,7 @@ class TrainConfig:
     fsdp: bool = setting(False, _MEMORY, "shard frozen weights over processes", hidden=True)
     dtype: Literal["auto", "bf16", "fp32"] = setting("auto", _MEMORY, "of the arithmetic")
     device: str = setting("auto", _MEMORY, "auto, cpu, cuda or cuda:N", metavar="DEVICE")
+    compile: bool = setting(False, _MEMORY, "torch.compile the layers; on a CPU 0.8x")
 
     logging_steps: int = _profiled("logging_steps", _LOGS, "log every N steps", at_least=1)
     eval_steps: int = setting(200, _LOGS, "held-out loss every N steps", at_least=1)
@@ -202,6 +203,8 @@ class TrainConfig:
     wandb_log_model: bool = setting(False, _LOGS, "send it the adapter", empty_is_none=True, hidden=True)
     json: bool = setting(False, _LOGS, "for machines: JSON, an object a line")
     bar: bool = setting(True, _LOGS, "on a terminal, a bar in place of lines", hidden=True)
+
+    profile_steps: int = setting(0, _LOGS, "profile N steps, the first two aside", at_least=0, hidden=True)
 
     save_steps: int = _profiled("save_steps", _LOGS, "a checkpoint every N steps (0: none)", at_least=0)
     save_epochs: bool = setting(False, _LOGS, "instead: at the end of each epoch", hidden=True)
@@ -400,8 +403,26 @@ def did_you_mean(name: str, config_class: type[Config], prefix: str = "") -> str
     return nearest(prefix + name, [word for word in known if word not in idle]) or nearest(prefix + name, known)
 
 
+PROFILED = 3
+"""Steps that a bare --profile profiles."""
+
+
+def meant(name: str, value: object) -> tuple[str, object]:
+    """What a person means by `--profile`: bare or with a number, steps to profile; with a name, whose defaults."""
+    if name != "profile" or value is None:
+        return name, value
+    said = str(value).strip().lower()
+    if said.lstrip("-").isdecimal():
+        return "profile_steps", int(said)
+    if said in ("true", "false"):
+        return "profile_steps", PROFILED if said == "true" else 0
+    return name, value
+
+
 def _read_given(given: Mapping[str, Any], config_class: type[Config]) -> dict[str, Any]:
     known = accepted(config_class)
+    if "profile" in known:
+        given = dict(meant(name, value) for name, value in given.items())
     for name in given:
         if name not in known:
             raise InputError(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jindo_core.config import TrainConfig, accepted, did_you_mean
+from jindo_core.config import TrainConfig, accepted, did_you_mean, meant
 from jindo_core.errors import InputError
 from jindo_core.settings import Config
 
@@ -22,7 +22,10 @@ def read_config_file(path: str | Path, config_class: type[Config] = TrainConfig)
     found: dict[str, Any] = {}
     for key, value in _parse_file(path).items():
         name = str(key).replace("-", "_")
-        known = accepted(config_class).get(name)
+        settings = accepted(config_class)
+        if name in settings:
+            name, value = meant(name, value)
+        known = settings.get(name)
         if known is None:
             raise InputError(
                 f"{path}: got the unknown key {str(key)!r}, expected the name of a flag without its dashes."

@@ -110,6 +110,8 @@ class StreamedHead(nn.Module):
             raise RuntimeError("a streamed head gives gradients through `loss` alone: its logits need torch.no_grad()")
         return torch.cat([F.linear(x, part) for part in self.slices()], -1)
 
-    def loss(self, hidden: Tensor, labels: Tensor, count: Tensor | float | None = None) -> Tensor:
+    def loss(
+        self, hidden: Tensor, labels: Tensor, count: Tensor | float | None = None, counted_rows: Tensor | None = None
+    ) -> Tensor:
         """As `linear_cross_entropy` with this head."""
-        return sliced_cross_entropy(hidden, self.slices, labels, count=count)
+        return sliced_cross_entropy(hidden, self.slices, labels, count=count, counted_rows=counted_rows)

@@ -23,7 +23,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from jindo_core.config import TrainConfig
 from jindo_core.errors import InputError, Stopped, TrainingError
@@ -194,21 +194,21 @@ class Ranks:
         own = shares[self.rank]
         return own + [[]] * (max(map(len, shares)) - len(own)) if self.sharded else own
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: float) -> float:
-        """* Sum all ranks' gradients in place, and their losses: one all-reduce. A rank without rows adds zeros."""
+    def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+        """* Sum all ranks' gradients in place, and their losses, scalars: one all-reduce, which the host does not wait
+        for on a GPU. A rank without rows adds zeros."""
         if self.size == 1:
             return loss
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
-        own = gradients[0].new_tensor([loss])
-        bucket = torch.cat([gradient.view(-1) for gradient in gradients] + [own])
+        bucket = torch.cat([gradient.view(-1) for gradient in gradients] + [loss.to(gradients[0]).view(1)])
         distributed.all_reduce(bucket)
         parts = bucket[:-1].split([gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
-        return bucket[-1].item()
+        return bucket[-1]
 
     # --- weights ------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import torch
 from jindo_core import embedded
 from jindo_core.budget import fit
 from jindo_core.causal_lm import CausalLM, ModelConfig
+from jindo_core.compiled import check_compile, compile_layers
 from jindo_core.config import TrainConfig
 from jindo_core.data.examples import PROMPTS_TOO, Encoder, prompt_ids
 from jindo_core.data.packing import PackedRows
@@ -135,6 +136,9 @@ def prepare(
         config.optim, trained, lr=config.learning_rate, weight_decay=config.weight_decay,
         resident_bytes="auto" if resident is None else resident * 1_000_000, store=_place(config),
     )  # fmt: skip
+    if config.compile:
+        compile_layers(model)
+        view.say("layers are compiled in the first steps, which takes a minute; the memory plan does not count it")
     relief = Relief(model, optimizer, config.micro_batch_size, _place(config), _advice(step), ranks)
     tokenizer, template = found.tokenizer, found.template
     probe = _choose_probe(data.probes, tokenizer, template, found.capacity, context)
@@ -154,6 +158,7 @@ def preview(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -
 def _open(config: TrainConfig, explicit: frozenset[str], view: TrainingView) -> _Sources:
     """All but the rows and the model's weights."""
     pick_device(config.device)  # one that is not there is an error now
+    check_compile(config)
     if config.base_model is None:
         view.say(f"Base model: {embedded.NAME}, embedded default (135M weights; it was made for English)")
     if config.data_path is None:

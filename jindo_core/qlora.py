@@ -87,7 +87,7 @@ _OWN_CODE = "models are built from the engine's own code: nothing of a checkpoin
 _HUB_LOGIN = "the Hub's own login counts: hf auth login, or HF_TOKEN"
 _MICRO = "held-out rows go through in micro-batches too, or in what memory leaves room for"
 _LOGGED = "every step is written to metrics.jsonl; --logging_steps says which are shown"
-_ROWS_READY = "rows are tokenized before the first step: no worker prepares them beside it"
+_ROWS_READY = "rows are tokenized before the first step, and a thread reads them a step ahead"
 _TORCHRUN = "several GPUs are torchrun's and --fsdp's here"
 _BETAS = "AdamW runs with betas 0.9 and 0.999 and eps 1e-8: leave it out"
 

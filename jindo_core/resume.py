@@ -60,7 +60,7 @@ FIXED = (
 
 FOLLOWED = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "num_epochs", "max_steps", "weight_decay",
-    "max_grad_norm", "lora_dropout", "offload_head",
+    "max_grad_norm", "lora_dropout", "offload_head", "compile",
 )  # fmt: skip
 """Settings that may change on the way; the run then ends otherwise than it would have, which is said."""
 

@@ -19,6 +19,7 @@ from jindo_core.config import TrainConfig
 from jindo_core.data.batches import BatchCursor
 from jindo_core.errors import InputError, Stopped, TrainingError
 from jindo_core.evaluate import held_out_sums
+from jindo_core.feeder import Feeder
 from jindo_core.files import held
 from jindo_core.host_memory import TRY_AGAIN, HostWatch
 from jindo_core.interrupt import Broken, StopSignals
@@ -37,6 +38,7 @@ from jindo_core.outcome import (
 )
 from jindo_core.plan import plan
 from jindo_core.prepare import TrainingJob, prepare
+from jindo_core.profiling import StepProfile
 from jindo_core.progress import draw_loss
 from jindo_core.reports import Reports, open_reports
 from jindo_core.resume import Foreign, Saver, base_digest, load_best, restore, take_weights
@@ -222,6 +224,11 @@ class _Run:
         state.before = self._measure()
         state.first_answer = answer(job, self.view)
 
+    def profile(self, total: int) -> StepProfile:
+        """Of some of the steps that are left, on the first rank, where it is asked for."""
+        asked = self.job.config.profile_steps if self.job.ranks.leads else 0
+        return StepProfile(asked, total - self.state.step, self._output_dir, self.job.model.device, self.view)
+
     def measure(self, total: int) -> None:
         """The held-out loss after the last step, where it is due and not known yet; left off when a signal comes."""
         state = self.state
@@ -304,13 +311,17 @@ def _loop(run: _Run) -> int:
         total, done=state.step, planned_bytes=plan(job.step).peak_bytes, ceiling=share.ceiling,
         token_operations=share.token_operations,
     )  # fmt: skip
-    try:
+    with contextlib.ExitStack() as ending:
+        ending.callback(view.stop)
+        feeder = ending.enter_context(Feeder(job, run.cursor, total - state.step))
+        profile = ending.enter_context(run.profile(total))
         run.measure(total)  # a run that was stopped within a measurement goes on with it
         while state.step < total:
-            began, batches = time.perf_counter(), next(run.cursor)
-            taken = take_step(job, batches, state.step + 1, total, state.skipped, view)
+            began, rows = time.perf_counter(), next(feeder)
+            with profile.step():
+                taken = take_step(job, rows, state.step + 1, total, state.skipped, view)
             state.step += 1
-            state.tokens += sum(int(lengths[i]) for batch in batches for i in batch)
+            state.tokens += sum(int(lengths[i]) for batch in rows for i in batch)
             state.seconds += time.perf_counter() - began
             row = {
                 "step": state.step,
@@ -331,8 +342,6 @@ def _loop(run: _Run) -> int:
             run.save_if_due()
         if state.skipped.total == total:
             raise TrainingError(f"no step had a finite gradient: {NOT_FINITE}")
-    finally:
-        view.stop()
     job.model.eval()
     return total
 

@@ -183,7 +183,33 @@ def implementation(
     operator: str, tensor: Tensor, *, rows: int | None = None, width: int = 0
 ) -> Callable[..., Any]:
     """The function that `choose` names."""
-    return _load(IMPLEMENTATIONS[operator][choose(operator, tensor, rows=rows, width=width)])
+    chosen = choose(operator, tensor, rows=rows, width=width)
+    run = _load(IMPLEMENTATIONS[operator][chosen])
+    return _under_its_name(f"jindo::{operator} ({chosen})", run) if _naming else run
+
+
+_naming = 0
+"""How many `named` blocks are open: a number, for what every call asks must cost nothing."""
+
+
+@contextlib.contextmanager
+def named() -> Iterator[None]:
+    """Inside, torch's profiler sees every operator under its name and its implementation's: of what is called in C it
+    would see nothing."""
+    global _naming
+    _naming += 1
+    try:
+        yield
+    finally:
+        _naming -= 1
+
+
+def _under_its_name(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    def under(*args: Any, **kwargs: Any) -> Any:
+        with torch.profiler.record_function(name):
+            return run(*args, **kwargs)
+
+    return under
 
 
 def recorded(x: Tensor) -> bool:

@@ -87,6 +87,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     count: Tensor | float | None = None,
+    counted_rows: Tensor | None = None,
 ) -> Tensor:
     """Mean cross entropy of `hidden @ weight.T` against `labels`; differentiable in hidden and weight.
 
@@ -95,6 +96,8 @@ def linear_cross_entropy(
         label_smoothing: e in [0, 1]; as torch's cross_entropy, (1 - e) nll + e * the mean over classes of -log p.
         count: divisor; the number of labels that are not ignored by default. A step of several micro-batches
             passes the number in all of them, so that every token weighs the same.
+        counted_rows: int64 [N], in order the rows that count, from a caller who knows: a label elsewhere is not looked
+            at. To find them a GPU is waited for.
     Returns:
         fp32 scalar (fp64 for fp64 input); NaN when no label counts, as torch's cross_entropy.
     Raises:
@@ -120,15 +123,21 @@ def linear_cross_entropy(
     grad = torch.is_grad_enabled()
     numbers = (ignore_index, label_smoothing, grad and hidden.requires_grad, grad and weight.requires_grad)
     if dispatch.recorded(hidden):
-        total, _, _ = torch.ops.jindo.linear_cross_entropy(hidden, weight, labels, *numbers)
+        total, _, _ = torch.ops.jindo.linear_cross_entropy(hidden, weight, labels, *numbers, counted_rows)
     else:
-        total = _LinearCrossEntropy.apply(hidden, weight, labels, *numbers)
-    return total / ((labels != ignore_index).sum() if count is None else count)
+        total = _LinearCrossEntropy.apply(hidden, weight, labels, *numbers, counted_rows)
+    return total / (_count(labels, ignore_index, counted_rows) if count is None else count)
 
 
-def counted(labels: Tensor, ignore_index: int) -> Tensor:
-    """int64, the rows whose label is not ignored."""
-    return (labels != ignore_index).nonzero().squeeze(1)
+def counted(labels: Tensor, ignore_index: int, known: Tensor | None = None) -> Tensor:
+    """int64, the rows whose label is not ignored; `known` where the caller knew them."""
+    return (labels != ignore_index).nonzero().squeeze(1) if known is None else known
+
+
+def _count(labels: Tensor, ignore_index: int, known: Tensor | None) -> Tensor | float:
+    if known is None:
+        return (labels != ignore_index).sum()
+    return len(known) or math.nan  # of none: 0 / 0, as the tensor's
 
 
 def forward_reference(
@@ -139,6 +148,7 @@ def forward_reference(
     label_smoothing: float,
     need_dhidden: bool,
     need_dweight: bool,
+    counted_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the summed loss, dH and dW of that sum; an empty tensor stands for what was not asked for."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -146,7 +156,7 @@ def forward_reference(
     dhidden = torch.zeros_like(hidden) if need_dhidden else hidden.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=wide) if need_dweight else weight.new_empty(0)
     most = chunk_rows(weight.shape[0])
-    for rows in counted(labels, ignore_index).split(most):
+    for rows in counted(labels, ignore_index, counted_rows).split(most):
         h, y = gathered(hidden, rows, most), labels[rows, None]
         logits = (h @ weight.t())[: len(rows)].to(wide)
         log_sum = logits.logsumexp(dim=1, keepdim=True)
@@ -170,8 +180,9 @@ def forward_reference(
 
 
 def sliced_cross_entropy(
-    hidden: Tensor, slices: Slices, labels: Tensor, *, ignore_index: int = -100, count: Tensor | float | None = None
-) -> Tensor:
+    hidden: Tensor, slices: Slices, labels: Tensor, *, ignore_index: int = -100, count: Tensor | float | None = None,
+    counted_rows: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """`linear_cross_entropy` of a head that is never on the device whole; differentiable in hidden.
 
     The log-sum-exp of a row is gathered slice by slice (Milakov and Gimelshein 2018, arXiv:1805.02867); the gradient
@@ -180,21 +191,21 @@ def sliced_cross_entropy(
     Args:
         hidden: [M, H]. labels: int64 [M], in [0, V) or ignore_index.
         slices: called for each pass; gives the head's rows in order, [v, H] each, good until the next.
-        count: divisor, as in `linear_cross_entropy`.
+        count, counted_rows: as in `linear_cross_entropy`.
     Returns:
         fp32 scalar (fp64 for fp64 input).
     """
     if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"sliced_cross_entropy got labels {tuple(labels.shape)} in {labels.dtype}, expected "
                          f"[{hidden.shape[0]}] in torch.int64")  # fmt: skip
-    total = _SlicedCrossEntropy.apply(hidden, slices, labels, ignore_index)
-    return total / ((labels != ignore_index).sum() if count is None else count)
+    total = _SlicedCrossEntropy.apply(hidden, slices, labels, ignore_index, counted_rows)
+    return total / (_count(labels, ignore_index, counted_rows) if count is None else count)
 
 
 class _SlicedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, slices, labels, ignore_index):  # type: ignore[no-untyped-def]
-        rows = counted(labels, ignore_index)
+    def forward(ctx, hidden, slices, labels, ignore_index, counted_rows):  # type: ignore[no-untyped-def]
+        rows = counted(labels, ignore_index, counted_rows)
         count = len(rows)
         h = extended(hidden[rows], product_rows(count, 1 << 62, hidden))
         y = torch.cat([labels[rows], labels.new_full((len(h) - count,), -1)])  # in no slice
@@ -210,7 +221,7 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         (dh,) = ctx.saved_tensors
         dhidden = dh.new_zeros(ctx.shape)
         dhidden[ctx.rows] = torch.mul(dh, dtotal.view(1, 1), out=torch.empty_like(dh))
-        return dhidden, None, None, None
+        return dhidden, None, None, None, None
 
 
 def _log_sums(h: Tensor, slices: Slices, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,7 +268,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         run = dispatch.implementation("linear_cross_entropy", hidden)
         total, dhidden, dweight = run(hidden, weight, labels, *numbers)
         ctx.save_for_backward(dhidden, dweight)
-        ctx.given = numbers[2:]
+        ctx.given = numbers[2:4]
         return total
 
     @staticmethod
@@ -275,9 +286,10 @@ def _linear_cross_entropy(
     label_smoothing: float,
     need_dhidden: bool,
     need_dweight: bool,
+    counted_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = dispatch.implementation("linear_cross_entropy", hidden)
-    return run(hidden, weight, labels, ignore_index, label_smoothing, need_dhidden, need_dweight)
+    return run(hidden, weight, labels, ignore_index, label_smoothing, need_dhidden, need_dweight, counted_rows)
 
 
 @_linear_cross_entropy.register_fake
@@ -289,6 +301,7 @@ def _(
     label_smoothing: float,
     need_dhidden: bool,
     need_dweight: bool,
+    counted_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return (
@@ -316,7 +329,7 @@ def _backward(ctx, dtotal: Tensor, _dh: Tensor, _dw: Tensor):  # type: ignore[no
     return (
         scaled(dhidden) if gave_hidden else None,
         scaled(dweight) if gave_weight else None,
-        None, None, None, None, None,
+        None, None, None, None, None, None,
     )  # fmt: skip
 
 

@@ -23,11 +23,12 @@ def forward(
     label_smoothing: float,
     need_dhidden: bool,
     need_dweight: bool,
+    counted_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`linear_cross_entropy`: the summed loss, dH and dW of that sum, empty where not asked for."""
     if hidden.dtype not in TYPES:
         return contract.forward_reference(
-            hidden, weight, labels, ignore_index, label_smoothing, need_dhidden, need_dweight
+            hidden, weight, labels, ignore_index, label_smoothing, need_dhidden, need_dweight, counted_rows
         )  # fmt: skip
     total = 0.0
     dhidden = torch.zeros_like(hidden) if need_dhidden else hidden.new_empty(0)
@@ -35,7 +36,7 @@ def forward(
     run = native.function("jindo_softmax_cross_entropy", POINTER, LONG, LONG, POINTER, FLOAT, INT, INT, POINTER)
     classes = weight.shape[0]
     most = contract.chunk_rows(classes)
-    for rows in contract.counted(labels, ignore_index).split(most):
+    for rows in contract.counted(labels, ignore_index, counted_rows).split(most):
         count = rows.numel()
         if not count:
             continue

@@ -84,16 +84,17 @@ def forward(
     label_smoothing: float,
     need_dhidden: bool,
     need_dweight: bool,
+    counted_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`linear_cross_entropy`: the summed loss, dH and dW of that sum. fp64 is left to the reference."""
     if hidden.dtype == torch.float64:
         return contract.forward_reference(
-            hidden, weight, labels, ignore_index, label_smoothing, need_dhidden, need_dweight
+            hidden, weight, labels, ignore_index, label_smoothing, need_dhidden, need_dweight, counted_rows
         )
     vocab = weight.shape[0]
     dhidden = torch.zeros_like(hidden) if need_dhidden else hidden.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=torch.float32) if need_dweight else weight.new_empty(0)
-    counted = contract.counted(labels, ignore_index)
+    counted = contract.counted(labels, ignore_index, counted_rows)
     losses = torch.empty(counted.numel(), dtype=torch.float32, device=hidden.device)
     step = contract.chunk_rows(vocab, in_place=True)
     width = triton.cdiv(vocab, PADDING) * PADDING

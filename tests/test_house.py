@@ -27,9 +27,10 @@ ENGINE_ROWS = [
     {"architectures"},
     {"embedded", "hub", "formats", "loader", "tokenizer", "adapters", "data", "optim", "memory"}
     | {"checkpoint", "run_record", "decoding", "generation", "batch_generation", "progress", "training_view"},
-    {"evaluate", "mmlu", "scoring", "tune", "doctor", "merge", "training_data", "run_state", "refinery"}
+    {"compiled", "evaluate", "mmlu", "scoring", "tune", "doctor", "merge", "training_data", "run_state", "refinery"}
     | {"likelihood", "predictions", "host_memory", "reports"},
     {"prepare", "drift", "refine", "kobest", "perplexity"},
+    {"feeder", "profiling"},
     {"resume", "step", "outcome", "predict", "run_card", "ceiling"},
     {"train", "convert", "evaluation"},
     {"integrations"},

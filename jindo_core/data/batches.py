@@ -6,6 +6,7 @@ RandomState, whose streams are frozen: an order outlives a new version, and a ru
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -132,13 +133,21 @@ class BatchCursor(Iterator[list[list[int]]]):
         return steps_of(sum(part.drawn for part in self._portions), self._size, self._accumulation)
 
     def __next__(self) -> list[list[int]]:
-        if self._step == self.steps_per_epoch:
-            self._epoch, self._step, self._batches = self._epoch + 1, 0, None
+        self.advance()
         if self._batches is None:
             self._batches = self._of(self._epoch)
-        start = self._step * self._accumulation
+        end = self._step * self._accumulation
+        return self._batches[end - self._accumulation : end]
+
+    def advance(self) -> None:
+        """Go on by a step, as `next` does, whose micro-batches are somebody else's to make."""
+        if self._step == self.steps_per_epoch:
+            self._epoch, self._step, self._batches = self._epoch + 1, 0, None
         self._step += 1
-        return self._batches[start : start + self._accumulation]
+
+    def fork(self) -> BatchCursor:
+        """Another one at the same place, which goes on by itself."""
+        return copy.copy(self)
 
     def state(self) -> dict[str, Any]:
         """Where the run has got to, as JSON takes it: whole steps that were given out."""

@@ -7,6 +7,7 @@ import math
 import re
 
 import pytest
+import torch
 
 from jindo_core import step as stepping
 from jindo_core.errors import Stopped, TrainingError
@@ -22,7 +23,7 @@ def test_the_batch_is_named_by_rows_and_file(packing, settings, rows, tmp_path, 
     def poisoned(job, batches):
         ids = [token for batch in batches for i in batch for token in job.examples[i].input_ids]
         seen.append(job.tokenizer.decode(ids))
-        return math.nan
+        return torch.tensor(math.nan)
 
     monkeypatch.setattr(stepping, "accumulate", poisoned)
     with pytest.raises(TrainingError, match="the loss at step 5 is nan, and 4 steps before it failed so") as caught:
@@ -49,7 +50,7 @@ def test_skipped_steps_are_counted_through_a_stop(settings, stop_after, tmp_path
 
     def poisoned(job, batches):
         original(job, batches)
-        return math.inf
+        return torch.tensor(math.inf)
 
     monkeypatch.setattr(stepping, "accumulate", poisoned)
     stop_after(2)

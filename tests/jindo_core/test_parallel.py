@@ -272,7 +272,7 @@ def test_alone_nothing_changes_hands():
     assert ALONE.deal(batches) == batches
     assert (ALONE.worst(2), ALONE.totals(3, 0.5), ALONE.gather("x"), ALONE.first(lambda: 7)) == (2, (3, 0.5), ["x"], 7)
     parameter = torch.nn.Parameter(torch.ones(2))
-    assert ALONE.sum_gradients([parameter], 1.5) == 1.5
+    assert ALONE.sum_gradients([parameter], torch.tensor(1.5)).item() == 1.5
     assert parameter.grad is None
     state = torch.get_rng_state()
     ALONE.diverge(1)

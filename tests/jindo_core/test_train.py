@@ -20,6 +20,7 @@ from jindo_core import train as training
 from jindo_core.config import resolve_train_config
 from jindo_core.data.examples import Example
 from jindo_core.errors import InputError, TrainingError
+from jindo_core.feeder import StepRows
 from jindo_core.loader import load_model
 from jindo_core.lora import adapted_layers, attach_lora
 from jindo_core.memory import Relief
@@ -139,13 +140,12 @@ def test_every_token_weighs_the_same_however_it_is_batched(stories260k):
         ids = torch.randint(0, 512, (n,), generator=generator).tolist()
         examples.append(Example(ids, [-100] * (n // 2) + ids[n // 2 :]))
 
-    relief = Relief(model, torch.optim.AdamW(model.parameters()), 4)
-    tokenizer = SimpleNamespace(pad_id=0)
+    relief, tokenizer = Relief(model, torch.optim.AdamW(model.parameters()), 4), SimpleNamespace(pad_id=0)
     job = SimpleNamespace(model=model, relief=relief, tokenizer=tokenizer, examples=examples, ranks=ALONE)
     gradients, losses = [], []
     for batches in ([[0, 1, 2, 3]], [[0], [1], [2], [3]], [[1, 3], [0, 2]]):
         model.zero_grad()
-        losses.append(stepping.accumulate(job, batches))
+        losses.append(stepping.accumulate(job, StepRows(job, batches)).item())
         gradients.append([layer.lora_B.grad.clone() for _, layer in adapted_layers(model)])
     for other in (1, 2):
         assert losses[other] == pytest.approx(losses[0], rel=1e-5)
@@ -243,7 +243,7 @@ def test_a_loss_that_is_not_finite_costs_its_step(stories260k, rows, tmp_path, m
     def poisoned(job, batches):
         calls.append(1)
         loss = original(job, batches)
-        return math.nan if len(calls) == 2 else loss
+        return loss * math.nan if len(calls) == 2 else loss
 
     monkeypatch.setattr(stepping, "accumulate", poisoned)
     training.train(*settings(stories260k, rows, tmp_path / "out", max_steps=3, eval_steps=2))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from jindo_core.kernels import dispatch
 from jindo_core.kernels import linear_cross_entropy as module
 from jindo_core.kernels.linear_cross_entropy import chunk_rows, linear_cross_entropy
 
@@ -125,7 +126,7 @@ def test_no_gradient_is_made_under_no_grad(monkeypatch):
     asked = []
 
     def spy(*args):
-        asked.append(args[-2:])
+        asked.append(args[5:7])
         return module.forward_reference(*args)
 
     monkeypatch.setattr(module.dispatch, "implementation", lambda *_, **__: spy)
@@ -262,3 +263,24 @@ def test_rows_that_only_fill_up_change_no_bit(rows, monkeypatch):
     monkeypatch.setattr(module, "product_rows", lambda count, most, like: count)
     for one, other in zip(filled, run(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_rows_that_the_caller_has_counted_change_nothing(implementation):
+    """Loss and gradients, bit for bit; labels elsewhere are not looked at; of no row the loss is NaN."""
+    hidden, weight, labels = make_case(12, 8, 10, torch.float32)
+    labels = labels.clone()
+    labels[[1, 4, 5]] = -100
+    hidden = hidden.detach().requires_grad_()
+    rows = (labels != -100).nonzero()[:, 0]
+    elsewhere = labels.clone()
+    elsewhere[4] = 3  # a label that is not among the rows
+    found = []
+    with dispatch.override(implementation):
+        for own, known in ((labels, None), (labels, rows), (elsewhere, rows)):
+            loss = linear_cross_entropy(hidden, weight, own, counted_rows=known)
+            found.append((loss, *torch.autograd.grad(loss, hidden)))
+        none = linear_cross_entropy(hidden, weight, labels, counted_rows=rows[:0])
+    for other in found[1:]:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[0], other, strict=True))
+    assert none.isnan()

@@ -1,0 +1,121 @@
+"""A profile on request: what it holds, which steps, and that nothing else is changed by it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from jindo_core import profiling
+from jindo_core import train as training
+from jindo_core.adapters import WEIGHTS
+from jindo_core.config import resolve_train_config
+from jindo_core.kernels import dispatch
+from jindo_core.kernels.nf4 import nf4_quantize
+from jindo_core.profiling import StepProfile
+
+
+@pytest.fixture
+def settings(stories260k, tmp_path):
+    data = [{"instruction": f"Count {i}.", "output": "one two three" + " and" * (i % 5)} for i in range(24)]
+    (tmp_path / "rows.json").write_text(json.dumps(data))
+    given = {
+        "base_model": str(stories260k), "data_path": str(tmp_path / "rows.json"), "batch_size": 8,
+        "micro_batch_size": 4, "max_steps": 4, "val_set_size": 4, "eval_steps": 3, "lora_r": 2, "lora_dropout": 0.2,
+        "save_steps": 0, "prompt_template_name": "alpaca_short", "device": "cpu", "dtype": "fp32", "cutoff_len": 96,
+        "lora_target_modules": "all-linear",
+    }  # fmt: skip
+    return lambda out, **more: resolve_train_config(given | {"output_dir": str(tmp_path / out)} | more)
+
+
+def test_a_profiled_run_ends_the_same_and_names_our_operators(settings, tmp_path, capsys):
+    training.train(*settings("plain"))
+    assert "own time" not in capsys.readouterr().out
+    training.train(*settings("profiled", profile=2))
+    said = capsys.readouterr().out
+    assert (tmp_path / "plain" / WEIGHTS).read_bytes() == (tmp_path / "profiled" / WEIGHTS).read_bytes()
+    text = (tmp_path / "profiled" / "profile.txt").read_text()
+    head, columns, *lines = text.splitlines()
+    assert head.startswith("2 steps, ")
+    assert columns.split() == ["operator", "calls", "own", "ms", "share"]
+    assert len(lines) == profiling.DEAREST
+    assert all(line in said for line in (head, columns, *lines))
+    owns = [float(line.split()[-2].replace(",", "")) for line in lines]
+    assert owns == sorted(owns, reverse=True)
+    shares = [float(line.split()[-1].rstrip("%")) for line in lines]
+    assert 0 < sum(shares) <= 100.5
+    with gzip.open(tmp_path / "profiled" / "trace.json.gz", "rt") as file:
+        trace = json.load(file)
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert names.count("training step") == 2
+    # Of 5 layers, in 2 steps of 2 micro-batches: q with k and v, o, gate with up, down.
+    assert sum(name.startswith("jindo::lora_matmul (") for name in names) == 5 * 4 * 2 * 2
+    for name in ("lora_matmul_backward", "linear_cross_entropy", "rms_norm", "swiglu", "rope", "adamw"):
+        assert any(one.startswith(f"jindo::{name} (") for one in names), name
+    assert str(tmp_path) not in json.dumps(trace)
+    assert not list((tmp_path / "profiled").glob(".profile*"))
+
+
+def test_a_measurement_between_the_steps_does_not_count():
+    with StepProfileOf(2, left=5) as profile:
+        for number in range(3):
+            with profile.step():
+                torch.ones(3) if number == 2 else torch.zeros(3)
+        torch.eye(3)  # a measurement
+        with profile.step():
+            torch.ones(3)
+    operators, seconds, steps = profile.found
+    calls = {one.name: one.calls for one in operators}
+    assert (steps, calls.get("aten::ones"), calls.get("aten::eye"), calls.get("aten::zeros")) == (2, 2, None, None)
+    assert sum(one.own for one in operators) == pytest.approx(seconds, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("steps", "left", "expected"), [(3, 10, [2, 3, 4]), (3, 4, [2, 3]), (3, 2, [0, 1]), (1, 1, [0]), (0, 5, [])]
+)
+def test_which_steps(steps, left, expected):
+    running = []
+    with StepProfileOf(steps, left) as profile:
+        for number in range(left):
+            with profile.step():
+                if profile._profile is not None:
+                    running.append(number)
+    assert running == expected
+
+
+class StepProfileOf(StepProfile):
+    """Keeps what it found instead of writing it."""
+
+    def __init__(self, steps, left):
+        super().__init__(steps, left, None, torch.device("cpu"), None)
+
+    def _write(self, found):
+        self.found = profiling.dearest(found.events())
+
+
+def test_a_step_that_fails_leaves_no_profiler_running():
+    with pytest.raises(ZeroDivisionError), StepProfileOf(3, 1) as profile, profile.step():
+        1 / 0  # noqa: B018
+    assert profile._profile is None
+    assert dispatch.implementation("nf4_quantize", torch.zeros(2)).__name__ != "under"
+
+
+def test_without_room_the_run_goes_on(tmp_path):
+    said = []
+    view = SimpleNamespace(say=said.append, notice=said.append)
+    with StepProfile(1, 1, tmp_path / "gone", torch.device("cpu"), view) as profile, profile.step():
+        torch.ones(3)
+    assert said[-1] == "the profile could not be written (No such file or directory), and the run goes on"
+
+
+def test_operators_have_names_only_while_asked_for():
+    weight = torch.randn(64, 64)
+    with torch.profiler.profile() as found:
+        nf4_quantize(weight, 64)
+        with dispatch.named():
+            nf4_quantize(weight, 64)
+    named = [event for event in found.events() if event.name.startswith("jindo::nf4_quantize (")]
+    assert len(named) == 1
