@@ -11,8 +11,6 @@ signals or several processes starts real ones. Needs a C compiler. Results go to
 from __future__ import annotations
 
 import argparse
-import collections
-import dataclasses
 import datetime
 import json
 import os
@@ -20,22 +18,18 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-BENCH = Path(__file__).resolve().parent
+from bench import peer_processes
+from bench.peer_runs import BENCH, DIES, SAVES, Bench, Ended, Peer, disk, kinds, sampled, tally
+
 DOCS = BENCH.parent / "docs" / "reliability.md"
 PEERS = {"transformers": "transformers' Trainer", "lightning": "Lightning", "torchtune": "torchtune"}
-SAVES = {"transformers": (3, 6), "lightning": (3, 6), "torchtune": (5, 10)}
-"""After which steps a run has a checkpoint that it can go on from; it is killed one or two steps after the second."""
-DIES = {"transformers": 7, "lightning": 7, "torchtune": 12}
-LIMIT = 90.0
-"""Seconds for one run: one that is not killed takes less than one, and ten with its imports."""
-COUNT, KILL, FULL = 0, 1, 2  # peer_disk.c's modes
+KILL, FULL = 1, 2  # peer_disk.c's modes
 
 NOT_TRIED = {
     "test_a_measurement_is_left_off_and_made_after_all": "not tried",
@@ -45,173 +39,25 @@ NOT_TRIED = {
 }
 
 
-@dataclasses.dataclass
-class Ended:
-    """code: exit code, minus a signal, or None after LIMIT; words: its last ones; report: {} if it was never written."""
-
-    code: int | None
-    words: str
-    report: dict[str, Any]
-    progress: list[dict[str, Any]]
-
-    @property
-    def error(self) -> str:
-        """The kind of error that it ended with."""
-        kinds = re.findall(r"^([\w.]*(?:Error|Exception|Interrupt))\b", self.words, re.MULTILINE)
-        return kinds[-1].rpartition(".")[2] if kinds else f"code {self.code}"
-
-
-class Peer:
-    """Runs of one peer, each in a folder of its own below `work`."""
-
-    def __init__(self, name: str, python: str, base: Path, work: Path, library: Path) -> None:
-        self.name, self.python, self.base, self.work, self.cases = name, python, base, work / name, 0
-        self.environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
-            "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-        }  # fmt: skip
-        self.work.mkdir(parents=True)
-        self.rows = self.write_rows("rows.json", 0)
-        with (self.work / "server.log").open("w") as words:
-            self.server = subprocess.Popen(
-                [python, str(BENCH / "peer_trainers.py"), name, "--serve"], stdin=subprocess.PIPE, stderr=words,
-                stdout=subprocess.PIPE, text=True, env=self.environment | {"LD_PRELOAD": str(library)},
-            )  # fmt: skip
-        said = self.server.stdout.readline()  # type: ignore[union-attr]
-        if not said:
-            last = (self.work / "server.log").read_text().strip().splitlines()[-1:]
-            raise ModuleNotFoundError(f"{name} does not start: {''.join(last)}")
-        self.versions = json.loads(said)["versions"]
-
-    def write_rows(self, name: str, seed: int) -> Path:
-        """20 rows of 24 token ids."""
-        chance = np.random.RandomState(seed)
-        (self.work / name).write_text(json.dumps(chance.randint(3, 500, (20, 24)).tolist()))
-        return self.work / name
-
-    def job(self, state: Path | None = None, **changes: Any) -> dict[str, Any]:
-        """A job in a new folder; state: another one's `disk`, of which it gets a copy."""
-        self.cases += 1
-        home = self.work / f"{self.cases:04}"
-        home.mkdir()
-        if state is not None:
-            subprocess.run(["cp", "-a", str(state), str(home / "disk")], check=True)
-        given = {
-            "base": str(self.base), "rows": str(self.rows), "out": str(home / "disk" / "out"),
-            "scratch": str(home / "disk" / "tmp"), "report": str(home / "report"), "progress": str(home / "progress"),
-        }  # fmt: skip
-        return given | changes
-
-    def run(self, job: dict[str, Any]) -> Ended:
-        """In a child of the one that has all imported."""
-        log = Path(job["report"]).with_name("log")
-        self.server.stdin.write(json.dumps({"job": job, "log": str(log), "limit": LIMIT}) + "\n")  # type: ignore
-        self.server.stdin.flush()  # type: ignore[union-attr]
-        return _ended(job, json.loads(self.server.stdout.readline())["code"], log)  # type: ignore[union-attr]
-
-    def start(self, job: dict[str, Any], launcher: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
-        """A process of its own."""
-        with Path(job["report"]).with_name("log").open("wb") as words:
-            return subprocess.Popen(
-                [self.python, *launcher, str(BENCH / "peer_trainers.py"), self.name, "--job", json.dumps(job)],
-                stdout=words, stderr=subprocess.STDOUT, env=self.environment,
-            )  # fmt: skip
-
-    def wait(self, job: dict[str, Any], process: subprocess.Popen[bytes]) -> Ended:
-        code: int | None = None
-        try:
-            code = process.wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        return _ended(job, code, Path(job["report"]).with_name("log"))
-
-    def close(self) -> None:
-        self.server.stdin.close()  # type: ignore[union-attr]
-        self.server.wait()
-
-    def files(self, state: Path) -> list[str]:
-        """The files of the newest checkpoint below a `disk`, those that only readers of text look at left out."""
-        out = state / "out"
-        if self.name == "lightning":
-            return ["out/last.ckpt"]
-        if self.name == "transformers":
-            found = sorted((out / f"checkpoint-{SAVES[self.name][1]}").iterdir())
-        else:
-            found = [*sorted((out / "epoch_1").iterdir()), out / "recipe_state" / "recipe_state.pt"]
-        return [str(path.relative_to(state)) for path in found if path.suffix != ".md"]
-
-
-def _ended(job: dict[str, Any], code: int | None, log: Path) -> Ended:
-    report, progress = Path(job["report"]), Path(job["progress"])
-    rows = [json.loads(line) for line in progress.read_text().splitlines()] if progress.exists() else []
-    return Ended(code, log.read_text(errors="replace")[-6000:], json.loads(report.read_text()) if report.exists() else {}, rows)
-
-
-def disk(job: dict[str, Any]) -> Path:
-    return Path(job["out"]).parent
-
-
-def sampled(first: int, last: int, most: int) -> list[int]:
-    """At most `most` of first … last - 1, evenly."""
-    return sorted({int(place) for place in np.linspace(first, last - 1, min(most, last - first))})
-
-
-class Bench:
-    """One peer, its run that nothing befalls (`whole`), and the disk of one that was killed (`state`)."""
-
-    def __init__(self, peer: Peer, few: bool) -> None:
-        self.peer, self.few = peer, few
-        self.whole = peer.run(peer.job())
-        if self.whole.code != 0:
-            raise RuntimeError(f"{peer.name} can't run here: {self.whole.words[-500:]}")
-        killed = peer.job(die_at=DIES[peer.name])
-        peer.run(killed)
-        self.state = disk(killed)
-        self.detail: dict[str, Any] = {}
-
-    def resume(self, job: dict[str, Any], **changes: Any) -> Ended:
-        """The same command again, with what the peer has for going on."""
-        Path(job["report"]).unlink(missing_ok=True)
-        Path(job["progress"]).unlink(missing_ok=True)
-        clean = {name: value for name, value in job.items() if name not in ("disk", "die_at", "nan_at")}
-        return self.peer.run(clean | {"resume": True} | changes)
-
-    def became(self, ended: Ended) -> str:
-        """What a resumed run did, in a word or two."""
-        older, newest = SAVES[self.peer.name]
-        if ended.code != 0:
-            return "hangs" if ended.code is None else f"error: {ended.error}"
-        if ended.report["digest"] == self.whole.report["digest"]:
-            return "same bytes"
-        begun = {0: "afresh", older: "from the one before", newest: "other bytes"}
-        return begun.get(ended.report["start"], "other bytes")
-
-    def boundaries(self, step: int) -> tuple[int, int]:
-        """Those between the gradients of a step and of the next: its save."""
-        at = {row["step"]: row["boundaries"] for row in self.whole.progress}
-        return at[step], at[step + 1]
-
-
-def tally(words: list[str]) -> str:
-    return ", ".join(f"{count} {what}" for what, count in collections.Counter(words).most_common())
-
-
 def killed(bench: Bench) -> dict[str, str]:
     """kill -9 at boundaries of the second save, and of a whole run; what the same command does then."""
     peer, found = bench.peer, {}
     first, last = bench.boundaries(SAVES[peer.name][1])
     total = bench.whole.progress[-1]["boundaries"]
     for test, places in (
-        ("test_a_save_that_is_killed_anywhere_leaves_a_whole_checkpoint", sampled(first, last, 8 if bench.few else 40)),
-        ("test_runs_that_are_killed_end_as_the_one_that_was_not", sampled(0, total, 6 if bench.few else 30)),
+        ("test_a_save_that_is_killed_anywhere_leaves_a_whole_checkpoint", sampled(first, last, 8 if bench.few else 20)),
+        ("test_runs_that_are_killed_end_as_the_one_that_was_not", sampled(0, total, 6 if bench.few else 12)),
     ):
-        words = []
+        words, same = [], 0
         for place in places:
             job = peer.job(disk=(KILL, place))
-            ended = peer.run(job)
-            words.append(bench.became(bench.resume(job)) if ended.code == -9 else f"was not killed ({ended.code})")
+            if (ended := peer.run(job)).code != -9:
+                raise RuntimeError(f"{peer.name} was not killed at {place}: {ended.code}")
+            ended = bench.resume(job)
+            words.append(bench.became(ended))
+            same += bench.same(ended)
         bench.detail[test] = dict(zip(places, words, strict=True))
-        found[test] = f"{len(places)} kills: {tally(words)}"
+        found[test] = f"{len(places)} kills; resumed: {kinds(words)}; the same bytes: {same}"
     synced = {row["step"]: row["syncs"] for row in bench.whole.progress}
     step = SAVES[peer.name][1]
     count = synced[step + 1] - synced[step]
@@ -242,7 +88,7 @@ def damaged(bench: Bench) -> dict[str, str]:
             do(disk(job) / name)
             words[f"{name} {damage}"] = bench.became(bench.resume(job))
     bench.detail["damage"] = words
-    found["test_the_newest_that_is_whole_is_taken_and_others_are_named"] = f"{len(words)} damages: {_kinds(words)}"
+    found["test_the_newest_that_is_whole_is_taken_and_others_are_named"] = f"{len(words)} damages: {_effects(words)}"
     job = peer.job(bench.state)
     for path in disk(job).rglob("*"):
         if path.suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
@@ -251,9 +97,9 @@ def damaged(bench: Bench) -> dict[str, str]:
     return found | {"test_a_missing_optimizer_state_is_never_fresh": _without_moments(bench)}
 
 
-def _kinds(words: dict[str, str]) -> str:
-    """Errors together, whatever their kind."""
-    return tally(["an error" if word.startswith("error") else word for word in words.values()])
+def _effects(words: dict[str, str]) -> str:
+    """What came of damages to the newest checkpoint: going on from it as if they were not is to have none."""
+    return kinds(list(words.values())).replace("from the newest", "without effect")
 
 
 def _without_moments(bench: Bench) -> str:
@@ -280,7 +126,7 @@ def flipped(bench: Bench) -> dict[str, str]:
     """One bit of the newest checkpoint turned over, at places drawn evenly from each of its files."""
     peer, chance, words = bench.peer, np.random.RandomState(0), {}
     names = peer.files(bench.state)
-    each = 3 if bench.few else max(20, 200 // len(names))
+    each = 3 if bench.few else max(10, 100 // len(names))
     for name in names:
         for place in chance.choice((bench.state / name).stat().st_size * 8, each, replace=False).tolist():
             job = peer.job(bench.state)
@@ -291,19 +137,19 @@ def flipped(bench: Bench) -> dict[str, str]:
             words[f"{name} bit {place}"] = bench.became(bench.resume(job))
             subprocess.run(["rm", "-r", str(disk(job))], check=True)
     bench.detail["flips"] = words
-    return {"test_a_flipped_bit_anywhere_is_found": f"{len(words)} flips: {_kinds(words)}"}
+    return {"test_a_flipped_bit_anywhere_is_found": f"{len(words)} flips: {_effects(words)}"}
 
 
 def full(bench: Bench) -> dict[str, str]:
     """No room from a boundary of the second save on; then room again, and the same command."""
     peer, words, codes = bench.peer, [], []
-    for place in sampled(*bench.boundaries(SAVES[peer.name][1]), 6 if bench.few else 20):
+    for place in sampled(*bench.boundaries(SAVES[peer.name][1]), 6 if bench.few else 10):
         job = peer.job(disk=(FULL, place))
         ended = peer.run(job)
         codes.append("run goes on" if ended.code == 0 else "run dies")
         words.append(bench.became(bench.resume(job)))
     bench.detail["full"] = [codes, words]
-    text = f"{tally(codes)}; resumed with room: {_kinds(dict(enumerate(words)))}"  # type: ignore[arg-type]
+    text = f"{tally(codes)}; resumed with room: {kinds(words)}"
     return {"test_a_checkpoint_that_can_t_be_written_costs_no_step_and_no_older_one": text}
 
 
@@ -327,11 +173,11 @@ def numbers(bench: Bench) -> dict[str, str]:
     job = peer.job(base=str(base), die_at=DIES[peer.name])
     peer.run(job)
     other_weights(base)
-    silent = {0: "taken in silence"}
     ended = bench.resume(job)
-    found["test_other_weights_are_refused"] = silent.get(ended.code or 0, ended.error) if ended.code is not None else "hangs"
+    found["test_other_weights_are_refused"] = "taken in silence" if ended.code == 0 else ended.error
     ended = bench.resume(peer.job(bench.state, rows=str(peer.write_rows("other.json", 1))))
-    found["test_other_rows_are_refused_though_they_are_as_long"] = "taken in silence" if ended.code == 0 else ended.error
+    taken = "taken in silence" if ended.code == 0 else ended.error
+    found["test_other_rows_are_refused_though_they_are_as_long"] = taken
     found["test_stopped_and_resumed_is_as_never_stopped"] = _exact(bench)
     return found | _again(bench)
 
@@ -339,9 +185,8 @@ def numbers(bench: Bench) -> dict[str, str]:
 def _warned(ended: Ended, setting: str) -> str:
     """What a run that went on said of a setting."""
     stem = {"batch_size": "batch_size", "learning_rate": "learning.rate|\\blr\\b"}.get(setting, setting)
-    lines = [line for line in ended.words.splitlines() if re.search(rf"does not match|mismatch|do not match", line)]
-    named = [line for line in ended.words.splitlines() if re.search(stem, line) and "args" in line]
-    return "taken, said in a warning" if lines and (named or re.search(stem, " ".join(lines))) else ""
+    warned = re.search(r"(?:does|do) not match(.*\n)*?.*(" + stem + ")|(" + stem + r").*does not match", ended.words)
+    return "taken, said in a warning" if warned else ""
 
 
 def other_weights(base: Path) -> None:
@@ -354,19 +199,21 @@ def other_weights(base: Path) -> None:
 
 def _exact(bench: Bench) -> str:
     """Killed between two saves and taken up: the same bytes as never stopped?"""
-    options = ["", "plain_loader"] if bench.peer.name == "lightning" else [""]
+    ways: dict[str, dict[str, Any]] = {"with dropout": {}, "without": {"dropout": 0.0}}
+    if bench.peer.name == "lightning":
+        ways["without, torch's own DataLoader"] = {"dropout": 0.0, "extra": "plain_loader"}
     words = []
-    for extra in options:
-        whole = bench.peer.run(bench.peer.job(extra=extra))
-        again = bench.peer.run(bench.peer.job(extra=extra))
-        job = bench.peer.job(extra=extra, die_at=DIES[bench.peer.name])
+    for way, changes in ways.items():
+        whole = bench.peer.run(bench.peer.job(**changes))
+        again = bench.peer.run(bench.peer.job(**changes))
+        job = bench.peer.job(die_at=DIES[bench.peer.name], **changes)
         bench.peer.run(job)
         ended = bench.resume(job)
         repeats = whole.report["digest"] == again.report["digest"]
         same = ended.report.get("digest") == whole.report["digest"]
-        word = "the same bytes" if same else f"other bytes ({'' if repeats else 'two whole runs differ, too; '}dropout on)"
-        words.append(f"{word}{' with torch' + chr(39) + 's DataLoader' if extra else ''}" if ended.code == 0 else ended.error)
-        bench.detail[f"exact {extra}"] = [whole.report, again.report, ended.report]
+        word = "the same bytes" if same else "other bytes" if repeats else "other bytes (two whole runs differ, too)"
+        words.append(f"{way}: {word if ended.code == 0 else ended.error}")
+        bench.detail[f"exact {way}"] = [whole.report, again.report, ended.report]
     return "; ".join(words)
 
 
@@ -389,3 +236,103 @@ def _again(bench: Bench) -> dict[str, str]:
         "test_an_unfinished_run_is_not_begun_anew_in_silence": what,
         "test_the_other_tool_s_checkpoint_is_left_as_it_is": stranger,
     }
+
+
+PARTS: dict[str, Callable[[Bench], dict[str, str]]] = {
+    "killed": killed, "damaged": damaged, "flipped": flipped, "full": full, "numbers": numbers,
+    "signals": peer_processes.signals, "races": peer_processes.races, "ranks": peer_processes.ranks,
+}  # fmt: skip
+
+
+def measure(name: str, arguments: argparse.Namespace, work: Path, library: Path) -> dict[str, Any]:
+    """One peer's parts."""
+    peer = Peer(name, arguments.python, work / "base", work, library)
+    bench = Bench(peer, arguments.few)
+    found: dict[str, str] = {}
+    for part in arguments.parts.split(","):
+        now = PARTS[part](bench)
+        for test, said in now.items():
+            print(f"{name:13} {test:75} {said}", flush=True)
+        found |= now
+    peer.close()
+    return {
+        "peer": name, "measured": True, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": sys.version.split()[0], "versions": peer.versions, "faults": found, "detail": bench.detail,
+    }  # fmt: skip
+
+
+def untied(source: Path, target: Path) -> None:
+    """The model with a head of its own, as torchtune's LLaMA 2 has one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+    model.save_pretrained(target)
+
+
+def write(result: dict[str, Any], results: Path) -> Path:
+    """One file a peer; parts that were not run this time stay as they were."""
+    path = results / f"peer-faults-{result['peer']}.json"
+    if path.exists():
+        older = json.loads(path.read_text())
+        result = result | {key: older[key] | result[key] for key in ("faults", "detail")}
+    path.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    return path
+
+
+def columns(text: str, results: dict[str, dict[str, Any]]) -> str:
+    """The page's text with the peers' cells from their results. A row that no peer was put to says so."""
+    head, begin, table = text.partition("| fault | what happens |")
+    rows, end, rest = (begin + table).partition("\n\n")
+    lines = []
+    for number, line in enumerate(rows.splitlines()):
+        cells = re.split(r"(?<!\\)\|", line.strip().strip("|"))
+        if number == 0:
+            middle = [f" {PEERS[name]} " for name in results]
+        elif number == 1:
+            middle = ["---"] * len(results)
+        else:
+            test = re.search(r"`(test_\w+)`", cells[-1])
+            name = test[1] if test else ""
+            middle = [f" {each['faults'].get(name) or NOT_TRIED.get(name, 'not tried')} " for each in results.values()]
+        lines.append("|" + "|".join([*cells[:2], *middle, cells[-1]]) + "|")
+    return head + "\n".join(lines) + end + rest
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base_model", type=Path)
+    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--parts", default=",".join(PARTS), help="of these, those to run")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter that has the peers")
+    parser.add_argument("--few", action="store_true", help="a handful of kills and flips")
+    parser.add_argument("--results", type=Path, default=BENCH / "results")
+    parser.add_argument("--docs", action="store_true", help="only write the peers' columns of docs/reliability.md")
+    arguments = parser.parse_args()
+    if arguments.docs:
+        found = {name: json.loads((arguments.results / f"peer-faults-{name}.json").read_text()) for name in PEERS}
+        DOCS.write_text(columns(DOCS.read_text(encoding="utf-8"), found), encoding="utf-8")
+        return 0
+    if arguments.base_model is None:
+        parser.error("--base_model names the folder of a small LLaMA")
+    failed = 0
+    for name in arguments.peers.split(","):
+        with tempfile.TemporaryDirectory(prefix="jindo-peers-", ignore_cleanup_errors=True) as folder:
+            work = Path(folder)
+            library = work / "peer_disk.so"
+            compiler = os.environ.get("CC", "cc")
+            source = BENCH / "peer_disk.c"
+            subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+            untied(arguments.base_model, work / "base")
+            try:
+                print(f"written to {write(measure(name, arguments, work, library), arguments.results)}")
+            except ModuleNotFoundError as error:
+                print(f"{name} is left out: {error}")
+                failed = 1
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

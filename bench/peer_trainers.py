@@ -47,6 +47,7 @@ class Job:
     seed: int = 1
     learning_rate: float = 1e-2
     lora_r: int = 2
+    dropout: float = 0.2
     ranks: int = 1
     timeout_s: int = 0  # of a collective; 0: the peer's own
     extra: str = ""  # jit | plain_loader | on_exception | evaluate: an option of the peer's, see its function
@@ -56,6 +57,7 @@ class Job:
     hang_at: int = 0  # rank 1 waits in this step
     disk: tuple[int, int] = (0, -1)  # what peer_disk.c does, and at which boundary
     scratch: str = ""  # beside out, counted with it: where TMPDIR lies
+    modules: str = ""  # a file for the names of all that the run imported
 
 
 class Rows(Dataset):
@@ -129,10 +131,10 @@ def _peft_model(job: Job) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(job.base).train()  # Lightning leaves modules in the mode they come in
-    return get_peft_model(
-        model,
-        LoraConfig(r=job.lora_r, lora_alpha=4, lora_dropout=0.2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    lora = LoraConfig(
+        r=job.lora_r, lora_alpha=4, lora_dropout=job.dropout, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
     )
+    return get_peft_model(model, lora)
 
 
 def transformers_trainer(job: Job, watch: Watch) -> None:
@@ -198,7 +200,9 @@ def lightning_trainer(job: Job, watch: Watch) -> None:
     lightning.seed_everything(job.seed)
     module = Module()
     watch.follow(module)
-    saves: list[Any] = [ModelCheckpoint(job.out, "{step}", every_n_train_steps=SAVE_STEPS, save_top_k=-1, save_last=True)]
+    saves: list[Any] = [
+        ModelCheckpoint(job.out, "{step}", every_n_train_steps=SAVE_STEPS, save_top_k=-1, save_last=True)
+    ]
     if job.extra == "on_exception":
         saves.append(OnExceptionCheckpoint(job.out))
     strategy: Any = "auto"
@@ -210,8 +214,8 @@ def lightning_trainer(job: Job, watch: Watch) -> None:
         limit = {"timeout": datetime.timedelta(seconds=job.timeout_s)} if job.timeout_s else {}
         strategy = DDPStrategy(process_group_backend="gloo", **limit)
     trainer = lightning.Trainer(
-        default_root_dir=job.out, max_steps=STEPS, callbacks=saves, accelerator="cpu", devices=job.ranks, strategy=strategy,
-        logger=False, enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
+        default_root_dir=job.out, max_steps=STEPS, callbacks=saves, accelerator="cpu", devices=job.ranks,
+        strategy=strategy, logger=False, enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
     )  # fmt: skip
     loader = DataLoader if job.extra == "plain_loader" else StatefulDataLoader
     rows = loader(Rows(job.rows), job.batch_size // job.ranks, shuffle=True, collate_fn=collate)
@@ -248,14 +252,15 @@ def torchtune_recipe(job: Job, watch: Watch) -> None:
     shape = json.loads((Path(job.base) / "config.json").read_text())
     config = OmegaConf.create(
         {
-            "output_dir": job.out, "device": "cpu", "dtype": "fp32", "seed": job.seed, "shuffle": True, "compile": False,
+            "output_dir": job.out, "device": "cpu", "dtype": "fp32", "seed": job.seed, "shuffle": True,
+            "compile": False,
             "model": {
                 "_component_": "torchtune.models.llama2.lora_llama2", "lora_attn_modules": ["q_proj", "v_proj"],
                 "apply_lora_to_mlp": False, "apply_lora_to_output": False, "vocab_size": shape["vocab_size"],
                 "num_layers": shape["num_hidden_layers"], "num_heads": shape["num_attention_heads"],
                 "num_kv_heads": shape["num_key_value_heads"], "embed_dim": shape["hidden_size"],
                 "intermediate_dim": shape["intermediate_size"], "max_seq_len": 128, "lora_rank": job.lora_r,
-                "lora_alpha": 4, "lora_dropout": 0.2,
+                "lora_alpha": 4, "lora_dropout": job.dropout,
             },
             "tokenizer": {"_component_": "peer_trainers.NoText"},
             "checkpointer": {
@@ -302,6 +307,8 @@ def run(peer: str, job: Job) -> None:
     if hasattr(library, "peer_disk_arm"):
         library.peer_disk_arm(f"{Path(job.out).parent}/".encode(), *(ctypes.c_long(number) for number in job.disk))
     PEERS[peer](job, Watch(job))
+    if job.modules:
+        Path(job.modules).write_text("\n".join(sys.modules))
 
 
 def _forked(peer: str, job: Job, log: str, limit: float) -> int | None:
@@ -315,11 +322,9 @@ def _forked(peer: str, job: Job, log: str, limit: float) -> int | None:
         try:
             run(peer, job)
             code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
+        finally:  # whatever the run ended with, this child must not go on with its parent's loop
+            if code:
+                traceback.print_exc()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -347,13 +352,20 @@ def _warm(peer: str) -> dict[str, str]:
     if peer == "torchtune":
         _recipe()
     else:
-        import peft
-        import transformers.models.llama.modeling_llama
-        from transformers import Trainer  # noqa: F401
+        for name in ("peft", "transformers.models.llama.modeling_llama", "transformers.trainer"):
+            importlib.import_module(name)
     if peer == "lightning":
-        import lightning
-        import torchdata.stateful_dataloader  # noqa: F401
+        importlib.import_module("lightning")
+        importlib.import_module("torchdata.stateful_dataloader")
     return found
+
+
+def _import(names: list[str]) -> None:
+    """What a child has imported, so that the next ones need not; a run here would leave autograd unfit for forks."""
+    packages = ("transformers", "peft", "accelerate", "lightning", "torch", "torchtune", "torchmetrics")
+    for name in names:
+        if name.partition(".")[0] in packages:
+            importlib.import_module(name)
 
 
 def _jobs() -> Iterator[dict[str, Any]]:
@@ -374,7 +386,10 @@ def main() -> None:
     os.dup2(2, 1)
     print(json.dumps({"versions": _warm(arguments.peer)}), file=answers, flush=True)
     for asked in _jobs():
-        code = _forked(arguments.peer, as_job(asked["job"]), asked["log"], asked["limit"])
+        job = as_job(asked["job"])
+        code = _forked(arguments.peer, job, asked["log"], asked["limit"])
+        if job.modules and code == 0:
+            _import(Path(job.modules).read_text().split())
         print(json.dumps({"code": code}), file=answers, flush=True)
 
 
