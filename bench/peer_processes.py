@@ -15,7 +15,8 @@ from bench.peer_runs import LIMIT, SAVES, Bench
 RANKS = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 OPTIONS = {"transformers": "jit", "lightning": "on_exception"}
 """What a peer offers beyond its defaults for a run that is stopped: enable_jit_checkpoint, OnExceptionCheckpoint."""
-HANG_LIMIT = 10
+HANG_LIMIT, HANG_PATIENCE = 10, 120
+"""Seconds: the collectives' limit of the run of which a rank hangs, and how long that is then watched."""
 
 
 def _reached(job: dict[str, Any], process: subprocess.Popen[bytes], step: int) -> None:
@@ -45,6 +46,7 @@ def _signalled(bench: Bench, kind: signal.Signals, extra: str, times: int = 1) -
     ended = peer.wait(job, process)
     took = time.monotonic() - sent
     saved = bool(_files(job) - before)
+    bench.detail.setdefault("last words", {})[f"{kind.name} {extra} {times}"] = ended.words[-400:]
     code = None if ended.code is None else 128 - ended.code if ended.code < 0 else ended.code
     again = bench.resume(job, pace=0.0)
     return code, saved, bench.became(again) + (f", at step {again.report['start']}" if again.report else ""), took
@@ -116,10 +118,10 @@ def ranks(bench: Bench) -> dict[str, str]:
             os.kill(_pid(job, 1), signal.SIGKILL)
         elif what == "signal":
             process.send_signal(signal.SIGTERM)
-        ended = peer.wait(job, process)
+        ended = peer.wait(job, process, HANG_PATIENCE)
         took = time.monotonic() - sent
         detail[what] = [ended.code, took, sorted(_files(job) - before), ended.words[-800:]]
-        end = f"code {ended.code} after {took:.0f} s" if ended.code is not None else f"still there after {LIMIT:.0f} s"
+        end = f"still there after {took:.0f} s" if ended.code is None else f"code {ended.code} after {took:.0f} s"
         if what == "hangs":
             end += f" (its limit set to {HANG_LIMIT} s)"
         if what == "signal":

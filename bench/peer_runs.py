@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ BENCH = Path(__file__).resolve().parent
 SAVES = {"transformers": (3, 6), "lightning": (3, 6), "torchtune": (5, 10)}
 """After which steps a run has a checkpoint that it can go on from; it is killed one or two steps after the second."""
 DIES = {"transformers": 7, "lightning": 7, "torchtune": 12}
-LIMIT = 90.0
-"""Seconds for one run: one that is not killed takes less than one, and ten with its imports."""
+LIMIT = 240.0
+"""Seconds for one run: one takes a few, more where the machine is busy."""
 
 
 @dataclasses.dataclass
@@ -89,15 +90,19 @@ class Peer:
         with Path(job["report"]).with_name("log").open("wb") as words:
             return subprocess.Popen(
                 [self.python, *launcher, str(BENCH / "peer_trainers.py"), self.name, "--job", json.dumps(job)],
-                stdout=words, stderr=subprocess.STDOUT, env=self.environment,
+                stdout=words, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True,
             )  # fmt: skip
 
-    def wait(self, job: dict[str, Any], process: subprocess.Popen[bytes]) -> Ended:
+    def wait(self, job: dict[str, Any], process: subprocess.Popen[bytes], limit: float = LIMIT) -> Ended:
+        """Until it has ended; after `limit` seconds it is killed with all that it started."""
         code: int | None = None
         try:
-            code = process.wait(LIMIT)
+            code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            process.kill()
+            for row in _progress(job):  # torchrun gives each rank a session of its own
+                if Path(f"/proc/{row['pid']}").exists():
+                    os.kill(row["pid"], signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         return _ended(job, code, Path(job["report"]).with_name("log"))
 
@@ -106,22 +111,24 @@ class Peer:
         self.server.wait()
 
     def files(self, state: Path) -> list[str]:
-        """The files of the newest checkpoint below a `disk`, those that only readers of text look at left out."""
-        out = state / "out"
+        """The files of the newest checkpoint below a `disk` that going on from it reads."""
         if self.name == "lightning":
             return ["out/last.ckpt"]
-        if self.name == "transformers":
-            found = sorted((out / f"checkpoint-{SAVES[self.name][1]}").iterdir())
-        else:
-            found = [*sorted((out / "epoch_1").iterdir()), out / "recipe_state" / "recipe_state.pt"]
-        return [str(path.relative_to(state)) for path in found if path.suffix != ".md"]
+        if self.name == "torchtune":  # the others of epoch_1 are for who loads it elsewhere
+            return ["out/epoch_1/adapter_model.pt", "out/recipe_state/recipe_state.pt"]
+        folder = Path("out") / f"checkpoint-{SAVES[self.name][1]}"
+        return [str(folder / path.name) for path in sorted((state / folder).iterdir()) if path.suffix != ".md"]
 
 
 def _ended(job: dict[str, Any], code: int | None, log: Path) -> Ended:
-    report, progress = Path(job["report"]), Path(job["progress"])
-    rows = [json.loads(line) for line in progress.read_text().splitlines()] if progress.exists() else []
+    report = Path(job["report"])
     held = json.loads(report.read_text()) if report.exists() else {}
-    return Ended(code, log.read_text(errors="replace")[-6000:], held, rows)
+    return Ended(code, log.read_text(errors="replace")[-6000:], held, _progress(job))
+
+
+def _progress(job: dict[str, Any]) -> list[dict[str, Any]]:
+    path = Path(job["progress"])
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def disk(job: dict[str, Any]) -> Path:
