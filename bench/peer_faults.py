@@ -117,7 +117,7 @@ def _without_moments(bench: Bench) -> str:
         del held["optimizer_states" if lightning else "optimizer"]
         torch.save(held, path)
     ended = bench.resume(job)
-    bench.detail["without moments"] = [ended.code, ended.report, ended.words[-500:]]
+    bench.detail["without moments"] = [ended.code, ended.report, ended.error]
     if ended.code != 0:
         return f"{ended.error}"
     fresh = ended.report["updates"] < bench.whole.report["updates"]
@@ -225,7 +225,8 @@ def again(bench: Bench) -> dict[str, str]:
     before = {path: path.read_bytes() for path in disk(job).rglob("*") if path.is_file() and path.suffix in WEIGHTS}
     ended = bench.peer.run(job | {"learning_rate": 1e-3})  # other files than those that are there
     gone = sum(not path.exists() or path.read_bytes() != data for path, data in before.items())
-    what = f"begins anew in silence, {gone} of {len(before)} files of weights and moments overwritten" if ended.code == 0 else ended.error
+    lost = f"{gone} of {len(before)} files of weights and moments overwritten"
+    what = f"begins anew in silence, {lost}" if ended.code == 0 else ended.error
     job = bench.peer.job()
     place = {"transformers": "checkpoint-3/adapter_model.safetensors", "lightning": "step=3.ckpt"}
     foreign = Path(job["out"]) / place.get(bench.peer.name, "epoch_0/adapter_model.pt")
@@ -246,21 +247,22 @@ PARTS: dict[str, Callable[[Bench], dict[str, str]]] = {
 }  # fmt: skip
 
 
-def measure(name: str, arguments: argparse.Namespace, work: Path, library: Path) -> dict[str, Any]:
-    """One peer's parts."""
+def measure(name: str, arguments: argparse.Namespace, work: Path, library: Path) -> Path:
+    """One peer's parts; the file of its results, which has each part as soon as it has ended."""
     peer = Peer(name, arguments.python, work / "base", work, library)
     bench = Bench(peer, arguments.few)
-    found: dict[str, str] = {}
+    path = arguments.results / f"peer-faults-{name}.json"
+    facts = {
+        "peer": name, "measured": True, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": sys.version.split()[0], "versions": peer.versions,
+    }  # fmt: skip
     for part in arguments.parts.split(","):
         now = PARTS[part](bench)
         for test, said in now.items():
             print(f"{name:13} {test:75} {said}", flush=True)
-        found |= now
+        write(path, facts | {"faults": now, "detail": bench.detail})
     peer.close()
-    return {
-        "peer": name, "measured": True, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "python": sys.version.split()[0], "versions": peer.versions, "faults": found, "detail": bench.detail,
-    }  # fmt: skip
+    return path
 
 
 def untied(source: Path, target: Path) -> None:
@@ -274,14 +276,12 @@ def untied(source: Path, target: Path) -> None:
     model.save_pretrained(target)
 
 
-def write(result: dict[str, Any], results: Path) -> Path:
-    """One file a peer; parts that were not run this time stay as they were."""
-    path = results / f"peer-faults-{result['peer']}.json"
+def write(path: Path, result: dict[str, Any]) -> None:
+    """One file a peer; what was not run this time stays as it was."""
     if path.exists():
         older = json.loads(path.read_text())
         result = result | {key: older[key] | result[key] for key in ("faults", "detail")}
     path.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    return path
 
 
 def columns(text: str, results: dict[str, dict[str, Any]]) -> str:
@@ -331,7 +331,7 @@ def main() -> int:
             subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
             untied(arguments.base_model, work / "base")
             try:
-                print(f"written to {write(measure(name, arguments, work, library), arguments.results)}")
+                print(f"written to {measure(name, arguments, work, library)}")
             except ModuleNotFoundError as error:
                 print(f"{name} is left out: {error}")
                 failed = 1

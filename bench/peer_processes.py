@@ -46,7 +46,6 @@ def _signalled(bench: Bench, kind: signal.Signals, extra: str, times: int = 1) -
     ended = peer.wait(job, process)
     took = time.monotonic() - sent
     saved = bool(_files(job) - before)
-    bench.detail.setdefault("last words", {})[f"{kind.name} {extra} {times}"] = ended.words[-400:]
     code = None if ended.code is None else 128 - ended.code if ended.code < 0 else ended.code
     again = bench.resume(job, pace=0.0)
     return code, saved, bench.became(again) + (f", at step {again.report['start']}" if again.report else ""), took
@@ -89,7 +88,7 @@ def races(bench: Bench) -> dict[str, str]:
         other = peer.start(second)
         ends = [peer.wait(first, one), peer.wait(second, other)]
         codes = [ended.code for ended in ends]
-        bench.detail[test] = [codes, [ended.words[-300:] for ended in ends]]
+        bench.detail[test] = [codes, [ended.error for ended in ends]]
         both = "no lock: both train to the end and write into one another's files"
         found[test] = both if codes == [0, 0] else f"exit codes {codes[0]} and {codes[1]}"
     found["test_a_killed_trainer_s_lock_is_gone"] = "no lock"
@@ -120,7 +119,7 @@ def ranks(bench: Bench) -> dict[str, str]:
             process.send_signal(signal.SIGTERM)
         ended = peer.wait(job, process, HANG_PATIENCE)
         took = time.monotonic() - sent
-        detail[what] = [ended.code, took, sorted(_files(job) - before), ended.words[-800:]]
+        detail[what] = [ended.code, took, sorted(_files(job) - before), ended.error]
         end = f"still there after {took:.0f} s" if ended.code is None else f"code {ended.code} after {took:.0f} s"
         if what == "hangs":
             end += f" (its limit set to {HANG_LIMIT} s)"
