@@ -89,7 +89,7 @@ def races(bench: Bench) -> dict[str, str]:
         ends = [peer.wait(first, one), peer.wait(second, other)]
         codes = [ended.code for ended in ends]
         bench.detail[test] = [codes, [ended.error for ended in ends]]
-        both = "no lock: both train to the end and write into one another's files"
+        both = "no lock: both train to the end, with code 0"
         found[test] = both if codes == [0, 0] else f"exit codes {codes[0]} and {codes[1]}"
     found["test_a_killed_trainer_s_lock_is_gone"] = "no lock"
     return found
