@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jindo_core import qlora
+from jindo_core.config_checks import check_together
 from jindo_core.errors import InputError, nearest
-from jindo_core.settings import Config, Setting, setting, settings, show
+from jindo_core.settings import Config, Setting, setting, settings
 
 # Defaults that depend on the job. `alpaca` (a base model is named) is alpaca-lora's finetune.py; `embedded`
 # (none is named) is the main job on SmolLM2-135M, sized to end within five minutes on two CPU cores; `qlora` (a
@@ -85,9 +86,6 @@ _SAID_ELSEWHERE = {
     "dtype": "outtype",
     "instruction": "prompt",
 }
-
-SINKS = ("tensorboard", "wandb")
-"""Where a run's figures may be reported to, by the names of the packages."""
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -232,23 +230,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         read_fields(self)
         check_device(self.device)
-        _check_rows(self)
-        if self.micro_batch_size > self.batch_size:
-            raise InputError(
-                f"--micro_batch_size: got {self.micro_batch_size}, expected at most --batch_size "
-                f"({self.batch_size}): lower it, or raise --batch_size"
-            )
-        _check_resume(self)
-        _check_reports(self)
-        if self.json and self.preview:
-            raise InputError("--json: got it beside --preview, which shows rows to people: leave one of them out")
-        if self.max_steps == 0:
-            raise InputError("--max_steps: got 0, expected a whole number above 0, or -1 for no limit")
-        if "all-linear" in self.lora_target_modules and len(self.lora_target_modules) > 1:
-            raise InputError(
-                f"--lora_target_modules: got {show(self.lora_target_modules)}, expected all-linear alone or "
-                "a list of names: leave all-linear out or the rest"
-            )
+        check_together(self)
 
     @property
     def accumulation_steps(self) -> int:
@@ -323,47 +305,6 @@ class GenerateConfig:
             # Bytes on a command line that are no UTF-8 arrive as lone surrogates, which no tokenizer takes.
             if text is not None and not text.isascii() and re.search("[\ud800-\udfff]", text):
                 raise InputError(f"--{name}: got bytes that are no UTF-8, expected text in UTF-8")
-
-
-def _check_rows(config: TrainConfig) -> None:
-    """What the settings of the data say about each other. Raises InputError."""
-    paths, weights = len(config.data_path or ()), config.data_weights
-    if weights is not None and len(weights) != paths:
-        raise InputError(
-            f"--data_weights: got {len(weights)} for {paths} of --data_path, expected one for each, in their order"
-        )
-    lengths = {"source_max_len": config.source_max_len, "target_max_len": config.target_max_len}
-    for one, other in (lengths, list(lengths)[::-1]):
-        if lengths[one] is None and lengths[other] is not None:
-            raise InputError(f"--{other}: got it alone, expected --{one} beside it: a row is cut by both or neither")
-
-
-def _check_resume(config: TrainConfig) -> None:
-    """alpaca-lora's three words for resume_from_checkpoint, where a path may stand too. Raises InputError."""
-    word = (config.resume_from_checkpoint or "none").lower()
-    if word in ("none", "false"):
-        object.__setattr__(config, "resume_from_checkpoint", None)
-    elif config.resume:
-        raise InputError("--resume: got it beside --resume_from_checkpoint, expected one of them")
-    elif word == "true":
-        object.__setattr__(config, "resume_from_checkpoint", "True")
-
-
-def _check_reports(config: TrainConfig) -> None:
-    """The names of report_to, in small letters; and none beside what asks for wandb. Raises InputError."""
-    if config.report_to is not None:
-        names = tuple(dict.fromkeys(name.lower() for name in config.report_to))
-        expected = "expected tensorboard and wandb, or all or none alone"
-        for name in names:
-            if name not in (*SINKS, "all", "none"):
-                raise InputError(f"--report_to: got {name!r}, {expected}.{nearest(name, [*SINKS, 'all', 'none'])}")
-        if len(names) > 1 and {"all", "none"} & set(names):
-            raise InputError(f"--report_to: got {show(names)}, {expected}")
-        if names == ("none",) and config.wandb_project is not None:
-            raise InputError("--wandb_project: got it beside --report_to none, expected one of them: leave one out")
-        object.__setattr__(config, "report_to", names)
-    if config.wandb_watch == "False":
-        object.__setattr__(config, "wandb_watch", "false")
 
 
 def read_fields(config: Config) -> None:

@@ -27,7 +27,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from jindo_core.adapters import CONFIG, WEIGHTS
-from jindo_core.config import SINKS, TrainConfig
+from jindo_core.config import TrainConfig
+from jindo_core.config_checks import SINKS
 from jindo_core.errors import InputError
 from jindo_core.files import read_json, write_atomically
 from jindo_core.run_record import METRICS, by_name, shown

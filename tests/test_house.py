@@ -16,7 +16,7 @@ PARTS = {"kernels": {"kernels"}, "jindo_core": {"jindo_core", "kernels"}, "cli":
 ENGINE_ROWS = [
     {"errors"},
     {"settings", "plan", "plan_falcon", "budget", "files", "part_file", "config_json", "interrupt"},
-    {"config", "config_files", "qlora", "families", "long_memory", "rotary"},
+    {"config", "config_checks", "config_files", "qlora", "families", "long_memory", "rotary"},
     {"convert_config", "data_config", "data_config_inspect", "eval_config"},
     {"nf4"},
     {"lora", "pages", "parallel"},
