@@ -248,7 +248,8 @@ class _NoCopies:
         return 0.0
 
 
-def _meta_pages(self: pages.PageStore, count: int) -> list[Tensor]:
+def _meta_pages(self: pages.PageStore, *place_and_count: Any) -> list[Tensor]:
+    count: int = place_and_count[-1]
     return [torch.empty(self.page_bytes, dtype=torch.uint8, device="meta")] * count  # the host's memory, not counted
 
 
@@ -384,7 +385,7 @@ def _train(
         del loss
         if counter is not None:
             counter.name("gradients", [p.grad for p in trained if p.grad is not None])
-    ranks.sum_gradients(trained, 0.0)
+    ranks.sum_gradients(trained, torch.zeros((), device=trained[0].device))
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from jindo_core import ceiling
 from jindo_core.cli.main import main
@@ -175,7 +176,7 @@ def test_without_it_standard_output_holds_no_event(words, capsys):
 def test_no_step_that_could_be_made_is_an_event_with_code_1(command, monkeypatch, capsys):
     from jindo_core import step as stepping
 
-    monkeypatch.setattr(stepping, "accumulate", lambda *_: float("nan"))
+    monkeypatch.setattr(stepping, "accumulate", lambda *_: torch.tensor(float("nan")))
     assert main(command()) == 1
     last = parsed(capsys.readouterr().out)[-1]
     assert (last["event"], last["code"]) == ("error", 1)
