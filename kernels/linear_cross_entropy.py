@@ -169,8 +169,9 @@ def forward_reference(
             dlogits.scatter_add_(1, y, dlogits.new_full((1, 1), label_smoothing - 1).expand(y.shape))
             if label_smoothing:
                 dlogits -= label_smoothing / weight.shape[0]
-            narrow = torch.zeros(len(h), weight.shape[0], dtype=hidden.dtype, device=h.device)
-            narrow[: len(rows)] = dlogits  # in one tensor, not one cut down and one extended
+            narrow = h.new_empty(len(h), weight.shape[0])  # one tensor, not one cut down and one extended
+            narrow[: len(rows)] = dlogits
+            narrow[len(rows) :] = 0
             if need_dhidden:
                 dhidden[rows] = (narrow @ weight)[: len(rows)]
             if need_dweight:
