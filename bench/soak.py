@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-LIMIT = 3000.0
-"""Bytes a step: what RSS sways by without a trend, 3 MB over 500 steps, makes about a third of it. A row of metrics,
-which stays in memory until the end, takes 0.3 kB."""
+LIMIT = 10_000.0
+"""Bytes a step: a hundredth of such a process's memory in a thousand steps or two. Pages that the allocator gives back and
+takes again make a slope of as much, up or down, over a thousand steps (docs/log.md); what leaks with every step does more."""
 
 _WORDS = (
     "the", "cat", "and", "a", "dog", "went", "to", "town", "where", "they", "saw", "little", "birds", "in", "red",
