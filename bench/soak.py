@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 LIMIT = 10_000.0
-"""Bytes a step: a hundredth of such a process's memory in a thousand steps or two. Pages that the allocator gives back and
-takes again make a slope of as much, up or down, over a thousand steps (docs/log.md); what leaks with every step does more."""
+"""Bytes a step: one or two hundredths of such a process's memory in a thousand steps. Pages that the allocator gives
+back and takes again make a slope of as much, up or down, over a thousand steps (docs/log.md); a leak a step is more."""
 
 _WORDS = (
     "the", "cat", "and", "a", "dog", "went", "to", "town", "where", "they", "saw", "little", "birds", "in", "red",
