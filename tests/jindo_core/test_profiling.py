@@ -90,16 +90,19 @@ class StepProfileOf(StepProfile):
     """Keeps what it found instead of writing it."""
 
     def __init__(self, steps, left):
-        super().__init__(steps, left, None, torch.device("cpu"), None)
+        self.said = []
+        super().__init__(steps, left, None, torch.device("cpu"), SimpleNamespace(notice=self.said.append))
 
     def _write(self, found):
         self.found = profiling.dearest(found.events())
 
 
 def test_a_step_that_fails_leaves_no_profiler_running():
-    with pytest.raises(ZeroDivisionError), StepProfileOf(3, 1) as profile, profile.step():
+    profile = StepProfileOf(3, 1)
+    with pytest.raises(ZeroDivisionError), profile, profile.step():
         1 / 0  # noqa: B018
     assert profile._profile is None
+    assert profile.said == ["no profile is written: the run ends before its profiled steps have"]
     assert dispatch.implementation("nf4_quantize", torch.zeros(2)).__name__ != "under"
 
 
