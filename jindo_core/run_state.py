@@ -59,6 +59,7 @@ class MetricsLog:
         self._failed = False
 
     def __enter__(self) -> MetricsLog:
+        self.write([])  # the rows of a run before are gone now
         return self
 
     def __exit__(
