@@ -135,7 +135,7 @@ def test_a_run_whose_limits_can_t_be_read_goes_on_and_says_so_once(settings, hos
     broken_group(host)
     assert train(*settings("out", max_steps=3)).steps == 3
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("can't be read (invalid literal for int() with base 10: 'many'): that limit of memory is not") == 1
+    assert said.count("can't be read (invalid literal for int() with base 10: 'many'): that limit of memory is") == 1
 
 
 # --- page stores --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A disk that has no room for the log: no step is lost by it, nor a row; and where that lasts it is said what stands."""
+"""A disk that has no room for the log: no step is lost by it, nor a row; and where that lasts, what stands is said."""
 
 from __future__ import annotations
 
