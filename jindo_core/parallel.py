@@ -43,6 +43,7 @@ ALONE_LIMIT = timedelta(minutes=30)
 has no limit: rows that are tokenized, predictions, the end of the run."""
 
 _POLL = 0.05
+_FAILED = "failed"
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 _MEETINGS = itertools.count()
@@ -159,10 +160,17 @@ class Ranks:
         assert self._store is not None
         self._store.set(key, value)  # type: ignore[arg-type]  # which is what it takes besides str
 
+    def tell(self, error: InputError | TrainingError) -> None:
+        """Why this rank ends, for those who wait for it if it is the first."""
+        if self.leads:
+            self._put(_FAILED, pickle.dumps(error))
+
     def _wait(self, key: str, limit: timedelta | None = None) -> None:
         assert self._store is not None
         began = time.monotonic()
         while not self._store.check([key]):
+            if self._store.check([_FAILED]):
+                raise pickle.loads(self._store.get(_FAILED))
             if limit is not None and time.monotonic() - began > limit.total_seconds():
                 raise TrainingError(
                     f"rank {self.rank} has waited {limit.total_seconds() / 60:.0f} minutes for rank 0, which hangs or "
@@ -351,6 +359,8 @@ def joined(config: TrainConfig) -> Iterator[tuple[Ranks, TrainConfig]]:
 
 def _say_once(ranks: Ranks, error: InputError | TrainingError | Stopped) -> None:
     try:
+        if not isinstance(error, Stopped):  # which all ranks come to together
+            ranks.tell(error)
         says = ranks.says(str(error))
     except RuntimeError as gone:  # the store, with the process that held it
         if not _is_lost(gone):

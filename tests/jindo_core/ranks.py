@@ -21,6 +21,7 @@ from jindo_core import feeder, host_memory, loader, mmlu, outcome, pages, parall
 from jindo_core import step as stepping
 from jindo_core import train as training
 from jindo_core.config import resolve_train_config
+from jindo_core.errors import TrainingError
 from jindo_core.plan import as_json
 
 LETTERS = ("B", "L", "S", "T")
@@ -34,7 +35,7 @@ def launch(folder, size, jobs, *, limit=120, check=True):
     reading), "update_memory", "nan", "hang", "host" (which is out of memory): [rank, step]; "timeout": seconds that
     ranks wait for each other; "absmax" or "packed": that part of the weights differs on rank 1; "live": count the
     storages that are alive from its first step on; "process": bytes that each rank is told to hold beside the step;
-    "slow_end": a file that the first rank makes when it has drawn for a while}}. Or {name: {"steps": …}}: the
+    "slow_end": a file that the first rank makes when it has drawn for a while; or "": it fails there}}. Or {name: {"steps": …}}: the
     simulation's steps, with real tensors.
     """
     folder.mkdir()
@@ -153,6 +154,8 @@ def make_faults(job, rank):
 def make_slow(path, rank, said):
     """The first rank takes its time at the end; and what the others find when they come to a meeting there."""
     def draw(*_):
+        if not path:
+            raise TrainingError("it can't be drawn")
         time.sleep(0.5)
         Path(path).touch()
 

@@ -90,6 +90,7 @@ def two(make, place):
     jobs["short"] = {"settings": make("two-short"), "memory": [1, 2]}
     jobs["short_rows"] = {"settings": make("two-short_rows"), "rows_memory": [1, 3]}
     jobs["slow_end"] = {"settings": make("two-slow_end", max_steps=1), "slow_end": str(place / "drawn")}
+    jobs["failed_end"] = {"settings": make("two-failed_end", max_steps=1), "slow_end": ""}
     jobs["short_update"] = {"settings": make("two-short_update"), "update_memory": [0, 2]}
     jobs["nan"] = {"settings": make("two-nan"), "nan": [1, 3]}
     jobs["half"] = {"settings": make("two-half"), "signal": [0, 5]}
@@ -261,6 +262,12 @@ def test_the_others_wait_for_the_first_one_s_end_where_no_limit_is(two):
     assert [said["after_the_first"] for said in two[0]["slow_end"]] == [True, True]
 
 
+def test_a_first_rank_that_fails_at_the_end_is_waited_for_by_nobody(two):
+    """The others would wait for it without a limit, and torchrun may run on another machine."""
+    assert sorted(said["ended"] for said in two[0]["failed_end"]) == ["SystemExit", "TrainingError"]
+    assert [said["code"] for said in two[0]["failed_end"] if said["ended"] == "SystemExit"] == [1]
+
+
 def test_a_step_has_six_short_messages_and_one_with_the_gradients(two, repo_root):
     """As docs/parallel.md says; of steps without a measurement or a checkpoint behind them. Here every step looks at
     its host's memory, which takes two more."""
@@ -334,8 +341,8 @@ def test_a_first_rank_that_hangs_is_not_waited_for_without_end():
         def __init__(self):
             self.asked = 0
 
-        def check(self, _):
-            self.asked += 1
+        def check(self, names):
+            self.asked += names == ["first/0"]
             return False
 
     store = Store()
