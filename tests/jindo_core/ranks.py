@@ -35,8 +35,8 @@ def launch(folder, size, jobs, *, limit=120, check=True):
     reading), "update_memory", "nan", "hang", "host" (which is out of memory): [rank, step]; "timeout": seconds that
     ranks wait for each other; "absmax" or "packed": that part of the weights differs on rank 1; "live": count the
     storages that are alive from its first step on; "process": bytes that each rank is told to hold beside the step;
-    "slow_end": a file that the first rank makes when it has drawn for a while; or "": it fails there}}. Or {name: {"steps": …}}: the
-    simulation's steps, with real tensors.
+    "slow_end": a file that the first rank makes when it has drawn for a while; or "": it fails there}}. Or
+    {name: {"steps": …}}: the simulation's steps, with real tensors.
     """
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps(jobs))
