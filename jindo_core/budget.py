@@ -19,15 +19,19 @@ class Change(NamedTuple):
     cost: str
 
 
-def fit(job: Job, budget: int) -> tuple[Job, list[Change], bool]:
+def fit(job: Job, budget: int, *, exact: bool = False) -> tuple[Job, list[Change], bool]:
     """The cheapest changes, in the order of what they cost in time, that bring the peak within `budget` bytes.
 
+    Args:
+        exact: only those that change no bit of what is computed.
     Returns:
         The changed job, what was changed, and whether it fits (if not, the job with everything changed). Layers in
         shards are not streamed besides.
     """
     found = job
     for make in _LADDER:
+        if exact and make in _ROUNDED:
+            continue
         if plan(found).peak_bytes <= budget:
             break
         for tried in make(found):  # from little to all of it
@@ -83,6 +87,9 @@ def _streamed(job: Job) -> Iterator[Job]:
 _LADDER: tuple[Callable[[Job], Iterator[Job]], ...] = (
     _paged, _embedding, _checkpointed, _away, _smaller, _head, _streamed,
 )  # fmt: skip
+_ROUNDED = (_smaller, _head)
+"""Steps of the ladder after which sums are rounded otherwise."""
+
 _FIELDS = (
     "resident_states", "offload_embedding", "checkpointed_layers", "offload_checkpoints", "micro_batch",
     "offload_head",

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from jindo_core.causal_lm import CausalLM
 from jindo_core.config import TrainConfig
-from jindo_core.errors import InputError
+from jindo_core.errors import InputError, TrainingError
+from jindo_core.memory import is_out_of_memory
 
 MOST_VARIANTS = 16
 """Graphs of one kind of layer that torch may keep: a batch of one row or more, an input that takes gradients or (the
@@ -44,6 +45,7 @@ def compile_layers(model: CausalLM, *, backend: str | Callable[..., Any] = "indu
         backend: torch.compile's.
     Raises:
         InputError: nothing here can compile for the model's device, or a LongLLaMA.
+    The layers raise TrainingError where a graph can't be compiled; want of memory is raised as what it is.
     """
     if model.config.memory is not None:
         raise InputError("--compile: got it with a LongLLaMA, which reads its input in windows: leave --compile out")
@@ -66,11 +68,21 @@ def _compiled(layer: nn.Module, backend: str | Callable[..., Any]) -> Callable[.
         try:
             found: Tensor = run(*args, **kwargs)
         except BackendCompilerFailed as error:
-            said = str(error.inner_exception).strip().partition("\n")[0]
-            raise InputError(f"--compile: torch.compile failed ({said}): leave --compile out") from error
+            inner = error.inner_exception
+            if is_out_of_memory(inner):  # the step gives way, and compiles again
+                raise inner from error
+            said = str(inner).strip().partition("\n")[0]
+            raise TrainingError(f"--compile: torch.compile failed ({said}): leave --compile out") from error
         return found
 
     return call
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch has compiled so far in this process: a step that adds some has taken time for them."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 def _check_compiler(device: torch.device) -> None:

@@ -52,6 +52,7 @@ class StepRows(LazySequence[list[int]]):
         batches: of all ranks. micro_batch, coming: what is read, for micro-batches of so many rows.
     Attributes:
         waited: seconds that the step has waited for its rows.
+        counted: supervised tokens of all ranks, once they have agreed on it.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class StepRows(LazySequence[list[int]]):
         coming: Future[list[MicroBatch]] | None = None,
     ) -> None:  # fmt: skip
         self._job, self._batches, self._micro_batch, self._coming = job, batches, micro_batch, coming
+        self._read: list[MicroBatch] | None = None
         self.waited = 0.0
+        self.counted = 0
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -69,16 +72,22 @@ class StepRows(LazySequence[list[int]]):
 
     def collated(self) -> list[MicroBatch]:
         """This rank's part, in micro-batches of what memory leaves room for now. Where that is less than it was when
-        they were read, and where a step is tried again, they are read here."""
+        they were read, and where reading failed, they are read here."""
         began, coming = time.perf_counter(), self._coming
         self._coming = None
         micro_batch = self._job.relief.micro_batch
         try:
-            if coming is not None and micro_batch == self._micro_batch:
-                return coming.result()
-            return collated(self._job, self._batches, micro_batch)
+            if micro_batch != self._micro_batch:
+                self._micro_batch, self._read, coming = micro_batch, None, None
+            if self._read is None:
+                self._read = collated(self._job, self._batches, micro_batch) if coming is None else coming.result()
+            return self._read
         finally:
             self.waited += time.perf_counter() - began
+
+    def supervised(self) -> int:
+        """Tokens that are learnt in this rank's part."""
+        return sum(len(batch.supervised) for batch in self.collated())
 
 
 def collated(job: TrainingJob, batches: Sequence[list[int]], micro_batch: int) -> list[MicroBatch]:

@@ -59,9 +59,9 @@ def margin(limit: Limit) -> int:
     return int(min(max(LEAST, SHARE * limit.most), MOST, MOST_SHARE * limit.most))
 
 
-def shortest(proc: Path, cgroups: Path) -> Limit | None:
-    """The limit that is over its margin by most; None where none is."""
-    found = [(limit.left + limit.busy - margin(limit), limit) for limit in limits(proc, cgroups)]
+def shortest(proc: Path, cgroups: Path, unread: Callable[[str], None] | None = None) -> Limit | None:
+    """The limit that is over its margin by most; None where none is. unread: is told why a limit can't be read."""
+    found = [(limit.left + limit.busy - margin(limit), limit) for limit in limits(proc, cgroups, unread)]
     spare, worst = min(found, default=(0, None))
     return worst if spare < 0 else None
 
@@ -85,32 +85,45 @@ class HostWatch:
         self._next = self._settled = clock()
         self._refused: list[str] = []
         self._in_vain = False  # nothing was left to give at the last look
+        self._unread: set[str] = set()
 
-    def look(self, step: int, said: Callable[[str], None]) -> str | None:
+    @property
+    def due(self) -> bool:
+        """Whether this rank's last look was a while ago."""
+        return self._clock() >= self._next
+
+    def look(self, step: int, said: Callable[[str], None], due: bool | None = None) -> str | None:
         """* See what is left behind step `step`, and give way where that is too little.
 
         Args:
-            said: is told what gave way.
+            said: is told what gave way, and once of each limit that can't be read.
+            due: whether it is, for any rank; left out: the ranks ask each other.
         Returns:
             None where the run goes on; else why it can't.
         """
-        if not self._ranks.worst(int(self._clock() >= self._next)):
+        if not (self._ranks.worst(int(self.due)) if due is None else due):
             return None
         self._next = self._clock() + INTERVAL
-        need, short = self._need()
+
+        def unread(why: str) -> None:
+            if why not in self._unread:
+                self._unread.add(why)
+                said(f"{why}: that limit of memory is not watched")
+
+        need, short = self._need(unread)
         waits = self._ranks.worst(int(self._clock() < self._settled))
         self._in_vain = self._in_vain and need > _WELL
         if need == _WELL or (need == _SHORT and waits):
             return None
         self._give_back()
-        need, short = self._need()
+        need, short = self._need(unread)
         stuck = False
         while need and not stuck:
             done, stuck = self._give_way()
             if done is not None:
                 said(f"step {step}: {_said(short)}: {done}")
             self._give_back()
-            need, short = self._need()
+            need, short = self._need(unread)
             if need < _URGENT:
                 break
         self._settled = self._clock() + SETTLE
@@ -122,9 +135,9 @@ class HostWatch:
         refused = "".join(f"; {why}" for why in self._refused)
         return f"{_said(short)}, and nothing is left that could give way{refused}"
 
-    def _need(self) -> tuple[int, Limit | None]:
+    def _need(self, unread: Callable[[str], None]) -> tuple[int, Limit | None]:
         """* How short of memory the rank is that is worst off, and by which limit this one is."""
-        short = shortest(PROC, CGROUPS)
+        short = shortest(PROC, CGROUPS, unread)
         urgent = short is not None and short.left + short.busy < margin(short) // 2
         return self._ranks.worst(_WELL if short is None else _URGENT if urgent else _SHORT), short
 

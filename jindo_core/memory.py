@@ -104,16 +104,25 @@ def job_of(
     )  # fmt: skip
 
 
-def within_budget(config: TrainConfig, job: Job) -> tuple[TrainConfig, Job, list[Change]]:
+def within_budget(config: TrainConfig, job: Job, *, exact: bool = False) -> tuple[TrainConfig, Job, list[Change]]:
     """The settings with what --max_memory_MB makes necessary, and what that is.
 
+    Args:
+        exact: for the rest of a run, which is to end as it would have: only what changes no bit.
     Raises:
         InputError: no settings keep the budget.
     """
     if not config.max_memory_MB:
         return config, job, []
     budget = config.max_memory_MB * 1_000_000
-    found, changes, fits = fit(job, budget)
+    found, changes, fits = fit(job, budget, exact=exact)
+    if not fits and exact:
+        least = plan(found).peak_bytes / 1e6
+        raise InputError(
+            f"--max_memory_MB: got {config.max_memory_MB}, but the rest of this run takes {least:,.0f} MB with all "
+            "offloaded that changes no bit of it: its micro_batch_size and offload_head can't change on the way; "
+            "raise it, or begin anew in another --output_dir"
+        )
     if not fits:
         least = plan(found).peak_bytes / 1e6
         more = "" if job.paged else ", or take --optim paged_adamw_32bit"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,7 +190,7 @@ def lies_in_ram(folder: str | Path) -> bool:
 
 def available_ram(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Bytes that can be had without swapping, within the machine and this process's control groups; None where the
-    system does not say.
+    system does not say. A limit that can't be read is none.
 
     Args:
         proc, cgroups: where those file systems are mounted.
@@ -211,21 +212,53 @@ class Limit(NamedTuple):
     busy: int = 0
 
 
-def limits(proc: Path, cgroups: Path) -> Iterator[Limit]:
+def limits(proc: Path, cgroups: Path, unread: Callable[[str], None] | None = None) -> Iterator[Limit]:
     """What bounds this process's memory: its control groups and those above them, of version 2 and 1, and the machine.
-    proc, cgroups: where those file systems are mounted."""
-    yield from _limits_of_groups(proc, cgroups)
+
+    Args:
+        proc, cgroups: where those file systems are mounted.
+        unread: is told why a limit can't be read, which is passed over then: its files may be hidden, or half there.
+    """
+    for read in (_limit_of_machine, *_groups(proc, cgroups, unread)):
+        try:
+            limit = read(proc)
+        except _UNREADABLE as error:
+            _say_unread(error, unread)
+            continue
+        if limit is not None:
+            yield limit
+
+
+_UNREADABLE = (OSError, ValueError, IndexError)
+"""What reading such a file may come to: it is not this process's to read, or says what no number is."""
+
+
+def _say_unread(error: Exception, unread: Callable[[str], None] | None) -> None:
+    if unread is not None:
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        unread(f"a limit of the host's memory can't be read ({said})")
+
+
+def _limit_of_machine(proc: Path) -> Limit | None:
     info = proc / "meminfo"
     lines = info.read_text(encoding="ascii").splitlines() if info.exists() else []
     held = {line.split()[0]: int(line.split()[1]) << 10 for line in lines}
-    if "MemAvailable:" in held:
-        yield Limit(held.get("MemTotal:", 0), held["MemAvailable:"])
+    return Limit(held.get("MemTotal:", 0), held["MemAvailable:"]) if "MemAvailable:" in held else None
 
 
-def _limits_of_groups(proc: Path, cgroups: Path) -> Iterator[Limit]:
+def _groups(
+    proc: Path, cgroups: Path, unread: Callable[[str], None] | None
+) -> Iterator[Callable[[Path], Limit | None]]:
+    """What reads the limit of each group that this process is in or under."""
     listed = proc / "self" / "cgroup"
-    for line in listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []:
-        _, controllers, path = line.split(":", 2)
+    try:
+        lines = [line.split(":", 2) for line in listed.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:  # no Linux
+        return
+    except _UNREADABLE as error:
+        _say_unread(error, unread)
+        return
+    for _, controllers, path in filter(lambda parts: len(parts) == 3, lines):
         if controllers == "":
             top, names, used, total = cgroups, ["memory.max", "memory.high"], "memory.current", ""
         elif "memory" in controllers.split(","):
@@ -237,13 +270,18 @@ def _limits_of_groups(proc: Path, cgroups: Path) -> Iterator[Limit]:
         for group in (own, *own.parents):
             if not group.is_relative_to(top):
                 break
-            # A container sees its own group as the topmost one, under a path of the machine's that it can't see.
-            said = [(group / name).read_text().strip() for name in names if (group / name).exists()]
-            bounds = [int(bound) for bound in said if bound != "max" and int(bound) < _NO_LIMIT]
-            if bounds:
-                # The page cache that nobody has used of late counts as used, but goes when asked.
-                idle, busy = (_statistic(group, f"{total}{kind}_file") for kind in ("inactive", "active"))
-                yield Limit(min(bounds), min(bounds) - int((group / used).read_text()) + idle, busy)
+            yield functools.partial(_limit_of_group, group, names, used, total)
+
+
+def _limit_of_group(group: Path, names: list[str], used: str, total: str, _proc: Path) -> Limit | None:
+    # A container sees its own group as the topmost one, under a path of the machine's that it can't see.
+    said = [(group / name).read_text().strip() for name in names if (group / name).exists()]
+    bounds = [int(bound) for bound in said if bound != "max" and int(bound) < _NO_LIMIT]
+    if not bounds:
+        return None
+    # The page cache that nobody has used of late counts as used, but goes when asked.
+    idle, busy = (_statistic(group, f"{total}{kind}_file") for kind in ("inactive", "active"))
+    return Limit(min(bounds), min(bounds) - int((group / used).read_text()) + idle, busy)
 
 
 def _statistic(group: Path, name: str) -> int:

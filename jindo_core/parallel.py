@@ -38,7 +38,12 @@ TIMEOUT = timedelta(minutes=10)
 GRACE = 1.0
 """Seconds that a rank which leaves what is to be said to another stays: torchrun ends all when the first has gone."""
 
+ALONE_LIMIT = timedelta(minutes=30)
+"""How long the others wait for what the first rank does by itself, a checkpoint's writing say. What may take any time
+has no limit: rows that are tokenized, predictions, the end of the run."""
+
 _POLL = 0.05
+_FAILED = "failed"
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 _MEETINGS = itertools.count()
@@ -109,9 +114,14 @@ class Ranks:
                 if theirs[name] != value:
                     raise TrainingError(f"{name} of rank {rank} differ from rank 0's: give all ranks the same")
 
-    def first(self, run: Callable[[], T]) -> T:
-        """* run() on the first rank, whose result or failure (OSError, InputError, TrainingError) is everybody's. The
-        others wait for it however long it takes."""
+    def first(self, run: Callable[[], T], *, limit: timedelta | None = ALONE_LIMIT) -> T:
+        """* run() on the first rank, whose result or failure (OSError, InputError, TrainingError) is everybody's.
+
+        Args:
+            limit: how long the others wait for it; None: however long it takes.
+        Raises:
+            TrainingError: it took longer.
+        """
         if self.size == 1:
             return run()
         assert self._store is not None
@@ -124,7 +134,7 @@ class Ranks:
                 raise
             self._put(key, pickle.dumps(said))
             return said[0]
-        self._wait(key)
+        self._wait(key, limit)
         value, failure = pickle.loads(self._store.get(key))
         if failure is not None:
             raise failure
@@ -150,9 +160,22 @@ class Ranks:
         assert self._store is not None
         self._store.set(key, value)  # type: ignore[arg-type]  # which is what it takes besides str
 
-    def _wait(self, key: str) -> None:
+    def tell(self, error: InputError | TrainingError) -> None:
+        """Why this rank ends, for those who wait for it if it is the first."""
+        if self.leads:
+            self._put(_FAILED, pickle.dumps(error))
+
+    def _wait(self, key: str, limit: timedelta | None = None) -> None:
         assert self._store is not None
+        began = time.monotonic()
         while not self._store.check([key]):
+            if self._store.check([_FAILED]):
+                raise pickle.loads(self._store.get(_FAILED))
+            if limit is not None and time.monotonic() - began > limit.total_seconds():
+                raise TrainingError(
+                    f"rank {self.rank} has waited {limit.total_seconds() / 60:.0f} minutes for rank 0, which hangs or "
+                    "whose disk does: all stop; --resume goes on from the newest checkpoint"
+                )
             time.sleep(_POLL)
 
     def says(self, text: str) -> bool:
@@ -317,7 +340,8 @@ def joined(config: TrainConfig) -> Iterator[tuple[Ranks, TrainConfig]]:
     ranks = Ranks(int(os.environ["RANK"]), size, local, store=store, device=device, sharded=config.fsdp)
     try:
         yield ranks, config
-        distributed.barrier()  # the first one has written all; whoever leaves earlier takes the connection along
+        ranks.first(lambda: None, limit=None)  # it answers, saves and draws alone, and a meeting has a limit
+        distributed.barrier()  # whoever leaves earlier takes the connection along
     except (InputError, TrainingError, Stopped) as error:
         distributed.destroy_process_group()
         _say_once(ranks, error)
@@ -335,6 +359,8 @@ def joined(config: TrainConfig) -> Iterator[tuple[Ranks, TrainConfig]]:
 
 def _say_once(ranks: Ranks, error: InputError | TrainingError | Stopped) -> None:
     try:
+        if not isinstance(error, Stopped):  # which all ranks come to together
+            ranks.tell(error)
         says = ranks.says(str(error))
     except RuntimeError as gone:  # the store, with the process that held it
         if not _is_lost(gone):

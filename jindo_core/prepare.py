@@ -91,6 +91,19 @@ class TrainingJob:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """What the memory budget of a run that goes on has made of its settings.
+
+    Attributes:
+        settings: by name. whole: nothing is left to plan; else --max_memory_MB is another one now, and the rest is
+            planned anew, so far as no bit changes.
+    """
+
+    settings: Mapping[str, Any]
+    whole: bool
+
+
+@dataclass(frozen=True)
 class _Sources:
     """What a run reads from, once it is known to be there. path: the base model's. capacity: a sequence's tokens."""
 
@@ -105,14 +118,14 @@ class _Sources:
 
 
 def prepare(
-    config: TrainConfig, explicit: frozenset[str], view: TrainingView, planned: Mapping[str, Any] | None = None,
+    config: TrainConfig, explicit: frozenset[str], view: TrainingView, planned: Settled | None = None,
     ranks: Ranks = ALONE,
 ) -> TrainingJob:
     """Read and check everything.
 
     Args:
         explicit: names of the settings that the user gave.
-        planned: settings that the budget made necessary in the run that goes on, in place of planning anew.
+        planned: of the run that goes on.
     Raises:
         InputError: a path, file, row or setting that can't be used; nothing was written.
     """
@@ -123,8 +136,8 @@ def prepare(
         mmlu = _questions(config, found.tokenizer, context, view) if config.do_mmlu_eval else None
         data = read_data(found.files, config, found.encoder, found.capacity, view)
     if planned is not None:
-        config = dataclasses.replace(config, **planned)
-    config, step = _plan(config, found.architecture, data, view, ranks, anew=planned is None)
+        config = dataclasses.replace(config, **planned.settings)
+    config, step = _plan(config, found.architecture, data, view, ranks, planned)
     model = _load(found.path, config, view, ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
     view.loaded(
@@ -241,10 +254,10 @@ def _within_context(config: TrainConfig, architecture: ModelConfig, view: Traini
 
 
 def _plan(
-    config: TrainConfig, architecture: ModelConfig, data: TrainingData, view: TrainingView, ranks: Ranks, *, anew: bool
+    config: TrainConfig, architecture: ModelConfig, data: TrainingData, view: TrainingView, ranks: Ranks,
+    planned: Settled | None,
 ) -> tuple[TrainConfig, Step]:
-    """What the budget makes necessary, unless it was settled before (not `anew`), the same on all ranks; shows the
-    memory plan."""
+    """What the budget makes necessary, unless it was settled before, the same on all ranks; shows the memory plan."""
     device = pick_device(config.device)
     cuda = device.type == "cuda"
     itemsize = pick_dtype(config.dtype, device).itemsize
@@ -257,7 +270,10 @@ def _plan(
         micro_batch=min(config.micro_batch_size, len(data.examples)), on_cuda=cuda,
     )  # fmt: skip
     _say_what_is_idle(config, wanted, view)
-    config, step, changes = within_budget(config, wanted) if anew else (config, wanted, [])
+    settled = planned is not None and planned.whole
+    config, step, changes = (
+        (config, wanted, []) if settled else within_budget(config, wanted, exact=planned is not None)
+    )
     for change in changes:
         view.notice(f"to keep within {config.max_memory_MB} MB: {change.text} ({change.cost})")
     found = plan(step)

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from jindo_core.errors import Stopped
 from jindo_core.files import write_atomically
 from jindo_core.kernels import dispatch
 from jindo_core.training_view import TrainingView
@@ -29,6 +31,7 @@ DEAREST = 10
 """Operators that the table has."""
 
 _STEP = "training step"
+_HIDDEN = ".profile-"
 
 
 @dataclass
@@ -52,7 +55,7 @@ class StepProfile:
 
     def __init__(self, steps: int, left: int, folder: Path, device: torch.device, view: TrainingView) -> None:
         self._before = WARM if left > WARM else 0
-        self._left = min(steps, left - self._before)
+        self._left = self._asked = min(steps, left - self._before)
         self._folder, self._view, self._cuda = folder, view, device.type == "cuda"
         self._profile: profile | None = None
         self._naming = contextlib.ExitStack()
@@ -63,20 +66,26 @@ class StepProfile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._profile is not None:  # a step failed, or a signal came: what there is shows no whole profile
-            self._stop()
+        if self._left <= 0:
+            return
+        found, done = None if self._profile is None else self._stop(), self._asked - self._left
+        if found is not None and done and (kind is None or issubclass(kind, Stopped)):
+            self._view.notice(f"the run ends within the profiled steps: the profile has {done} of {self._asked}")
+            self._write(found)
+        elif kind is None or issubclass(kind, Exception):
+            self._view.notice("no profile is written: the run ends before its profiled steps have")
 
     @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
-        """Round one step."""
+    def step(self) -> Iterator[bool]:
+        """Round one step; whether it is profiled. The profiler starts before the block and is written behind it."""
         if self._left <= 0 or self._before > 0:
-            yield
+            yield False
             self._before -= 1
             return
         if self._profile is None:
             self._start()
         with record_function(_STEP):
-            yield
+            yield True
         self._left -= 1
         if self._left == 0:
             self._write(self._stop())
@@ -107,8 +116,14 @@ class StepProfile:
         self._view.say(f"{TRACE} (for ui.perfetto.dev) and {TABLE} are in output_dir")
 
 
+def clear(folder: Path) -> None:
+    """Remove what a run left that was killed while it wrote its profile. The folder must be `files.held`."""
+    for left in folder.glob(f"{_HIDDEN}*"):
+        shutil.rmtree(left)
+
+
 def _write_trace(found: profile, path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".profile-") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_HIDDEN) as folder:
         raw, packed = Path(folder) / "trace.json", Path(folder) / TRACE
         found.export_chrome_trace(str(raw))
         with open(raw, encoding="utf-8") as lines, gzip.open(packed, "wt", encoding="utf-8") as out:
@@ -121,13 +136,21 @@ def dearest(events: Sequence[Any], cuda: bool = False) -> tuple[list[Operator], 
     """The operators of all profiled steps, the dearest first; the steps' seconds, and how many they were.
 
     Args:
-        events: of torch's profiler; what lies outside the steps (a measurement, a checkpoint) does not count.
+        events: of torch's profiler; what lies outside the steps (a measurement, a checkpoint) does not count, nor what
+            other threads did meanwhile: the steps' seconds are one thread's.
         cuda: by their time on the GPU.
     """
-    steps = [event.time_range for event in events if event.name == _STEP and event.device_type == _CPU]
+    steps = [event for event in events if event.name == _STEP and event.device_type == _CPU]
+
+    def counts(event: Any) -> bool:
+        began, thread = event.time_range.start, event.thread
+        return event.device_type == _CPU and any(
+            step.thread == thread and step.time_range.start <= began < step.time_range.end for step in steps
+        )
+
     found: dict[str, Operator] = {}
     for event in events:
-        if event.device_type != _CPU or not any(s.start <= event.time_range.start < s.end for s in steps):
+        if not counts(event):
             continue
         name = "Python and what has no name" if event.name == _STEP else event.name
         one = found.setdefault(name, Operator(name))
@@ -135,7 +158,7 @@ def dearest(events: Sequence[Any], cuda: bool = False) -> tuple[list[Operator], 
         one.own += event.self_cpu_time_total / 1e6
         one.device += event.self_device_time_total / 1e6
     ordered = sorted(found.values(), key=lambda one: -(one.device if cuda else one.own))
-    return ordered, sum(step.elapsed_us() for step in steps) / 1e6, len(steps)
+    return ordered, sum(step.time_range.elapsed_us() for step in steps) / 1e6, len(steps)
 
 
 _CPU = torch.autograd.DeviceType.CPU

@@ -41,7 +41,7 @@ from jindo_core.lora import adapted_layers
 from jindo_core.memory import BUDGETED
 from jindo_core.nf4 import CONSTANTS
 from jindo_core.parallel import is_sharded, whole
-from jindo_core.prepare import TrainingJob
+from jindo_core.prepare import Settled, TrainingJob
 from jindo_core.run_record import FILE as RUN
 from jindo_core.run_record import RunRecord, record_bytes
 from jindo_core.run_state import RunState, random_states, set_random_states
@@ -120,11 +120,11 @@ def _foreign(folder: Path) -> Foreign:
     return Foreign(folder)
 
 
-def check_settings(found: Checkpoint, config: TrainConfig, view: TrainingView) -> dict[str, Any]:
+def check_settings(found: Checkpoint, config: TrainConfig, view: TrainingView) -> Settled:
     """See that a run with these settings can go on from a checkpoint; says what will be otherwise than it would.
 
     Returns:
-        Settings that the memory budget had made necessary, for `prepare`.
+        What the memory budget had made of the settings, for `prepare`.
     Raises:
         InputError: it can't; names the setting.
     """
@@ -141,9 +141,19 @@ def check_settings(found: Checkpoint, config: TrainConfig, view: TrainingView) -
                 f"--{name} is {_shown(now[name])}, it was {_shown(before[name])}: the run won't end as it would have"
             )
     kept: tuple[str, ...] = ("micro_batch_size", "batch_size")
-    if config.max_memory_MB and before.get("max_memory_MB"):
+    budgets = [before.get("max_memory_MB", 0), config.max_memory_MB]
+    same = budgets[0] == budgets[1]
+    if config.max_memory_MB and same:
         kept += BUDGETED
-    return {name: found.state["config"][name] for name in kept}
+    elif not same:
+        shown = [f"{budget:,} MB" if budget else "none" for budget in budgets]
+        view.notice(
+            f"--max_memory_MB is {shown[1]}, it was {shown[0]}: what lies where is planned anew, and no bit of the "
+            "result changes by that"
+        )
+        if before["offload_head"] == now["offload_head"]:  # else it was asked for, and said above
+            kept += ("offload_head",)
+    return Settled({name: found.state["config"][name] for name in kept}, whole=same)
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
@@ -223,7 +233,13 @@ class Saver:
         if ranks.size > 1:  # or else checksums are work for nothing
             ranks.check_same({"the adapter's weights": [checksum(value) for value in adapter.values()]})
         random = ranks.gather(random_states(self._job.model.device))
-        return ranks.first(lambda: self._write(state, random, adapter))
+        try:
+            path = ranks.first(lambda: self._write(state, random, adapter))
+        except (OSError, InputError):
+            state.candidate = None  # what was measured is not kept, and an earlier best one is
+            raise
+        state.keep_candidate()
+        return path
 
     def _write(self, state: RunState, random: list[dict[str, Any]], adapter: dict[str, Tensor]) -> Path:
         """random: of every rank."""
@@ -261,7 +277,8 @@ class Saver:
         }
         needs = sum(values.values()) + sum(states.values())
         path = checkpoint.write(self._output_dir, state.step, small, fill, tensor_bytes=needs)
-        spared = () if state.best is None else (state.best.step,)
+        best = state.candidate or state.best
+        spared = () if best is None else (best.step,)
         checkpoint.rotate(self._output_dir, job.config.save_total_limit, spared)
         return path
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TextIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,10 +42,83 @@ class Rows(LazySequence[dict[str, Any]]):
         return {k: math.nan if v is None and k != "epoch" else v for k, v in row.items()}
 
 
+class MetricsLog:
+    """A context manager: the file of a run's rows, a line each, written as they come.
+
+    A disk without room for a row ends no run. That is said once; the rows are the history's, and in every checkpoint;
+    with each later one those that are missing are tried again, behind what is whole.
+
+    Args:
+        path: begun anew; None for a rank that writes none. notice: is told.
+    """
+
+    def __init__(self, path: Path | None, notice: Callable[[str], None]) -> None:
+        self._path, self._notice = path, notice
+        self._file = -1
+        self._rows = self._size = 0  # what is whole in the file: lines, bytes
+        self._failed = False
+
+    def __enter__(self) -> MetricsLog:
+        self.write([])  # the rows of a run before are gone now
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file >= 0:
+            with contextlib.suppress(OSError):  # nothing is held back that could be lost; what failed was said
+                os.close(self._file)
+            self._file = -1
+
+    def write(self, lines: Sequence[str]) -> None:
+        """Bring the file up to `lines`, all rows so far."""
+        if self._path is None:
+            return
+        try:
+            self._append(lines)
+        except OSError as error:
+            if not self._failed:
+                self._notice(
+                    f"{self._path.name} could not be written ({error.strerror}), and the run goes on: its rows are "
+                    "kept, and written when there is room"
+                )
+            self._failed = True
+            return
+        if self._failed:
+            self._notice(f"{self._path.name} has all rows again")
+        self._failed = False
+
+    def complete(self, lines: Sequence[str]) -> None:
+        """Bring the file up to `lines` and to the disk, after which it is closed. Raises OSError where that fails."""
+        if self._path is None:
+            return
+        self._append(lines)
+        os.fsync(self._file)
+        file, self._file = self._file, -1
+        os.close(file)
+
+    def _append(self, lines: Sequence[str]) -> None:
+        """Without a buffer, in which a row that failed would lie and fail again; and at a place of its own, so that
+        half a row is written over."""
+        assert self._path is not None
+        if self._file < 0:
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            self._rows = self._size = 0
+        text, done = "".join(f"{line}\n" for line in lines[self._rows :]).encode(), 0
+        try:
+            while done < len(text):
+                done += os.pwrite(self._file, text[done:], self._size + done)
+        except OSError:
+            with contextlib.suppress(OSError):  # of a disk that fails altogether the first error tells more
+                os.ftruncate(self._file, self._size)
+            raise
+        self._rows, self._size = len(lines), self._size + len(text)
+
+
 class History:
     """The rows of metrics.jsonl, written as they come; and MMLU's scores, the first and the last."""
 
-    def __init__(self, log: TextIO, tell: Callable[[Mapping[str, Any]], None] = lambda row: None) -> None:
+    def __init__(self, log: MetricsLog, tell: Callable[[Mapping[str, Any]], None] = lambda row: None) -> None:
         """tell: is told of every row that is new."""
         self.rows = Rows()
         self.first_scores: Scores | None = None
@@ -55,10 +132,13 @@ class History:
     def add_line(self, line: str, *, new: bool = False) -> None:
         """A row as its line of JSON. new: it is to be told."""
         self.rows.lines.append(line)
-        self._log.write(line + "\n")
-        self._log.flush()
+        self._log.write(self.rows.lines)
         if new:
             self._tell(json.loads(line))
+
+    def complete(self) -> None:
+        """See to it that the log has all rows, on the disk. Raises OSError where that fails."""
+        self._log.complete(self.rows.lines)
 
     def add_scores(self, step: int, scores: Scores) -> None:
         self.add({"step": step, **scores.metrics()})
@@ -101,6 +181,15 @@ class Skipped:
         return True
 
 
+@dataclass
+class Pace:
+    """Some steps: how many, their tokens, and their seconds."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
 class Best(NamedTuple):
     """The checkpoint that was measured best so far, at the step that it holds."""
 
@@ -116,6 +205,9 @@ class RunState:
         step: steps done. measured: the step of the last measurement, -1 before any.
         tokens, seconds: of all steps, measurements aside. before: the held-out loss before the first step.
         first_answer: to the probe, before it.
+        best, candidate: the checkpoint that was measured best; and the step that was measured better, of which there is
+            no checkpoint yet.
+        aside: the steps that say nothing of the run's speed: those that compile, and those under the profiler.
     """
 
     history: History
@@ -126,19 +218,46 @@ class RunState:
     before: float = math.nan
     first_answer: str = ""
     best: Best | None = None
+    candidate: Best | None = None
     skipped: Skipped = field(default_factory=Skipped)
+    aside: Pace = field(default_factory=Pace)
+
+    def add_step(self, tokens: int, seconds: float, *, usual: bool = True) -> None:
+        """Count a step. usual: it took the time that steps of this run take."""
+        self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds
+        if not usual:
+            one = self.aside
+            one.steps, one.tokens, one.seconds = one.steps + 1, one.tokens + tokens, one.seconds + seconds
+
+    @property
+    def usual(self) -> Pace:
+        """The steps by which the run's speed is known."""
+        one = self.aside
+        return Pace(self.step - one.steps, self.tokens - one.tokens, self.seconds - one.seconds)
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+        """Of the usual steps; of all where none is usual yet."""
+        seen = self.usual if self.usual.steps else Pace(self.step, self.tokens, self.seconds)
+        return seen.tokens / seen.seconds if seen.seconds else 0.0
+
+    @property
+    def seconds_a_step(self) -> float:
+        """Of the usual steps; of all where none is usual yet."""
+        seen = self.usual if self.usual.steps else Pace(self.step, self.tokens, self.seconds)
+        return seen.seconds / seen.steps if seen.steps else 0.0
+
+    def keep_candidate(self) -> None:
+        """Its checkpoint is there."""
+        self.best, self.candidate = self.candidate or self.best, None
 
     def packed(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        scores = self.history.first_scores
+        """As JSON takes it, for a checkpoint: whose candidate is the best then."""
+        scores, best = self.history.first_scores, self.candidate or self.best
         return {
             "step": self.step, "measured": self.measured, "tokens": self.tokens, "seconds": self.seconds,
             "first_answer": self.first_answer, "skipped": vars(self.skipped),
-            "best": None if self.best is None else list(self.best),
+            "best": None if best is None else list(best), "aside": vars(self.aside),
             "first_scores": None if scores is None else vars(scores),
             "history": list(self.history.rows.lines), **_plain({"before": self.before}),
         }  # fmt: skip
@@ -149,7 +268,7 @@ class RunState:
         self.seconds, self.first_answer = packed["seconds"], packed["first_answer"]
         self.before = math.nan if packed["before"] is None else packed["before"]
         self.best = None if packed["best"] is None else Best(*packed["best"])
-        self.skipped = Skipped(**packed["skipped"])
+        self.skipped, self.aside = Skipped(**packed["skipped"]), Pace(**packed.get("aside", {}))
         if (held := packed["first_scores"]) is not None:
             subjects = {name: (right, count) for name, (right, count) in held["subjects"].items()}
             self.history.first_scores = Scores(held["split"], tuple(held["predictions"]), subjects, held["loss"])

@@ -36,6 +36,9 @@ def take_step(
         found: list[float] = torch.stack([summed.to(norm), norm]).tolist()
         return found[0], found[1]
 
+    # Rows may fail on one rank alone: all know that they have theirs before any meets the others over a number.
+    supervised = job.relief.outlive(rows.supervised, step, view.notice)
+    rows.counted = int(*job.ranks.totals(supervised))
     own = job.relief.outlive(lambda: accumulate(job, rows), step, view.notice)
     summed = job.ranks.sum_gradients(parameters, own)
     loss, norm = job.relief.outlive(clip, step, view.notice, in_update=True)
@@ -48,17 +51,17 @@ def take_step(
 
 
 def accumulate(job: TrainingJob, rows: StepRows) -> Tensor:
-    """Forward and backward of this rank's part of a step; returns its part of the loss, a scalar on the device that
-    nobody has waited for. Every supervised token of all ranks weighs the same."""
+    """Forward and backward of this rank's part of a step, whose tokens are counted; returns its part of the loss, a
+    scalar on the device that nobody has waited for. Every supervised token of all ranks weighs the same. It meets the
+    others only inside sharded layers: what fails here fails on one rank."""
     own = rows.collated()
-    counted = int(*job.ranks.totals(sum(len(batch.supervised) for batch in own)))
     device, embedded_on = job.model.device, job.model.stack.embedding.weight.device
     parts = []
     for batch in own:
         # No attention mask: padding is on the right, where no causal token sees it.
         part = job.model(
             batch.input_ids.to(embedded_on, non_blocking=True), labels=batch.labels.to(device, non_blocking=True),
-            num_items_in_batch=counted, documents=batch.documents,
+            num_items_in_batch=rows.counted, documents=batch.documents,
             supervised=batch.supervised.to(device, non_blocking=True),
         ).loss  # fmt: skip
         assert part is not None

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from jindo_core import checkpoint, parallel, predict, reports, resume
+from jindo_core import checkpoint, parallel, predict, profiling, reports, resume
 from jindo_core.ceiling import share_of
 from jindo_core.checkpoint import Checkpoint
+from jindo_core.compiled import compiled_graphs
 from jindo_core.config import TrainConfig
 from jindo_core.data.batches import BatchCursor
 from jindo_core.errors import InputError, Stopped, TrainingError
@@ -44,7 +45,7 @@ from jindo_core.reports import Reports, open_reports
 from jindo_core.resume import Foreign, Saver, base_digest, load_best, restore, take_weights
 from jindo_core.run_card import Card, command_of, write_card
 from jindo_core.run_record import METRICS, ROOM, choose_output_dir
-from jindo_core.run_state import NOT_FINITE, Best, History, RunState, perplexity
+from jindo_core.run_state import NOT_FINITE, Best, History, MetricsLog, RunState, perplexity
 from jindo_core.step import take_step
 from jindo_core.training_view import JsonView, TrainingView
 
@@ -109,16 +110,33 @@ def _run(
 ) -> TrainResult:
     """Measure, train, measure again, save. command: what a person typed for it."""
     part = output_dir / f"{METRICS}.part"
+    if job.ranks.leads:
+        profiling.clear(output_dir)
     with (
         _reports(job, found, output_dir, view) as reported,
-        open(part if job.ranks.leads else os.devnull, "w", encoding="utf-8") as log,
+        MetricsLog(part if job.ranks.leads else None, view.notice) as log,
     ):
         run = _Run(job, RunState(History(log, reported.log)), output_dir, view)
         run.begin(found)
         with run.signals:
             total = _loop(run)
             after, kept = run.measure_last(total)
+            job.ranks.first(lambda: _complete(run, output_dir))
             return _finish(run, part, total, after, kept, reported, command)
+
+
+def _complete(run: _Run, output_dir: Path) -> None:
+    """See to it that all rows are on the disk. Where they can't be, the adapter is saved all the same, and
+    TrainingError says what is there."""
+    try:
+        run.state.history.complete()
+    except OSError as error:
+        save(run.job, output_dir)
+        how = ": make room, and --resume ends the run" if checkpoint.folders(output_dir) else ""
+        raise TrainingError(
+            f"{METRICS}.part could not be written whole ({error.strerror}): the adapter is saved, and no {METRICS} or "
+            f"record of the run beside it{how}"
+        ) from error
 
 
 def _reports(job: TrainingJob, found: Checkpoint | Foreign | None, output_dir: Path, view: TrainingView) -> Reports:
@@ -172,7 +190,7 @@ def _predict(run: _Run, output_dir: Path, loss: float) -> None:
     job = run.job
     if not job.data.answered:
         return
-    number = job.ranks.first(lambda: predict.predict(job, output_dir, loss, run.signals, run.view))
+    number = job.ranks.first(lambda: predict.predict(job, output_dir, loss, run.signals, run.view), limit=None)
     if number is not None:
         name = signal.Signals(number).name
         on = "--resume goes on" if checkpoint.folders(output_dir) else "jindo-core eval --tasks generation answers, too"
@@ -234,7 +252,7 @@ class _Run:
         with contextlib.suppress(Broken):
             loss = self._measure(breakable=True)
             if self._is_due("save") and math.isfinite(loss) and (state.best is None or loss < state.best.loss):
-                state.best = Best(state.step, loss)
+                state.candidate = Best(state.step, loss)
 
     def measure_last(self, total: int) -> tuple[float, int]:
         """The held-out loss of what the run ends with, and whose it is: the last step, or the checkpoint that was
@@ -269,12 +287,13 @@ class _Run:
 
     def _why_stop(self) -> tuple[str, int] | None:
         """What ends the run before its time, and the exit code: a signal, or want of memory on the host."""
-        number = self.job.ranks.worst(self.signals.asked or 0)
+        # One message for two questions: a signal's number above, the clock of the host's watch in the last bit.
+        number, due = divmod(self.job.ranks.worst(2 * (self.signals.asked or 0) + self._host.due), 2)
         if number:
             return f"by {signal.Signals(number).name}", 128 + number
         if self.state.step == self.total:
             return None
-        short = self._host.look(self.state.step, self.view.notice)
+        short = self._host.look(self.state.step, self.view.notice, due=bool(due))
         return None if short is None else (f"for want of memory ({short})", TRY_AGAIN)
 
     def save_if_due(self) -> None:
@@ -303,7 +322,7 @@ def _loop(run: _Run) -> int:
     if state.step > total:
         raise InputError(f"step {state.step} is done, and {total} are asked for: raise --max_steps or --num_epochs")
     job.model.train()
-    share = share_of(job, view.notice, tokens=state.tokens, seconds=state.seconds)
+    share = share_of(job, view.notice, tokens=state.usual.tokens, seconds=state.usual.seconds)
     view.start(
         total, done=state.step, planned_bytes=plan(job.step).peak_bytes, ceiling=share.ceiling,
         token_operations=share.token_operations,
@@ -313,13 +332,16 @@ def _loop(run: _Run) -> int:
         feeder = ending.enter_context(Feeder(job, run.cursor, total - state.step))
         profile = ending.enter_context(run.profile(total))
         run.measure(total)  # a run that was stopped within a measurement goes on with it
+        state.keep_candidate()
         while state.step < total:
-            began, rows = time.perf_counter(), next(feeder)
-            with profile.step():
+            graphs = compiled_graphs() if config.compile else 0
+            with profile.step() as profiled:  # starting, stopping and writing it is no step's time
+                began, rows = time.perf_counter(), next(feeder)
                 taken = take_step(job, rows, state.step + 1, total, state.skipped, view)
-            state.step += 1
-            state.tokens += sum(int(lengths[i]) for batch in rows for i in batch)
-            state.seconds += time.perf_counter() - began
+                passed = time.perf_counter() - began
+            tokens = sum(int(lengths[i]) for batch in rows for i in batch)
+            compiles = config.compile and compiled_graphs() != graphs
+            state.add_step(tokens, passed, usual=not (profiled or compiles))
             row = {
                 "step": state.step,
                 "epoch": round(state.step * config.num_epochs / total, 4) if config.max_steps < 1 else None,
@@ -330,11 +352,11 @@ def _loop(run: _Run) -> int:
                 "memory_bytes": current_bytes(job.model.device),
                 "seconds": state.seconds,
             }
-            if (reached := share.reached(state.tokens, state.seconds)) is not None:
+            if (reached := share.reached(state.usual.tokens, state.usual.seconds)) is not None:
                 row["share_of_ceiling"] = reached
             state.history.add(row)
             logged = state.step % config.logging_steps == 0 or state.step in (1, total)
-            view.step(row, total, state.seconds / state.step * (total - state.step), logged)
+            view.step(row, total, state.seconds_a_step * (total - state.step), logged)
             run.measure(total)
             run.save_if_due()
         if state.skipped.total == total:

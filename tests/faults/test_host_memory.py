@@ -105,6 +105,39 @@ def test_the_margin_is_a_share_within_bounds():
     assert found == [GB // 10, LEAST, 3 * GB // 2, 2 << 30]
 
 
+def broken_group(host):
+    """What a group says is no number; another of its files is a folder."""
+    write(host.cgroups / "job", {"memory.max": "many"})
+    write(host.proc, {"self/cgroup": "0::/job\n0::/other\n"})
+    write(host.cgroups / "other", {"memory.max": str(4 * GB)})
+    (host.cgroups / "other" / "memory.current").mkdir()
+
+
+def test_a_limit_that_can_t_be_read_is_passed_over(host):
+    broken_group(host)
+    said = []
+    host_limits = list(pages.limits(host.proc, host.cgroups, said.append))
+    assert host_limits == [Limit(8_000_000 << 10, 7_000_000 << 10)], "the machine's"
+    assert len(said) == 2
+    assert "invalid literal for int() with base 10: 'many'" in said[0]
+    assert "memory.current: Is a directory" in said[1]
+    assert pages.available_ram(host.proc, host.cgroups) == 7_000_000 << 10
+    (host.proc / "meminfo").write_bytes(b"MemAvailable:\n\xff\n")
+    assert shortest(host.proc, host.cgroups) is None
+    (host.proc / "self" / "cgroup").unlink()
+    (host.proc / "self" / "cgroup").mkdir()
+    said.clear()
+    assert list(pages.limits(host.proc, host.cgroups, said.append)) == []
+    assert ["Is a directory" in why for why in said] == [True, False]
+
+
+def test_a_run_whose_limits_can_t_be_read_goes_on_and_says_so_once(settings, host, capsys):
+    broken_group(host)
+    assert train(*settings("out", max_steps=3)).steps == 3
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("can't be read (invalid literal for int() with base 10: 'many'): that limit of memory is") == 1
+
+
 # --- page stores --------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 
@@ -19,6 +21,9 @@ from jindo_core.errors import InputError, Stopped
 from jindo_core.resume import FIXED
 from jindo_core.run_record import choose_output_dir, read_run
 from jindo_core.train import train
+
+TIGHT = 7.5
+"""MB beside the process, in which a step of these runs finds no room as it is, and does with layers run twice."""
 
 
 @pytest.fixture
@@ -142,6 +147,35 @@ def test_a_budget_is_planned_once(settings, stop_after, tmp_path, monkeypatch):
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
+def test_another_budget_is_planned_anew_as_far_as_no_bit_changes(settings, stop_after, tmp_path, monkeypatch, capsys):
+    """None at first; then one that moves what lies where, then one that nothing of the kind can keep."""
+    train(*settings("whole"))
+    stop_after(4)
+    with pytest.raises(Stopped):
+        train(*settings("out"))
+    capsys.readouterr()
+
+    def room(megabytes):
+        held = (600 - megabytes) * 1_000_000 - prepare.CPU_PRODUCTS
+        monkeypatch.setattr(prepare, "current_bytes", lambda _: held)
+
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    room(0.1)
+    with pytest.raises(InputError, match=r"--max_memory_MB: got 600, but the rest of this run takes .* micro_batch_"):
+        train(*settings("out", resume=True, max_memory_MB=600))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+    room(TIGHT)
+    train(*settings("out", resume=True, max_memory_MB=600))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note: --max_memory_MB is 600 MB, it was none: what lies where is planned anew, and no bit" in said
+    assert "note: to keep within 600 MB: " in said
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    state = checkpoint.newest(tmp_path / "out")[0].state
+    assert state["given"]["max_memory_MB"] == 600
+    assert state["config"]["micro_batch_size"] == 4
+    assert not state["config"]["offload_head"]
+
+
 # --- which folder, and which of its checkpoints -----------------------------------------------------------
 
 
@@ -228,6 +262,27 @@ def test_the_best_is_kept_and_ends_the_run(wanted, settings, stop_after, tmp_pat
     tensors = [load_file(path / WEIGHTS) for path in (out, out / "checkpoint-4", out / "checkpoint-8")]
     assert same(tensors[0], tensors[1 if wanted else 2])
     assert not same(tensors[1], tensors[2])
+
+
+def test_a_best_checkpoint_that_fails_leaves_the_best_before(settings, tmp_path, monkeypatch):
+    """Step 4 is measured best and can't be saved: the one of step 2 is not rotated away for it."""
+    losses = {0: 3.0, 2: 1.0, 4: 0.5, 6: 2.0, 8: 2.5}
+    log, original = tmp_path / "out" / "metrics.jsonl.part", checkpoint.write
+    monkeypatch.setattr(training, "held_out_sums", lambda *_, **__: (losses[log.read_text().count('"loss"')], 1))
+
+    def write(output_dir, step, *given, **more):
+        if step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(output_dir, step, *given, **more)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    more = {"save_steps": 2, "eval_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True}
+    result = train(*settings("out", **more))
+    out = tmp_path / "out"
+    assert [path.name for path in checkpoint.folders(out)] == ["checkpoint-2", "checkpoint-8"]
+    assert (result.loss_after, result.adapter_step) == (1.0, 2)
+    assert same(load_file(out / WEIGHTS), load_file(out / "checkpoint-2" / WEIGHTS))
+    assert checkpoint.newest(out)[0].state["run"]["best"] == [2, 1.0]
 
 
 def same(one, other):

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
-from jindo_core import host_memory, loader, mmlu, outcome, pages, parallel, prepare
+from jindo_core import feeder, host_memory, loader, mmlu, outcome, pages, parallel, prepare
 from jindo_core import step as stepping
 from jindo_core import train as training
 from jindo_core.config import resolve_train_config
+from jindo_core.errors import TrainingError
 from jindo_core.plan import as_json
 
 LETTERS = ("B", "L", "S", "T")
@@ -30,11 +31,12 @@ LETTERS = ("B", "L", "S", "T")
 def launch(folder, size, jobs, *, limit=120, check=True):
     """Do jobs in `size` ranks; returns {job's name: what each rank has to say of it}, and the finished process.
 
-    jobs: {name: {"settings": …, and perhaps a fault and where: "signal", "memory", "update_memory", "nan", "hang",
-    "host" (which is out of memory): [rank, step]; "timeout": seconds that ranks wait for each other; "absmax" or
-    "packed": that part of the weights differs on rank 1; "live": count the storages that are alive from its first step
-    on; "process": bytes that each rank is told to hold beside the step}}. Or {name: {"steps": …}}: the simulation's
-    steps, with real tensors.
+    jobs: {name: {"settings": …, and perhaps a fault and where: "signal", "memory", "rows_memory" (of its rows'
+    reading), "update_memory", "nan", "hang", "host" (which is out of memory): [rank, step]; "timeout": seconds that
+    ranks wait for each other; "absmax" or "packed": that part of the weights differs on rank 1; "live": count the
+    storages that are alive from its first step on; "process": bytes that each rank is told to hold beside the step;
+    "slow_end": a file that the first rank makes when it has drawn for a while; or "": it fails there}}. Or
+    {name: {"steps": …}}: the simulation's steps, with real tensors.
     """
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -97,6 +99,7 @@ def make_faults(job, rank):
     """Break this rank where the job says so; once."""
     step_of, accumulate, seen = [0], ORIGINAL["accumulate"], set()
     host_memory.shortest = ORIGINAL["shortest"]
+    messages = []
 
     def due(kind):
         if job.get(kind) == [rank, step_of[0]] and kind not in seen:
@@ -104,8 +107,19 @@ def make_faults(job, rank):
             return True
         return False
 
+    def reduced(value, *given):
+        messages[-1].append(value.nbytes)
+        return ORIGINAL["all_reduce"](value, *given)
+
+    def rows_of(own):
+        if due("rows_memory"):
+            raise MemoryError
+        return ORIGINAL["collated"](own)
+
     def step(own, batches, number, *rest):
         step_of[0] = number
+        messages.append([])
+        parallel.distributed.all_reduce = reduced
         if due("signal"):
             signal.raise_signal(signal.SIGTERM)
         if due("host"):
@@ -133,6 +147,23 @@ def make_faults(job, rank):
         return loss
 
     training.take_step, stepping.accumulate = step, accumulated
+    feeder.StepRows.collated, parallel.distributed.all_reduce = rows_of, ORIGINAL["all_reduce"]
+    return messages
+
+
+def make_slow(path, rank, said):
+    """The first rank takes its time at the end; and what the others find when they come to a meeting there."""
+    def draw(*_):
+        if not path:
+            raise TrainingError("it can't be drawn")
+        time.sleep(0.5)
+        Path(path).touch()
+
+    def meeting(*given):
+        said["after_the_first"] = Path(path).exists()
+        return ORIGINAL["barrier"](*given)
+
+    training.draw_loss, parallel.distributed.barrier = draw, meeting
 
 
 def quantized(spoiled, *given, **more):
@@ -144,7 +175,8 @@ def quantized(spoiled, *given, **more):
 ORIGINAL = {
     "quantize": loader.quantize_nf4, "take_step": training.take_step, "accumulate": stepping.accumulate,
     "prepare": training.prepare, "plan": prepare._plan,
-    "shortest": host_memory.shortest,
+    "shortest": host_memory.shortest, "collated": feeder.StepRows.collated,
+    "all_reduce": parallel.distributed.all_reduce, "barrier": parallel.distributed.barrier,
 }  # fmt: skip
 
 
@@ -197,11 +229,14 @@ def do(job, rank):
         return kept[-1]
 
     training.prepare, prepare._plan = prepared, planned
-    make_faults(job, rank)
+    messages = make_faults(job, rank)
     loader.quantize_nf4 = functools.partial(quantized, {"absmax", "packed"} & job.keys() if rank == 1 else ())
     if "timeout" in job:
         parallel.TIMEOUT = timedelta(seconds=job["timeout"])
     said = {"rank": rank}
+    training.draw_loss, parallel.distributed.barrier = lambda *_: None, ORIGINAL["barrier"]
+    if "slow_end" in job:
+        make_slow(job["slow_end"], rank, said)
     try:
         with contextlib.ExitStack() as watched:
             if counter is not None:
@@ -211,7 +246,7 @@ def do(job, rank):
         said["ended"] = "well"
     except (ValueError, RuntimeError, training.Stopped, SystemExit) as error:
         said |= {"ended": type(error).__name__, "text": str(error), "code": getattr(error, "code", None)}
-    said["prepared"] = bool(kept)
+    said["prepared"], said["messages"] = bool(kept), messages
     if counter is not None:
         said["peak"], said["at_peak"] = counter.peak, counter.at_peak
     if steps:
@@ -231,7 +266,7 @@ if __name__ == "__main__":
     folder, own_rank = Path(sys.argv[1]), int(os.environ["RANK"])
     mmlu.LETTERS = LETTERS
     host_memory.INTERVAL, pages._KEPT_IN_RAM = 0.0, set()
-    outcome.ANSWER_TOKENS, training.draw_loss, parallel.GRACE = 2, lambda *_: None, 0.0
+    outcome.ANSWER_TOKENS, parallel.GRACE = 2, 0.0
     for job_name, given_job in json.loads((folder / "jobs.json").read_text()).items():
         found_here = (steps_alone if "steps" in given_job else do)(given_job, own_rank)
         (folder / f"{job_name}.{own_rank}.json").write_text(json.dumps(found_here))

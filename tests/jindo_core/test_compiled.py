@@ -11,11 +11,12 @@ import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from jindo_core import train as training
-from jindo_core.compiled import MOST_VARIANTS, check_compile, compile_layers
+from jindo_core.compiled import MOST_VARIANTS, check_compile, compile_layers, compiled_graphs
 from jindo_core.config import resolve_train_config
-from jindo_core.errors import InputError
+from jindo_core.errors import InputError, TrainingError
 from jindo_core.loader import load_model
 from jindo_core.lora import attach_lora
+from jindo_core.memory import Relief
 from jindo_core.recompute import CheckpointOffload
 
 RAGGED = [(2, 16), (4, 40), (1, 24), (3, 8), (1, 64), (2, 104), (7, 32), (1, 16), (4, 72)]
@@ -128,5 +129,27 @@ def test_a_long_llama_and_a_failing_backend_are_errors_in_words(stories260k):
         raise RuntimeError("no such kernel")
 
     compile_layers(model, backend=broken)
-    with pytest.raises(InputError, match=r"--compile: torch.compile failed .*no such kernel.*: leave --compile out"):
+    said = r"--compile: torch.compile failed .*no such kernel.*: leave --compile out"
+    with pytest.raises(TrainingError, match=said):
         steps(model, [(2, 8)])
+
+
+def test_a_compiler_that_runs_out_of_memory_is_no_wrong_input(stories260k):
+    """A step gives way to it, and goes on compiled."""
+    model, tries = make(stories260k), []
+
+    def short(graph, _):
+        tries.append(1)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return graph.forward
+
+    compile_layers(model, backend=short)
+    before = compiled_graphs()
+    relief = Relief(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), 2)
+    gave_way = []
+    found = relief.outlive(lambda: steps(model, [(relief.micro_batch, 8)]), 1, gave_way.append)
+    assert len(found) == 1
+    assert gave_way == ["step 1 ran out of memory: micro-batches of 1 from now on, more of them to a step; the step is "
+                        "tried again"]  # fmt: skip
+    assert compiled_graphs() > before

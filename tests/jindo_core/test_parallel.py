@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from datetime import timedelta
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from jindo_core import mmlu, outcome, parallel
 from jindo_core import train as training
 from jindo_core.adapters import WEIGHTS
 from jindo_core.config import resolve_train_config
-from jindo_core.errors import InputError
+from jindo_core.errors import InputError, TrainingError
 from jindo_core.parallel import ALONE, Ranks
 
 QUESTIONS = {"do_mmlu_eval": True, "max_mmlu_samples": 9}
@@ -87,6 +88,9 @@ def two(make, place):
     jobs["stopped"] = {"settings": make("two-stopped", save_steps=3, lora_dropout=0.2), "signal": [1, 4]}
     jobs["resumed"] = {"settings": make("two-stopped", save_steps=3, lora_dropout=0.2, resume=True)}
     jobs["short"] = {"settings": make("two-short"), "memory": [1, 2]}
+    jobs["short_rows"] = {"settings": make("two-short_rows"), "rows_memory": [1, 3]}
+    jobs["slow_end"] = {"settings": make("two-slow_end", max_steps=1), "slow_end": str(place / "drawn")}
+    jobs["failed_end"] = {"settings": make("two-failed_end", max_steps=1), "slow_end": ""}
     jobs["short_update"] = {"settings": make("two-short_update"), "update_memory": [0, 2]}
     jobs["nan"] = {"settings": make("two-nan"), "nan": [1, 3]}
     jobs["half"] = {"settings": make("two-half"), "signal": [0, 5]}
@@ -207,6 +211,13 @@ def test_when_one_runs_out_of_memory_all_give_way(alone, two, place):
     assert losses(place / "two-short") == like(alone("rows"))
 
 
+def test_when_one_has_no_memory_for_its_rows_all_give_way(alone, two, place):
+    """Before they count what is learnt: or else one asks how the step went, and the other for a sum."""
+    assert [said["ended"] for said in two[0]["short_rows"]] == ["well", "well"]
+    assert [said["gave_way"] for said in two[0]["short_rows"]] == [["moments"]] * 2
+    assert losses(place / "two-short_rows") == like(alone("rows"))
+
+
 def test_when_one_s_host_runs_out_of_memory_all_give_way_and_stop(alone, two, place):
     """At once, for nothing is left there; each says what is true of itself."""
     stopped, again = two[0]["host"], two[0]["host_again"]
@@ -243,6 +254,29 @@ def test_wrong_input_is_said_once(name, words, two):
     spoken, silent = sorted(two[0][name], key=lambda said: said["ended"])
     assert words in spoken["text"]
     assert silent["code"] == 2
+
+
+def test_the_others_wait_for_the_first_one_s_end_where_no_limit_is(two):
+    """At a meeting, which has one, they come when it has drawn and written all."""
+    assert [said["ended"] for said in two[0]["slow_end"]] == ["well", "well"]
+    assert [said["after_the_first"] for said in two[0]["slow_end"]] == [True, True]
+
+
+def test_a_first_rank_that_fails_at_the_end_is_waited_for_by_nobody(two):
+    """The others would wait for it without a limit, and torchrun may run on another machine."""
+    assert sorted(said["ended"] for said in two[0]["failed_end"]) == ["SystemExit", "TrainingError"]
+    assert [said["code"] for said in two[0]["failed_end"] if said["ended"] == "SystemExit"] == [1]
+
+
+def test_a_step_has_six_short_messages_and_one_with_the_gradients(two, repo_root):
+    """As docs/parallel.md says; of steps without a measurement or a checkpoint behind them. Here every step looks at
+    its host's memory, which takes two more."""
+    for said in two[0]["rows"]:
+        for step in (2, 5):
+            sizes = sorted(said["messages"][step - 1])
+            assert sizes[:-1] == [8] * (6 + 2)
+            assert sizes[-1] > 1000
+    assert "six messages of 8 bytes" in (repo_root / "docs" / "parallel.md").read_text(encoding="utf-8")
 
 
 # --- by itself --------------------------------------------------------------------------------------------
@@ -300,6 +334,23 @@ def test_what_does_not_go_together_is_refused(variables, changes, words, make, m
     config, _, _ = resolve_train_config(make("none", **changes))
     with pytest.raises(InputError, match=words), parallel.joined(config):
         pytest.fail("nothing begins")
+
+
+def test_a_first_rank_that_hangs_is_not_waited_for_without_end():
+    class Store:
+        def __init__(self):
+            self.asked = 0
+
+        def check(self, names):
+            self.asked += names == ["first/0"]
+            return False
+
+    store = Store()
+    other = Ranks(1, 2, store=store)
+    with pytest.raises(TrainingError, match="rank 1 has waited 0 minutes for rank 0, which hangs or whose disk does"):
+        other.first(lambda: pytest.fail("it is not the first"), limit=timedelta(seconds=0.12))
+    assert store.asked >= 3
+    assert timedelta(minutes=30) <= parallel.ALONE_LIMIT
 
 
 def test_idle_gpus_are_named(make, monkeypatch):

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from short_runs import signal_at
 
-from jindo_core import profiling
+from jindo_core import prepare, profiling
 from jindo_core import train as training
 from jindo_core.adapters import WEIGHTS
 from jindo_core.config import resolve_train_config
+from jindo_core.errors import Stopped
 from jindo_core.kernels import dispatch
 from jindo_core.kernels.nf4 import nf4_quantize
 from jindo_core.profiling import StepProfile
@@ -90,16 +92,19 @@ class StepProfileOf(StepProfile):
     """Keeps what it found instead of writing it."""
 
     def __init__(self, steps, left):
-        super().__init__(steps, left, None, torch.device("cpu"), None)
+        self.said = []
+        super().__init__(steps, left, None, torch.device("cpu"), SimpleNamespace(notice=self.said.append))
 
     def _write(self, found):
         self.found = profiling.dearest(found.events())
 
 
 def test_a_step_that_fails_leaves_no_profiler_running():
-    with pytest.raises(ZeroDivisionError), StepProfileOf(3, 1) as profile, profile.step():
+    profile = StepProfileOf(3, 1)
+    with pytest.raises(ZeroDivisionError), profile, profile.step():
         1 / 0  # noqa: B018
     assert profile._profile is None
+    assert profile.said == ["no profile is written: the run ends before its profiled steps have"]
     assert dispatch.implementation("nf4_quantize", torch.zeros(2)).__name__ != "under"
 
 
@@ -119,3 +124,103 @@ def test_operators_have_names_only_while_asked_for():
             nf4_quantize(weight, 64)
     named = [event for event in found.events() if event.name.startswith("jindo::nf4_quantize (")]
     assert len(named) == 1
+
+
+# --- when a run ends early, and what of other threads and steps -------------------------------------------------
+
+
+@pytest.mark.parametrize(("at", "words"), [(2, "its profiled steps have"), (3, "the profile has 1 of 2")])
+def test_a_run_that_is_stopped_says_what_became_of_the_profile(at, words, settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "take_step", signal_at(at, training.take_step))
+    with pytest.raises(Stopped):
+        training.train(*settings("out", profile=2))
+    said = " ".join(capsys.readouterr().out.split())
+    assert words in said
+    text = tmp_path / "out" / "profile.txt"
+    assert text.exists() == (at == 3)
+    assert at == 2 or text.read_text().startswith("1 step, ")
+
+
+def test_what_a_kill_left_of_a_profile_is_removed(settings, tmp_path):
+    left = tmp_path / "out" / ".profile-abc"
+    left.mkdir(parents=True)
+    (left / "trace.json").write_text("{")
+    training.train(*settings("out", max_steps=1))
+    assert not left.exists()
+
+
+def test_other_threads_do_not_count():
+    def event(name, thread, start, end):
+        span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+        return SimpleNamespace(
+            name=name, thread=thread, time_range=span, device_type=torch.autograd.DeviceType.CPU,
+            self_cpu_time_total=end - start, self_device_time_total=0,
+        )  # fmt: skip
+
+    events = [
+        event("training step", 1, 0, 100), event("aten::mm", 1, 10, 30), event("aten::index", 2, 20, 90),
+        event("training step", 1, 200, 300), event("aten::mm", 1, 210, 230), event("aten::mm", 1, 120, 130),
+    ]  # fmt: skip
+    operators, seconds, steps = profiling.dearest(events)
+    assert [(one.name, one.calls) for one in operators if one.name.startswith("aten")] == [("aten::mm", 2)]
+    assert (seconds, steps) == (pytest.approx(200e-6), 2)
+
+
+class Clock:
+    """In place of the loop's: moves when it is told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def takes(self, seconds, run):
+        def taking(*given, **more):
+            self.now += seconds if isinstance(seconds, int) else next(seconds)
+            return run(*given, **more)
+
+        return taking
+
+
+def rates(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(row["seconds"], row["tokens"], row["tokens_per_second"]) for row in rows if "loss" in row]
+
+
+def test_profiling_is_no_step_s_time_and_its_steps_are_not_in_the_rate(settings, tmp_path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr(training, "take_step", clock.takes(1, training.take_step))
+    for name in ("_start", "_stop", "_write"):
+        monkeypatch.setattr(StepProfile, name, clock.takes(1000, getattr(StepProfile, name)))
+    result = training.train(*settings("out", profile=1))
+    found = rates(tmp_path / "out")
+    assert [seconds for seconds, _, _ in found] == [1, 2, 3, 4]
+    tokens = [tokens for _, tokens, _ in found]
+    usual = tokens[3] - (tokens[2] - tokens[1])
+    assert result.tokens_per_second == found[3][2] == pytest.approx(usual / 3)
+
+
+def test_steps_that_compile_are_not_in_the_rate_nor_in_the_time_left(settings, tmp_path, monkeypatch):
+    """And they are known as such behind a stop, too."""
+    clock, graphs, left = Clock(), iter([0, 4, 4, 5, 0, 0, 0, 0]), []
+    monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr(training, "take_step", clock.takes(iter([60, 30, 1, 1]), training.take_step))
+    monkeypatch.setattr(training, "compiled_graphs", lambda: next(graphs))
+    monkeypatch.setattr(prepare, "compile_layers", lambda _: None)
+    original = training.TrainingView.step
+    monkeypatch.setattr(
+        training.TrainingView, "step", lambda view, *given: (left.append(given[2]), original(view, *given))
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "take_step", signal_at(3, training.take_step))
+        with pytest.raises(Stopped):
+            training.train(*settings("out", compile=True))
+    training.train(*settings("out", compile=True, resume=True))
+    found = rates(tmp_path / "out")
+    assert [seconds for seconds, _, _ in found] == [60, 90, 91, 92]
+    tokens = [0, *(tokens for _, tokens, _ in found)]
+    assert found[1][2] == pytest.approx(tokens[2] / 90), "none is usual yet"
+    assert found[3][2] == pytest.approx((tokens[4] - tokens[2]) / 2)
+    assert left == [180, 90, 1, 0]
