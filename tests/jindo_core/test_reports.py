@@ -263,16 +263,16 @@ def test_wandb_gets_histograms_of_what_is_trained(watch, kinds, wandb, tmp_path)
     model[0].requires_grad_(False)
     config = TrainConfig(report_to="wandb", wandb_watch=watch)
     with open_reports(config, tmp_path, None, print, model) as opened:
-        for step in (1, 2, 100):
+        for step in (1, 2, 99, 100):
             model(torch.ones(4, 3)).square().sum().backward()
             model(torch.ones(4, 3)).square().sum().backward()  # a second micro-batch
             gradient = model[1].weight.grad.clone()
             model.zero_grad(set_to_none=True)
             opened.log({"step": step, "loss": 1.0})
     rows = [row for name, row in wandb.calls if name == "log"]
-    assert [len(row) for row in rows] == [2 + len(kinds), 2, 2 + len(kinds)]
-    assert {name for name in rows[2] if "weight" in name} == {f"{kind}/1.weight" for kind in kinds}
-    found = rows[2]["gradients/1.weight"]
+    assert [len(row) for row in rows] == [2 + len(kinds), 2, 2, 2 + len(kinds)]
+    assert {name for name in rows[3] if "weight" in name} == {f"{kind}/1.weight" for kind in kinds}
+    found = rows[3]["gradients/1.weight"]
     assert found.counts.sum() == 10
     assert (found.edges[0], found.edges[-1]) == pytest.approx((gradient.min().item(), gradient.max().item()))
 
@@ -301,7 +301,8 @@ def test_wandb_is_not_told_again_what_a_killed_run_told(wandb, tmp_path):
     rows = [{"step": 0, "eval_loss": 3.0}, *({"step": step, "loss": 2.0} for step in (1, 2, 3, 4))]
     (tmp_path / "metrics.jsonl.part").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 5, "lo')
     with open_reports(TrainConfig(report_to="wandb"), tmp_path, 3, print) as opened:
-        for step in (3, 4, 5):
+        opened.log(rows[0])
+        for step in (1, 2, 3, 4, 5):
             opened.log({"step": step, "loss": 2.0})
         opened.log({"step": 4, "eval_loss": 2.5})
     assert wandb.calls[0][1]["id"] == "abc"
