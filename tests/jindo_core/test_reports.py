@@ -13,6 +13,7 @@ import pytest
 import torch
 from short_runs import logged, rows_file, settings_of, signal_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from jindo_core import outcome, reports
 from jindo_core import train as training
@@ -149,6 +150,87 @@ def test_a_run_that_goes_on_goes_on_with_its_curves(run, monkeypatch, tmp_path):
     out = run("out", **more, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     assert curves(folder) == {key: pytest.approx(value, rel=1e-6) for key, value in expected(logged(out)).items()}
     assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize("before", ["none", "tensorboard"])
+def test_a_resume_tells_tensorboard_what_it_lacks(before, run, monkeypatch):
+    """All, where nothing was reported before; nothing twice where all was."""
+    original = training.take_step
+    monkeypatch.setattr(training, "take_step", signal_at(3, original))
+    with pytest.raises(Stopped):
+        run("out", report_to=before)
+    monkeypatch.setattr(training, "take_step", original)
+    out = run("out", report_to="tensorboard", resume=True)
+    found = curves(out / "runs")
+    assert found == {key: pytest.approx(value, rel=1e-6) for key, value in expected(logged(out)).items()}
+    newest = sorted((out / "runs").iterdir())[-1]
+    first = min(event.step for event in EventFileLoader(str(newest)).Load() if event.HasField("summary"))
+    assert first == (4 if before == "tensorboard" else 0)
+
+
+def test_a_resume_mends_curves_that_a_full_disk_cut(run, monkeypatch):
+    """From the middle of a step: its row was written, its measurement was not."""
+    write, take = reports._TensorBoard.log, training.take_step
+
+    def full(self, row):
+        if row["step"] == 2 and "eval_loss" in row:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, row)
+
+    monkeypatch.setattr(reports._TensorBoard, "log", full)
+    monkeypatch.setattr(training, "take_step", signal_at(5, take))
+    with pytest.raises(Stopped):
+        run("out", report_to="tensorboard")
+    monkeypatch.setattr(training, "take_step", take)
+    monkeypatch.setattr(reports._TensorBoard, "log", write)
+    out = run("out", report_to="tensorboard", resume=True)
+    assert curves(out / "runs") == {key: pytest.approx(v, rel=1e-6) for key, v in expected(logged(out)).items()}
+
+
+def test_a_resume_tells_wandb_what_it_lacks(wandb, run, monkeypatch, tmp_path):
+    """It was lost at step 2 and the run stopped at 5; then one that only begins with the resume."""
+    take, log = training.take_step, wandb.Run.log
+
+    def broken(self, row):
+        if row["step"] == 2 and "train/loss" in row:
+            raise wandb.CommError("no network")
+        log(self, row)
+
+    monkeypatch.setattr(wandb.Run, "log", broken)
+    monkeypatch.setattr(training, "take_step", signal_at(5, take))
+    with pytest.raises(Stopped):
+        run("out", report_to="wandb")
+    monkeypatch.setattr(wandb.Run, "log", log)
+    monkeypatch.setattr(training, "take_step", signal_at(5, take))
+    with pytest.raises(Stopped):
+        run("late")
+    monkeypatch.setattr(training, "take_step", take)
+    told = []
+    for name in ("out", "late"):
+        out = run(name, report_to="wandb", resume=True)
+        told, wandb.calls[:] = [row for kind, row in wandb.calls if kind == "log"], []
+        assert [(row["step"], "train/loss" in row) for row in told] == [
+            (row["step"], "loss" in row) for row in logged(out)
+        ]  # fmt: skip
+
+
+def test_gradients_are_only_kept_for_a_histogram_and_hooks_go(wandb, tmp_path):
+    model, config = torch.nn.Linear(3, 2, bias=False), TrainConfig(report_to="wandb", wandb_watch="gradients")
+    opened = open_reports(config, tmp_path, None, print, model)
+    (sink,), hooks = opened._sinks, model.weight._post_accumulate_grad_hooks
+    for step, kept in ((1, 1), (2, 0)):
+        model(torch.ones(4, 3)).sum().backward()
+        assert len(sink._watched._gradients) == kept
+        opened.log({"step": step, "loss": 1.0})
+    assert len(hooks) == 1
+    wandb.fail_with["log"] = wandb.CommError("no network")
+    opened.log({"step": 3, "loss": 1.0})
+    assert len(hooks) == 0
+    wandb.fail_with.clear()
+    with open_reports(config, tmp_path, 3, print, model) as again:
+        assert len(model.weight._post_accumulate_grad_hooks) == 1
+        again.log({"step": 1, "loss": 1.0})  # told before; and no step is made now
+    assert len(model.weight._post_accumulate_grad_hooks) == 0
 
 
 def test_a_kill_loses_no_row(tmp_path):
@@ -305,10 +387,12 @@ def test_wandb_is_not_told_again_what_a_killed_run_told(wandb, tmp_path):
         for step in (1, 2, 3, 4, 5):
             opened.log({"step": step, "loss": 2.0})
         opened.log({"step": 4, "eval_loss": 2.5})
+        opened.log({"step": 4, "mmlu_loss": 1.0, "mmlu_test_accuracy": 0.25})  # of either split
     assert wandb.calls[0][1]["id"] == "abc"
-    assert [row["step"] for name, row in wandb.calls if name == "log"] == [5, 4]
+    assert [row["step"] for name, row in wandb.calls if name == "log"] == [5, 4, 4]
+    assert wandb.calls[-2][1]["mmlu/test_accuracy"] == 0.25
     held = json.loads((tmp_path / "wandb_run.json").read_text())
-    assert held == {"id": "abc", "told": {"loss": 5, "eval_loss": 4}, "closed": True}
+    assert held == {"id": "abc", "told": {"loss": 5, "eval_loss": 4, "mmlu_loss": 4}, "closed": True}
     open_reports(TrainConfig(), tmp_path, 5, print).close()  # goes on without wandb, which then lacks steps
     assert not (tmp_path / "wandb_run.json").exists()
 
