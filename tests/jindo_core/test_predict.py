@@ -176,7 +176,8 @@ def test_sampled_answers_are_those_of_eval(settings, tmp_path):
     training.train(*settings("out", **sampled))
     out = tmp_path / "out"
     words = f"eval --lora_weights {out} --tasks generation --data_path {tmp_path}/rows.json"
-    words += f" --temperature 0.8 --top_k 20 --max_new_tokens 6 --device cpu --dtype fp32 --predictions_path {tmp_path}/eval.jsonl"
+    words += " --temperature 0.8 --top_k 20 --max_new_tokens 6 --device cpu --dtype fp32"
+    words += f" --predictions_path {tmp_path}/eval.jsonl"
     assert main(words.split()) == 0
     asked = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
     said = {one["row"]: one["prediction"].strip() for one in asked}
