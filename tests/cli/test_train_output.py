@@ -253,3 +253,12 @@ def test_the_document_has_every_event_with_its_keys(repo_root):
     table = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| `")]
     documented = {name.strip().strip("`"): set(re.findall(r"`(\w+)`", keys)) for name, keys, _ in table}
     assert documented == {name: set(keys) for name, keys in EVENTS.items()}
+
+
+def test_without_a_standard_output_a_run_is_a_run(command, tmp_path):
+    """Closed by who started it, as `>&-` does."""
+    words = [word for word in command(max_steps=1, save_steps=0) if word != "--json"]
+    program = [sys.executable, "-m", "jindo_core.cli.main", *words]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *program], stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
