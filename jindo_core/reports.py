@@ -186,7 +186,7 @@ def tagged(row: Mapping[str, Any]) -> dict[str, float]:
         if name == "step" or isinstance(value, bool | str) or value is None or not math.isfinite(value):
             continue
         group, _, rest = name.partition("_")
-        found[f"{group}/{rest}" if group in ("eval", "mmlu") else f"train/{name}"] = value
+        found[f"{group}/{rest}" if group in ("eval", "mmlu", "predict") else f"train/{name}"] = value
     return found
 
 
@@ -243,7 +243,10 @@ class _TensorBoard:
         self._write(step=step, summary=_text("settings", self._settings))
 
     def finish(self, output_dir: Path, results: Mapping[str, Any]) -> None:
-        pass  # its rows have all
+        """Its rows have all but the figures of predictions."""
+        found = {name: value for name, value in results.items() if name.startswith("predict_")}
+        if found:
+            self.log({"step": results["steps"], **found})
 
     def close(self, *, well: bool) -> None:
         self._records.close()

@@ -253,6 +253,15 @@ def test_what_has_no_number_is_left_out():
     }  # fmt: skip
 
 
+def test_figures_of_predictions_come_last(run, wandb):
+    out = run("out", report_to="tensorboard,wandb", predict_with_generate=True, max_new_tokens=4, max_steps=2)
+    figures = json.loads((out / "metrics.json").read_text())
+    found = {tag: value for (step, tag), value in curves(out / "runs").items() if step == 2}
+    assert found["predict/samples"] == figures["predict_samples"] == 4
+    assert found["predict/chrf"] == pytest.approx(figures["predict_chrf"], rel=1e-6)
+    assert wandb.calls[-1][1]["summary"]["results/predict_chrf"] == figures["predict_chrf"]
+
+
 # --- a place that fails -----------------------------------------------------------------------------------
 
 
