@@ -331,17 +331,18 @@ def accepted(config_class: type[Config]) -> dict[str, Setting]:
 
 def did_you_mean(name: str, config_class: type[Config], prefix: str = "") -> str:
     """`" Did you mean 'lora_r'?"` for a name that is no setting, or `""`; `prefix` goes before the name."""
-    known = [prefix + known for known in accepted(config_class)]
-    meant = [prefix + setting for setting, names in _SAID_ELSEWHERE.items() if name in names.split()]
+    known = list(accepted(config_class))
+    meant = [setting for setting, names in _SAID_ELSEWHERE.items() if name in names.split()]
     if name in qlora.FLAGS:
-        meant.append(prefix + qlora.FLAGS[name].ours)
+        meant.append(qlora.FLAGS[name].ours)
     if meant and meant[0] in known:
-        return f" Did you mean '{meant[0]}'?"
+        return f" Did you mean '{prefix}{meant[0]}'?"
     if name in qlora.FLAGS and not qlora.FLAGS[name].ours:
         return ""  # another trainer's, which nothing here is like
     # What has an effect first: lora_rank is as close to local_rank as to lora_r.
-    idle = {prefix + flag.name for flag in qlora.FLAGS.values() if flag.does not in ("setting", "rule")}
-    return nearest(prefix + name, [word for word in known if word not in idle]) or nearest(prefix + name, known)
+    idle = {flag.name for flag in qlora.FLAGS.values() if flag.does not in ("setting", "rule")}
+    found = nearest(name, [word for word in known if word not in idle]) or nearest(name, known)
+    return found.replace("'", f"'{prefix}", 1)  # compared without its dashes, which all have
 
 
 PROFILED = 3

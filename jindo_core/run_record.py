@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 import os
+import re
+import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from jindo_core.settings import settings
 
 FILE = "jindo_run.json"
 METRICS = "metrics.jsonl"
+ROOM = 4 << 20
+"""Bytes that must be free in output_dir before a run begins: an adapter's, at least."""
 TEMPLATE = "prompt_template.json"
 """A copy of the user's own template, beside the record that names it."""
 
@@ -111,9 +115,16 @@ def choose_output_dir(config: TrainConfig, named: bool) -> Path:
         folder = next((one for one in reversed(numbered) if checkpoint.folders(one)), folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file, expected a folder")
+    if not (name := str(folder.absolute())).isascii() and re.search("[\ud800-\udfff]", name):
+        raise InputError(f"output_dir {str(folder)!a} is no UTF-8, and its files name it: give another folder")
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"output_dir {folder} can't be made: {nearest} is no folder that can be written to")
+    if (free := shutil.disk_usage(nearest).free) < ROOM:
+        raise InputError(
+            f"output_dir {folder} has {free / 1e6:.1f} MB free, expected at least {ROOM / 1e6:.1f}: make room, or give "
+            "another folder"
+        )
     if config.overwrite_output_dir or not _holds_run(folder) or (going_on and checkpoint.folders(folder)):
         return folder
     if named and not any((folder / name).exists() for name in (WEIGHTS, CONFIG, FILE)):

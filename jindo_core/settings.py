@@ -65,7 +65,10 @@ class Setting:
 
     def _bounded(self, what: str) -> str:
         bounds = [("of at least", self.at_least), ("above", self.above), ("at most", self.at_most)]
-        said = [f"{word} {bound:g}" for word, bound in [*bounds, ("below", self.below)] if bound is not None]
+        said = [
+            f"{word} {bound if isinstance(bound, int) else format(bound, 'g')}"
+            for word, bound in [*bounds, ("below", self.below)] if bound is not None
+        ]  # fmt: skip
         return " ".join([what, " and ".join(said)]).strip()
 
     def read(self, value: object, label: str | None = None) -> Any:
@@ -79,7 +82,8 @@ class Setting:
         found = _READERS[self.kind](value)
         if found is None or not self._within(found):
             got = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-            example = f", for example {show(self.default)}" if self.kind in ("int", "float") else ""
+            numeric = self.kind in ("int", "float") and self.default is not None
+            example = f", for example {show(self.default)}" if numeric else ""
             raise InputError(f"{label or '--' + self.name}: got {got}, expected {self.expected()}{example}")
         # The shell expands no ~ in --output_dir=~/x, and nobody does in a file.
         if self.kind == "paths":

@@ -45,13 +45,10 @@ from jindo_core.reports import Reports, open_reports
 from jindo_core.resume import Foreign, Saver, base_digest, load_best, restore, take_weights
 from jindo_core.run_card import Card, command_of, write_card
 from jindo_core.run_record import FILE as RECORD
-from jindo_core.run_record import METRICS, choose_output_dir
+from jindo_core.run_record import METRICS, ROOM, choose_output_dir
 from jindo_core.run_state import NOT_FINITE, Best, History, RunState, perplexity
 from jindo_core.step import take_step
 from jindo_core.training_view import JsonView, TrainingView
-
-ROOM = 4 << 20
-"""Bytes that must be free in output_dir before a run begins."""
 
 MayBreak = Callable[[], contextlib.AbstractContextManager[None]]
 """About a measurement that may be left off."""

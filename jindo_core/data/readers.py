@@ -245,16 +245,17 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
 def _line_rows(path: Path, file: BufferedIOBase) -> Iterator[tuple[str, Any]]:
-    number = 0
-    for line, text in enumerate(_lines(path, file), 1):
+    number, lines = 0, enumerate(_lines(path, file), 1)
+    for line, text in lines:
         if not text.strip():
             continue
         number += 1
         where = f"row {number} (line {line})"
         try:
-            value = _DECODER.decode(text)
+            value = _DECODER.decode(text.rstrip())  # with its end a cut line's error would lie in the next one
         except json.JSONDecodeError as error:
-            if number == 1 and text.lstrip().startswith("{") and error.pos >= len(text.rstrip()):
+            cut = text.lstrip().startswith("{") and error.pos >= len(text.rstrip())
+            if number == 1 and cut and any(more.strip() for _, more in lines):
                 raise InputError(
                     f"{path}, line {line}: one object over several lines, expected a list of objects or one whole "
                     "object on each line; of a list within it, under data: jq -c '.data[]' FILE > rows.jsonl"

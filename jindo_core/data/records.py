@@ -109,7 +109,7 @@ def split_indices(count: int, val_set_size: int, seed: int) -> tuple[Sequence[in
     warning = None
     if count - val_set_size < val_set_size:
         size = max(count // 10, 1) if count > 1 else 0
-        warning = f"val_set_size {val_set_size} leaves fewer training than held-out rows of {count}: {size} held out"
+        warning = f"--val_set_size {val_set_size} would take more than half of the {count} rows: {size} are held out"
         val_set_size = size
     return shuffled[val_set_size:], shuffled[:val_set_size], warning
 

@@ -51,4 +51,6 @@ def require_delimiter(path: Path, header: list[str], delimiter: str) -> None:
 
 def _is_table(text: bytes) -> bool:
     line = text.split(b"\n", 1)[0]
+    if any(byte < 32 and byte not in b"\t\r\f" for byte in line):
+        return False  # no text
     return bool(line) and line[:1] not in b'[{"' and (b"," in line or b"\t" in line)

@@ -386,3 +386,14 @@ def test_several_paths_and_a_weight_for_each(monkeypatch):
 )
 def test_what_is_wrong_with_the_data_is_said(given, part):
     assert part in message(TrainConfig, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"max_train_samples": 0}, "--max_train_samples: got 0, expected a whole number of at least 1"),
+        ({"seed": -1}, "--seed: got -1, expected a whole number of at least 0 and at most 4294967295, for example 42"),
+    ],
+)
+def test_bounds_are_exact_and_no_example_is_none(given, said):
+    assert message(resolve_train_config, given) == said

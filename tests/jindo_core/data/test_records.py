@@ -161,7 +161,7 @@ def test_a_size_that_leaves_too_few_becomes_a_tenth(count, size, became):
     assert (len(training), len(held_out)) == (count - became, became)
     assert warning is not None
     assert str(size) in warning
-    assert f"{became} held out" in warning
+    assert f"{became} are held out" in warning
 
 
 def test_a_negative_size():
