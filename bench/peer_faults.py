@@ -121,7 +121,7 @@ def _without_moments(bench: Bench) -> str:
     if ended.code != 0:
         return f"{ended.error}"
     fresh = ended.report["updates"] < bench.whole.report["updates"]
-    return "resumes in silence, with fresh moments" if fresh else "resumes with moments of unknown origin"
+    return "resumes, with fresh moments" if fresh else "resumes with moments of unknown origin"
 
 
 def flipped(bench: Bench) -> dict[str, str]:
@@ -164,15 +164,15 @@ def numbers(bench: Bench) -> dict[str, str]:
     found["test_the_batch_is_named_by_rows_and_file"] = (
         f"{weights}, run ends with code {ended.code}" if ended.report else f"ends: {ended.error}"
     )
-    found["test_skipped_steps_are_counted_through_a_stop"] = "no step is skipped"
+    found["test_skipped_steps_are_counted_through_a_stop"] = "not tried: it skips no step"
     said = {}
     for name, value in {"batch_size": 2, "seed": 2, "learning_rate": 1e-3, "lora_r": 4}.items():
         ended = bench.resume(peer.job(bench.state), **{name: value})
-        said[name] = ended.error if ended.code != 0 else _warned(ended, name) or "taken in silence"
+        said[name] = ended.error if ended.code != 0 else _warned(ended, name) or "taken"
     bench.detail["settings"] = said
     found["test_each_fixed_setting_is_refused_by_name"] = "; ".join(f"{k}: {v}" for k, v in said.items())
     ended = bench.resume(peer.job(bench.state, rows=str(peer.write_rows("other.json", 1))))
-    taken = "taken in silence" if ended.code == 0 else ended.error
+    taken = "taken" if ended.code == 0 else ended.error
     found["test_other_rows_are_refused_though_they_are_as_long"] = taken
     found["test_stopped_and_resumed_is_as_never_stopped"] = _exact(bench)
     return found
@@ -189,7 +189,7 @@ def other_base(bench: Bench) -> dict[str, str]:
     said = ended.error
     if ended.code == 0:
         own = ended.report["digest"] == bench.intact
-        said = "not noticed: the checkpoint has a base of its own" if own else "taken in silence"
+        said = "not noticed: the checkpoint has a base of its own" if own else "taken"
     return {"test_other_weights_are_refused": said}
 
 
@@ -235,7 +235,7 @@ def again(bench: Bench) -> dict[str, str]:
     ended = bench.peer.run(job | {"learning_rate": 1e-3})  # other files than those that are there
     gone = sum(not path.exists() or path.read_bytes() != data for path, data in before.items())
     lost = f"{gone} of {len(before)} files of weights and moments overwritten"
-    what = f"begins anew in silence, {lost}" if ended.code == 0 else ended.error
+    what = f"begins anew, {lost}" if ended.code == 0 else ended.error
     job = bench.peer.job()
     place = {"transformers": "checkpoint-3/adapter_model.safetensors", "lightning": "step=3.ckpt"}
     foreign = Path(job["out"]) / place.get(bench.peer.name, "epoch_0/adapter_model.pt")
@@ -243,7 +243,7 @@ def again(bench: Bench) -> dict[str, str]:
     foreign.write_bytes(b"another tool's")
     ended = bench.peer.run(job)
     kept = foreign.exists() and foreign.read_bytes() == b"another tool's"
-    stranger = ("left as it is" if kept else "overwritten in silence") if ended.code == 0 else ended.error
+    stranger = ("left as it is" if kept else "overwritten") if ended.code == 0 else ended.error
     return {
         "test_an_unfinished_run_is_not_begun_anew_in_silence": what,
         "test_the_other_tool_s_checkpoint_is_left_as_it_is": stranger,

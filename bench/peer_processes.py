@@ -15,6 +15,9 @@ from bench.peer_runs import LIMIT, SAVES, Bench
 RANKS = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 OPTIONS = {"transformers": "jit", "lightning": "on_exception"}
 """What a peer offers beyond its defaults for a run that is stopped: enable_jit_checkpoint, OnExceptionCheckpoint."""
+NO_SAVES = {"pace": 2.0, "save_steps": 100}
+"""Of a run that gets a signal: no checkpoint is due, so that one which is there came of the signal; and steps are long
+enough that it doesn't end by itself meanwhile."""
 HANG_LIMIT, HANG_PATIENCE = 10, 120
 """Seconds: the collectives' limit of the run of which a rank hangs, and how long that is then watched."""
 
@@ -30,14 +33,14 @@ def _reached(job: dict[str, Any], process: subprocess.Popen[bytes], step: int) -
 
 
 def _signalled(bench: Bench, kind: signal.Signals, extra: str, times: int = 1) -> tuple[int | None, bool, str, float]:
-    """A signal in the step after the first save: exit code, whether a checkpoint came of it, what the same command
-    then does, and the seconds that it took to end."""
+    """A signal in the step after that of a usual run's first save: exit code, whether a checkpoint came of it, what the
+    same command then does, and the seconds that it took to end."""
     peer = bench.peer
     step = SAVES[peer.name][0] + 1
-    job = peer.job(extra=extra, pace=1.0)
+    job = peer.job(extra=extra, **NO_SAVES)
     process = peer.start(job)
     _reached(job, process, step)
-    before = _files(job)
+    before = _files(job)  # torchtune's of the first epoch
     sent = time.monotonic()
     for number in range(times):
         if number:
@@ -68,7 +71,9 @@ def signals(bench: Bench) -> dict[str, str]:
             said.append(f"{kind.name}{named}: {code}, {'a checkpoint' if saved else 'no checkpoint'}")
     found = {"test_a_signal_ends_a_process_with_its_code_and_a_checkpoint": "; ".join(said)}
     code, saved, _, took = detail["twice"] = _signalled(bench, signal.SIGTERM, option or "", 2)
-    found["test_a_second_signal_acts_at_once"] = f"{code} after {took:.0f} s, {'a' if saved else 'no'} checkpoint"
+    named = f"with {option}: " if option else ""
+    what = f"{named}{code} after {took:.0f} s, {'a' if saved else 'no'} checkpoint"
+    found["test_a_second_signal_acts_at_once"] = what
     bench.detail["signals"] = detail
     return found
 
@@ -91,7 +96,7 @@ def races(bench: Bench) -> dict[str, str]:
         bench.detail[test] = [codes, [ended.error for ended in ends]]
         both = "no lock: both train to the end, with code 0"
         found[test] = both if codes == [0, 0] else f"exit codes {codes[0]} and {codes[1]}"
-    found["test_a_killed_trainer_s_lock_is_gone"] = "no lock"
+    found["test_a_killed_trainer_s_lock_is_gone"] = "not tried: it has no lock"
     return found
 
 
@@ -108,8 +113,11 @@ def ranks(bench: Bench) -> dict[str, str]:
     step = SAVES[peer.name][0] + 1
     found, detail = {}, {}
     for what, test in tests.items():
-        changes: dict[str, Any] = {"hang_at": step, "timeout_s": HANG_LIMIT} if what == "hangs" else {"pace": 1.0}
-        job = peer.job(ranks=2, extra=OPTIONS[peer.name] if what == "signal" else "", **changes)
+        changes: dict[str, dict[str, Any]] = {
+            "killed": {"pace": 1.0}, "hangs": {"hang_at": step, "timeout_s": HANG_LIMIT},
+            "signal": {"extra": OPTIONS[peer.name], **NO_SAVES},
+        }  # fmt: skip
+        job = peer.job(ranks=2, **changes[what])
         process = peer.start(job, RANKS)
         _reached(job, process, step)
         sent, before = time.monotonic(), _files(job)
@@ -124,14 +132,12 @@ def ranks(bench: Bench) -> dict[str, str]:
         if what == "hangs":
             end += f" (its limit set to {HANG_LIMIT} s)"
         if what == "signal":
-            end += f", {'a' if _files(job) - before else 'no'} checkpoint"
+            end = f"with {OPTIONS[peer.name]}: {end}, {'a' if _files(job) - before else 'no'} checkpoint"
         found[test] = end
     bench.detail["ranks"] = detail
     return found
 
 
 def _pid(job: dict[str, Any], rank: int) -> int:
-
-
     rows = [json.loads(line) for line in Path(job["progress"]).read_text().splitlines()]
     return next(row["pid"] for row in rows if row["rank"] == rank)

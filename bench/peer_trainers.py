@@ -51,6 +51,7 @@ class Job:
     ranks: int = 1
     timeout_s: int = 0  # of a collective; 0: the peer's own
     extra: str = ""  # jit | plain_loader | on_exception | evaluate: an option of the peer's, see its function
+    save_steps: int = SAVE_STEPS  # not torchtune's, which saves at the end of an epoch
     pace: float = 0.0  # seconds that a step takes longer
     nan_at: int = 0  # the gradient of one matrix is not a number in this step
     die_at: int = 0  # kill -9 inside this step
@@ -154,7 +155,7 @@ def transformers_trainer(job: Job, watch: Watch) -> None:
         output_dir=job.out,
         per_device_train_batch_size=job.batch_size // job.ranks,
         max_steps=STEPS,
-        save_steps=SAVE_STEPS,
+        save_steps=job.save_steps,
         learning_rate=job.learning_rate,
         seed=job.seed,
         report_to=[],
@@ -201,7 +202,7 @@ def lightning_trainer(job: Job, watch: Watch) -> None:
     module = Module()
     watch.follow(module)
     saves: list[Any] = [
-        ModelCheckpoint(job.out, "{step}", every_n_train_steps=SAVE_STEPS, save_top_k=-1, save_last=True)
+        ModelCheckpoint(job.out, "{step}", every_n_train_steps=job.save_steps, save_top_k=-1, save_last=True)
     ]
     if job.extra == "on_exception":
         saves.append(OnExceptionCheckpoint(job.out))

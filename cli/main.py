@@ -2,7 +2,8 @@
 
 Exit codes: 0 done; 2 wrong input and 1 a run that could not go on (both one line `error: ...` on standard
 error); 130 stopped by Ctrl-C, 143 by SIGTERM and 75 for want of memory on the host (`train` saves a checkpoint
-first); 141 the reader of the output has gone. Anything else that is raised is a defect and keeps its traceback.
+first); 141 the reader of the output has gone (`train` goes on without). Anything else that is raised is a defect
+and keeps its traceback.
 Commands are imported when they run, and the engine when its flags have been read: `--help` and a mistyped flag never
 wait for torch.
 """
@@ -107,6 +108,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line (`sys.argv` when None) and returns the exit code."""
+    if sys.stdout is None:  # closed by who started this (`>&-`)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             # A letter that the terminal's encoding lacks becomes a ?, not a traceback.

@@ -46,6 +46,10 @@ class EvalConfig:
     stride: int | None = setting(
         None, _TASKS, "perplexity: tokens between two windows; left out: half a window", at_least=1
     )
+    mmlu_dataset: Literal["mmlu-fs", "mmlu-zs", "mmlu"] = setting(
+        "mmlu-fs", _TASKS, "mmlu: which of a folder's files, five-shot or zero-shot"
+    )
+    mmlu_split: Literal["eval", "test"] = setting("eval", _TASKS, "mmlu: which of these")
     mmlu_source_max_len: int = setting(2048, _TASKS, "mmlu: longest question in tokens", at_least=2)
 
     dataset_format: str | None = setting(None, _ANSWERS, "of the rows; left out: by their columns", metavar="NAME")

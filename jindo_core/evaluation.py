@@ -45,7 +45,10 @@ class Runner(Protocol):
     def __call__(self, work: Iterable[list[T]], run: Callable[[list[T]], list[Row]]) -> Iterator[list[Row]]: ...
 
 
-_KEPT = ("batch_size", "limit", "window", "stride", "split", "mmlu_source_max_len", "quantize", "double_quant")
+_KEPT = (
+    "batch_size", "limit", "window", "stride", "split", "mmlu_dataset", "mmlu_split", "mmlu_source_max_len", "quantize",
+    "double_quant",
+)  # fmt: skip
 
 
 class Task(Protocol):
@@ -164,10 +167,9 @@ class MmluRun:
     name = "mmlu"
 
     def __init__(self, path: str, tokenizer: Tokenizer, config: EvalConfig, context: int | None) -> None:
-        split = "test" if config.split == "test" else "eval"
         self._mmlu = load_mmlu(
-            path, tokenizer, split=split, max_samples=config.limit, source_max_len=config.mmlu_source_max_len,
-            context=context,
+            path, tokenizer, dataset=config.mmlu_dataset, split=config.mmlu_split, max_samples=config.limit,
+            source_max_len=config.mmlu_source_max_len, context=context,
         )  # fmt: skip
         self.source = Path(path).name
         asked = [(one.subject, one.ids, one.answer) for one in self._mmlu.questions]
@@ -300,8 +302,8 @@ def run_eval(config: EvalConfig) -> dict[str, Any]:
         report = {**described, "results": results}
         if config.quantize == "both":
             report["drift"] = _drift(results, lines)
-        _show(report, view)
         _write(report, lines, output, predicted, part, view)
+    _show(report, view)
     return report
 
 

@@ -24,6 +24,8 @@ from jindo_core.run_record import METRICS, RunRecord, keep_template, write_run
 from jindo_core.run_state import History, perplexity
 from jindo_core.training_view import TrainingView
 
+PICTURE = "loss.png"
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -127,13 +129,12 @@ def _lasting(name: str | None) -> str | None:
 def farewell(
     view: TrainingView, config: TrainConfig, result: TrainResult, probe: Record | None, card: str | None = None
 ) -> None:
-    """What a person is told at the end. card: the run card's name, if one was written."""
-    view.finished(vars(result))
+    """What a person is told at the end, after the results. card: the run card's name, if one was written."""
     budget = config.max_memory_MB * 1_000_000
     if budget and result.peak_bytes > budget:
         over = (result.peak_bytes - budget) / 1e6
         view.notice(f"that is {over:,.0f} MB over the {config.max_memory_MB:,} MB asked for")
-    files = ", ".join(filter(None, (WEIGHTS, CONFIG, METRICS, "loss.png", card)))
+    files = ", ".join(filter(None, (WEIGHTS, CONFIG, METRICS, PICTURE, card)))
     view.say(f"Saved and read back: {result.output_dir}/{files}")
     base = [] if config.base_model is None else ["--base_model", config.base_model]
     asked = [("--instruction", probe.instruction), ("--input", probe.input)] if probe else [("--instruction", "…")]

@@ -27,13 +27,16 @@ FIGURES = "metrics.json"
 _ROWS_AT_ONCE = 8
 
 
-def clear(output_dir: Path) -> None:
-    """Take away what another adapter answered in this folder."""
-    for name in (FILE, FIGURES):
+def clear(output_dir: Path, *, going_on: bool) -> None:
+    """Take away what another adapter answered in this folder. going_on: `predict` comes next, and takes up what it has
+    answered itself."""
+    for name in (FILE, FIGURES, *([] if going_on else [f"{FILE}.part"])):
         (output_dir / name).unlink(missing_ok=True)
 
 
-def predict(job: TrainingJob, output_dir: Path, loss: float, signals: StopSignals, view: TrainingView) -> int | None:
+def predict(
+    job: TrainingJob, output_dir: Path, loss: float, signals: StopSignals, view: TrainingView
+) -> tuple[int | None, dict[str, float]]:
     """Answer the held-out rows, after the adapter was saved to `output_dir`: `FILE` and `FIGURES`.
 
     What is done so far lies in a part file, from which a run that is taken up goes on if it ends with the same adapter.
@@ -41,13 +44,14 @@ def predict(job: TrainingJob, output_dir: Path, loss: float, signals: StopSignal
     Args:
         loss: on those rows, NaN where it is not known.
     Returns:
-        The signal that stopped it, or None.
+        The signal that stopped it, or None; and what `FIGURES` holds.
     Raises:
         TrainingError: no memory for one answer, or no room on the disk; the adapter is as it was saved.
     """
     sampling = _sampling(job)
-    rows = [(number, record) for number, (_, _, record) in enumerate(job.data.answered, 1)]
-    questions = predictions.ask(rows, job.tokenizer, job.template)
+    rows = ((row, record) for _, row, record in job.data.answered)
+    files = [file for file, _, _ in job.data.answered]
+    questions = predictions.ask(rows, job.tokenizer, job.template, files)
     settings = {
         "adapter": adapters.digest(output_dir), "rows": predictions.digest(questions, job.tokenizer, job.template),
         **vars(sampling), "rows_at_once": _ROWS_AT_ONCE,
@@ -59,7 +63,7 @@ def predict(job: TrainingJob, output_dir: Path, loss: float, signals: StopSignal
                 found = _answers(job, questions, sampling, part, view)
         except Broken:
             assert signals.asked is not None
-            return int(signals.asked)
+            return int(signals.asked), {}
         figures = _figures(questions, found, loss)
         texts = {FILE: _lines(job, questions, found), FIGURES: json.dumps(figures, indent=2) + "\n"}
         for name, text in texts.items():
@@ -70,8 +74,7 @@ def predict(job: TrainingJob, output_dir: Path, loss: float, signals: StopSignal
                     f"{name} could not be written to {output_dir} ({error.strerror}): the adapter is saved there"
                 ) from error
         part.remove()
-    view.say(f"{FILE}: {_said(figures)}")
-    return None
+    return None, figures
 
 
 def _sampling(job: TrainingJob) -> Sampling:
@@ -113,7 +116,7 @@ def _lines(job: TrainingJob, questions: Iterable[Question], found: Iterable[Pred
     lines = []
     for (file, row, record), question, made in zip(job.data.answered, questions, found, strict=True):
         prompt = job.tokenizer.decode(question.ids)
-        own: dict[str, Any] = {"file": file} if len(job.data.names) > 1 else {}
+        own: dict[str, Any] = {"file": job.data.names[file]} if len(job.data.names) > 1 else {}
         own |= {"row": row, "input": prompt, "output": record.rounds[-1].output}
         answers = {"prediction_with_input": (prompt + made.text).strip(), "prediction": made.text.strip()}
         lines.append(json.dumps({**own, **answers, "ended": made.ended}, ensure_ascii=False) + "\n")
@@ -124,9 +127,3 @@ def _figures(questions: Sequence[Question], found: Sequence[Prediction], loss: f
     measured = predictions.measures([one.reference for one in questions], found)
     named = {f"predict_{name}": value for name, value in measured.items() if name != "n" and not name.startswith("n_")}
     return {**({} if math.isnan(loss) else {"predict_loss": loss}), "predict_samples": len(questions), **named}
-
-
-def _said(figures: dict[str, float]) -> str:
-    names = {"predict_exact_match": "exact match", "predict_chrf": "chrF", "predict_ended": "ended by themselves"}
-    told = [f"{said} {figures[name]:.4f}" for name, said in names.items() if name in figures]
-    return f"{figures['predict_samples']:,} rows, " + ", ".join(told)

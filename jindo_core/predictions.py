@@ -12,6 +12,7 @@ A row's last answer is left out and asked for, as `generate` would ask. Figures 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -44,11 +45,13 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A row as it is asked. row: counts from 1 in its file or folder. ids: of the prompt."""
+    """A row as it is asked. row: counts from 1 in its file or folder. ids: of the prompt. file: which of several it is
+    from, counted from 0."""
 
     row: int
     record: Record
     ids: tuple[int, ...]
+    file: int = 0
 
     @property
     def reference(self) -> str | None:
@@ -73,18 +76,24 @@ class Prediction:
         return None if reference is None else self.text.strip() == reference.strip()
 
 
-def ask(rows: Iterable[tuple[int, Record]], tokenizer: Tokenizer, template: Template) -> list[Question]:
-    """Rows, each with its number, as questions.
+def ask(
+    rows: Iterable[tuple[int, Record]], tokenizer: Tokenizer, template: Template, files: Iterable[int] | None = None
+) -> list[Question]:
+    """Rows, each with its number, as questions. files: of several, the number of each row's.
 
     Raises:
         InputError: a row for which the template has no place.
     """
-    return [Question(row, record, tuple(prompt_ids(tokenizer, template, record))) for row, record in rows]
+    owners = itertools.repeat(0) if files is None else files
+    return [
+        Question(row, record, tuple(prompt_ids(tokenizer, template, record)), file)
+        for (row, record), file in zip(rows, owners, strict=False)  # the endless one is no row's
+    ]
 
 
 def digest(questions: Sequence[Question], tokenizer: Tokenizer, template: Template) -> str:
     """SHA-256 of all that is asked, of what ends an answer, and of the references."""
-    asked = [(one.row, one.ids, one.reference) for one in questions]
+    asked = [(one.file, one.row, one.ids, one.reference) for one in questions]
     said = json.dumps([asked, sorted(end_ids(tokenizer, template)), tokenizer.digest()])
     return hashlib.sha256(said.encode()).hexdigest()
 
@@ -106,7 +115,7 @@ def answer(
     found = generate_batch(
         model, [one.ids for one in questions], max_new_tokens=sampling.max_new_tokens,
         stop_ids=stop_ids(model, tokenizer) | end_ids(tokenizer, template), temperature=sampling.temperature,
-        top_p=sampling.top_p, top_k=sampling.top_k, seeds=[_seed(sampling.seed, one.row) for one in questions],
+        top_p=sampling.top_p, top_k=sampling.top_k, seeds=[_seed(sampling.seed, one) for one in questions],
     )  # fmt: skip
     return [[int(one.stopped), *one.ids] for one in found]
 
@@ -155,6 +164,7 @@ def line(question: Question, prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def _seed(seed: int, row: int) -> int:
-    """A row's own: its draws are the same whatever is answered beside it."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{row}".encode()).digest()[:8]) >> 1
+def _seed(seed: int, question: Question) -> int:
+    """A row's own: its draws are the same whatever is answered beside it, in `train` as in `eval` of the one file."""
+    place = f"{question.file}/{question.row}" if question.file else question.row
+    return int.from_bytes(hashlib.sha256(f"{seed}/{place}".encode()).digest()[:8]) >> 1

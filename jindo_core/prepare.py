@@ -330,7 +330,7 @@ def _advice(step: Step) -> str:
 def _load(path: Path, config: TrainConfig, view: TrainingView, ranks: Ranks) -> CausalLM:
     """The model with its adapter attached, as the settings say what is kept where."""
     torch.manual_seed(config.seed)
-    with loading_bar(view.console) as on_progress:
+    with loading_bar(view.console, shown=view.draws) as on_progress:
         model = load_model(
             path, quantize=config.quantize, double_quant=config.double_quant, dtype=config.dtype, device=config.device,
             offload_layers=config.offload_layers, offload_embedding=config.offload_embedding,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
+import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +26,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
+from jindo_core.files import write_atomically
 from jindo_core.plan import HOST_ROWS, Plan
 
 SAID = {
@@ -37,6 +43,59 @@ SAID = {
     "offloaded_weights": "streamed layers", "offloaded_checkpoints": "offloaded inputs",
     "offloaded_embedding": "offloaded embedding", "offloaded_head": "streamed head",
 }  # fmt: skip
+
+
+class LastingOutput:
+    """Standard output for a run that must not die for its display: once its reader has gone (`| head`), or its disk is
+    full, that is said on standard error, and what follows is written nowhere."""
+
+    def __init__(self) -> None:
+        self._lost = False
+
+    def write(self, text: str) -> int:
+        self._try(lambda: _standard_output().write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(lambda: _standard_output().flush())
+
+    def isatty(self) -> bool:
+        return _standard_output().isatty()
+
+    def fileno(self) -> int:
+        return _standard_output().fileno()
+
+    @property
+    def encoding(self) -> str:
+        """What the letters are written in; rich asks."""
+        return _standard_output().encoding
+
+    def _try(self, do: Callable[[], object]) -> None:
+        if self._lost:
+            return
+        try:
+            do()
+        except OSError as error:
+            self._lost = True
+            _to_nowhere(_standard_output())
+            try:
+                print(
+                    f"note: standard output takes no more ({error.strerror}): the run goes on and shows nothing",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+            except OSError:  # that one has gone, too: nobody is left to be told
+                _to_nowhere(sys.stderr)
+
+
+def _standard_output() -> Any:
+    # While rich draws a bar, sys.stdout is its own, which writes to the console.
+    return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+
+
+def _to_nowhere(stream: Any) -> None:
+    """What Python still holds of a stream is written when the process ends: give it somewhere to go."""
+    with contextlib.suppress(io.UnsupportedOperation):  # it has no file of the system's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def plan_table(plan: Plan, process: str) -> Table:
@@ -59,12 +118,16 @@ def plan_table(plan: Plan, process: str) -> Table:
 
 
 @contextmanager
-def loading_bar(console: Console, what: str = "loading") -> Iterator[Callable[[int, int], None] | None]:
+def loading_bar(
+    console: Console, what: str = "loading", *, shown: bool = True
+) -> Iterator[Callable[[int, int], None] | None]:
     """Shows how far a model is loaded, or files are read, and how fast; on a terminal only, and gone afterwards.
 
-    Yields what `load_model` takes as `on_progress`: (bytes done, bytes in all); None where there is no terminal.
+    Args:
+        shown: whether a terminal may show one.
+    Yields what `load_model` takes as `on_progress`: (bytes done, bytes in all); None where nothing is shown.
     """
-    if not console.is_terminal:
+    if not console.is_terminal or not shown:
         yield None
         return
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -74,12 +137,16 @@ def loading_bar(console: Console, what: str = "loading") -> Iterator[Callable[[i
 
 
 @contextmanager
-def tokenizing_bar(console: Console, name: str) -> Iterator[Callable[[int, int, int], None] | None]:
+def tokenizing_bar(
+    console: Console, name: str, *, shown: bool = True
+) -> Iterator[Callable[[int, int, int], None] | None]:
     """Shows how far a file is tokenized; on a terminal only, and gone afterwards.
 
-    Yields what `store.tokenize` takes as `on_progress`; None where there is no terminal.
+    Args:
+        shown: whether a terminal may show one.
+    Yields what `store.tokenize` takes as `on_progress`; None where nothing is shown.
     """
-    if not console.is_terminal:
+    if not console.is_terminal or not shown:
         yield None
         return
     columns = (TextColumn("tokenizing {task.description}", markup=False), BarColumn(), DownloadColumn())
@@ -114,7 +181,7 @@ def typed(command: Sequence[str]) -> str:
 
 
 def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw training and held-out loss over steps, as PNG."""
+    """Draw training and held-out loss over steps, as PNG; the file is written whole or not at all. Raises OSError."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -138,8 +205,10 @@ def draw_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
     plt.close(figure)
+    write_atomically(path, drawn.getvalue())
 
 
 def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
@@ -170,7 +239,8 @@ class ConversionView:
         if not self.console.is_terminal and in_bytes and total is not None:
             self.say(f"{what}: {total / 1e6:,.0f} MB …")
         amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
-        columns = (TextColumn(what), BarColumn(), amount, TextColumn("left"), TimeRemainingColumn())
+        named = TextColumn("{task.description}", markup=False)  # a file's name, say
+        columns = (named, BarColumn(), amount, TextColumn("left"), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task, tell, done = bar.add_task(what, total=total), spoken(self.say), 0
 
@@ -191,7 +261,8 @@ class ConversionView:
         for name in ("loss", "KL from the first", "largest logit change"):
             table.add_column(name, justify="right")
         for i, (model, loss, divergence, largest) in enumerate(rows):
-            table.add_row(model, f"{loss:.4f}", *(("", "") if i == 0 else (f"{divergence:.2e}", f"{largest:.3g}")))
+            changes = ("", "") if i == 0 else (f"{divergence:.2e}", f"{largest:.3g}")
+            table.add_row(Text(model), f"{loss:.4f}", *changes)
         self.console.print(table)
 
     def evaluation(self, kept: Sequence[str], rows: Sequence[EvaluationRow]) -> None:
@@ -207,7 +278,8 @@ class ConversionView:
                 figures.append(f"{row.values[0] - row.values[1]:+.4f}")
                 figures.append("" if row.changed is None else str(row.changed))
             figures += ["" if row.error is None else f"{row.error:.4f}", f"{row.count:,}"]
-            table.add_row(row.task, row.figure, *figures)
+            # Figures bear the names of a file's subjects: nothing in them is markup.
+            table.add_row(row.task, Text(row.figure), *figures)
         self.console.print(table)
 
 

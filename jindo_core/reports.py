@@ -4,14 +4,16 @@ Every row of metrics.jsonl is reported under the tags that transformers gives su
 MMLU's under `mmlu/`. What has no number (null) is left out. Nothing secret goes along: settings' paths are shortened to
 their last part (`run_record.shown`), and wandb is told not to look at the machine, the code or the command line.
 
-A run that goes on continues its curves. TensorBoard is told to forget what it has from the checkpoint's step on
-(SessionLog.START, as SummaryWriter's purge_step), and that step's rows come once more. wandb keeps what it has: its
-run's id and how far that was told lie in wandb_run.json, and rows are sent from there on.
+A run that goes on continues its curves, and tells all its rows once more. TensorBoard's files say which of them it has:
+it is told to forget what it has from the first other one's step on (SessionLog.START, as SummaryWriter's purge_step),
+and rows are written from there on. wandb keeps what it has: its run's id and how far that was told lie in
+wandb_run.json, and rows are sent from there on.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import json
 import math
@@ -25,6 +27,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from jindo_core.adapters import CONFIG, WEIGHTS
 from jindo_core.config import TrainConfig
@@ -44,7 +47,7 @@ _PIP = {"tensorboard": "pip install tensorboard, or jindo-core[reports]", "wandb
 
 
 class Sink(Protocol):
-    """One place that figures are reported to."""
+    """One place that figures are reported to. A run that goes on tells its former rows first."""
 
     name: str
 
@@ -156,22 +159,22 @@ def open_reports(
     was told.
 
     Args:
-        resumed_step: the checkpoint's that the run goes on from, whose step's rows are logged again; None: a new run.
+        resumed_step: the checkpoint's that the run goes on from, whose rows are logged again; None: a new run.
         notice: takes what the user should know. model: for wandb's histograms.
     Raises:
-        InputError: wandb refuses the settings, or has no login.
+        InputError: a folder that can't be written to; wandb refuses the settings, or has no login.
     """
     names, sinks = asked(config), list[Sink]()
-    if "wandb" not in names or resumed_step is None:
-        (output_dir / WANDB_RUN).unlink(missing_ok=True)
     if "tensorboard" in names:
         folder = Path(config.logging_dir or output_dir / EVENTS)
         try:
-            sinks.append(_TensorBoard(folder, resumed_step or 0, shown(config)))
+            sinks.append(_TensorBoard(folder, resumed_step, shown(config)))
         except OSError as error:
             found = f"TensorBoard's files can't be written to {folder} ({said(error)})"
             raise InputError(f"{found}: give another --logging_dir") from None
-    if "wandb" in names and (sink := _begin_wandb(config, output_dir, notice, model)) is not None:
+    if "wandb" not in names or resumed_step is None:
+        (output_dir / WANDB_RUN).unlink(missing_ok=True)
+    if "wandb" in names and (sink := _begin_wandb(config, output_dir, notice, model, resumed_step)) is not None:
         sinks.append(sink)
     return Reports(sinks, notice)
 
@@ -183,7 +186,7 @@ def tagged(row: Mapping[str, Any]) -> dict[str, float]:
         if name == "step" or isinstance(value, bool | str) or value is None or not math.isfinite(value):
             continue
         group, _, rest = name.partition("_")
-        found[f"{group}/{rest}" if group in ("eval", "mmlu") else f"train/{name}"] = value
+        found[f"{group}/{rest}" if group in ("eval", "mmlu", "predict") else f"train/{name}"] = value
     return found
 
 
@@ -200,28 +203,50 @@ class _TensorBoard:
     name = "TensorBoard"
     failures = (OSError,)
 
-    def __init__(self, folder: Path, from_step: int, settings: Mapping[str, Any]) -> None:
-        """from_step: what the folder has from this step on counts no more."""
+    def __init__(self, folder: Path, resumed_step: int | None, settings: Mapping[str, Any]) -> None:
+        """resumed_step: as in `open_reports`; of a new run, what the folder has counts no more."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
+        self._resumed, self._settings, self._begun = resumed_step, settings, False
+        self._there = set() if resumed_step is None else _told_before(folder)
+        self._of_step: list[tuple[int, Any]] = []
         # Files are read in the order of their names.
         now = time.time_ns()
         file = open(folder / f"events.out.tfevents.{now // 10**9:010d}.jindo-core.{now}", "wb")  # noqa: SIM115
         self._event, self._records = Event, RecordWriter(file)
+        self._forget = SessionLog(status=SessionLog.START)
         self._write(file_version="brain.Event:2")
-        self._write(step=from_step, session_log=SessionLog(status=SessionLog.START))
-        self._write(step=from_step, summary=_text("settings", settings))
+        if resumed_step is None:
+            self._begin(0)
 
     def log(self, row: Mapping[str, Any]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged(row).items()]
-        self._write(step=row["step"], summary=Summary(value=values))
+        step = row["step"]
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in tagged(row).items()])
+        if self._begun:
+            self._write(step=step, summary=summary)
+            return
+        self._of_step = [(at, former) for at, former in self._of_step if at == step] + [(step, summary)]
+        assert self._resumed is not None
+        if step > self._resumed or (step, _mark(summary)) not in self._there:
+            self._begin(step)
+            for at, former in self._of_step:  # those of the step that the folder has are forgotten, too
+                self._write(step=at, summary=former)
+
+    def _begin(self, step: int) -> None:
+        """What the folder has from this step on counts no more."""
+        self._begun = True
+        self._write(step=step, session_log=self._forget)
+        self._write(step=step, summary=_text("settings", self._settings))
 
     def finish(self, output_dir: Path, results: Mapping[str, Any]) -> None:
-        pass  # its rows have all
+        """Its rows have all but the figures of predictions."""
+        found = {name: value for name, value in results.items() if name.startswith("predict_")}
+        if found:
+            self.log({"step": results["steps"], **found})
 
     def close(self, *, well: bool) -> None:
         self._records.close()
@@ -229,6 +254,26 @@ class _TensorBoard:
     def _write(self, **parts: Any) -> None:
         self._records.write(self._event(wall_time=time.time(), **parts).SerializeToString())
         self._records.flush()
+
+
+def _told_before(folder: Path) -> set[tuple[int, bytes]]:
+    """(step, mark) of the rows that count in a folder's files."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import SessionLog
+
+    found: set[tuple[int, bytes]] = set()
+    for path in sorted(folder.glob("*tfevents*")):
+        for event in LegacyEventFileLoader(str(path)).Load():  # up to where a kill cut it
+            if event.session_log.status == SessionLog.START:
+                found = {(step, mark) for step, mark in found if step < event.step}
+            elif event.HasField("summary"):
+                found.add((event.step, _mark(event.summary)))
+    return found
+
+
+def _mark(summary: Any) -> bytes:
+    """Of a row's tags and values: those of another run at the same step are others."""
+    return hashlib.blake2b(summary.SerializeToString(deterministic=True), digest_size=8).digest()
 
 
 def _text(tag: str, settings: Mapping[str, Any]) -> Any:
@@ -250,13 +295,14 @@ def _text(tag: str, settings: Mapping[str, Any]) -> Any:
 
 
 def _begin_wandb(
-    config: TrainConfig, output_dir: Path, notice: Callable[[str], None], model: nn.Module | None
+    config: TrainConfig, output_dir: Path, notice: Callable[[str], None], model: nn.Module | None,
+    resumed_step: int | None,
 ) -> _Wandb | None:
     """None, and a notice: its server can't be reached."""
     import wandb
 
     try:
-        return _Wandb(config, output_dir, model)
+        return _Wandb(config, output_dir, model, resumed_step)
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError, ValueError) as error:
         raise InputError(f"wandb can't begin ({said(error)}): wandb login, or WANDB_MODE=offline") from None
     except (wandb.errors.Error, OSError) as error:
@@ -269,7 +315,9 @@ class _Wandb:
 
     name = "wandb"
 
-    def __init__(self, config: TrainConfig, output_dir: Path, model: nn.Module | None) -> None:
+    def __init__(
+        self, config: TrainConfig, output_dir: Path, model: nn.Module | None, resumed_step: int | None
+    ) -> None:
         import wandb
 
         self._wandb, self._file, self._log_model = wandb, output_dir / WANDB_RUN, config.wandb_log_model
@@ -288,7 +336,7 @@ class _Wandb:
         self._run.define_metric("*", step_metric="step", step_sync=True)
         watch, self._watched = config.wandb_watch, None
         if model is not None and watch is not None and watch != "false":
-            self._watched = _Watched(model, watch, config.logging_steps)
+            self._watched = _Watched(model, watch, config.logging_steps, resumed_step or 0)
 
     @property
     def failures(self) -> tuple[type[Exception], ...]:
@@ -302,6 +350,7 @@ class _Wandb:
         try:
             self._run.log({**tagged(row), **shapes, "step": row["step"]})
         except self.failures:
+            self._unwatch()
             self._keep(closed=True)
             raise
         self._told[kind] = row["step"]
@@ -320,8 +369,14 @@ class _Wandb:
         self._run.log_artifact(model)
 
     def close(self, *, well: bool) -> None:
+        self._unwatch()
         self._keep(closed=True)
         self._run.finish(exit_code=0 if well else 1)
+
+    def _unwatch(self) -> None:
+        if self._watched is not None:
+            self._watched.close()
+            self._watched = None
 
     def _keep(self, *, closed: bool) -> None:
         held = {"id": self._id, "told": self._told, "closed": closed}
@@ -332,28 +387,44 @@ class _Watched:
     """Histograms of what is trained, as wandb.watch makes them, but in the loop: that one sends from hooks inside the
     backward pass, where a lost connection ends the run (seen with wandb 0.31)."""
 
-    def __init__(self, model: nn.Module, which: str, logging_steps: int) -> None:
-        """which: gradients, parameters or all."""
-        self._which, self._every = which, max(_WATCHED_EVERY, logging_steps)
+    def __init__(self, model: nn.Module, which: str, logging_steps: int, step: int) -> None:
+        """which: gradients, parameters or all. step: the last one that was made."""
+        self._made, self._which, self._every = step, which, max(_WATCHED_EVERY, logging_steps)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._gradients: dict[str, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
         if which != "parameters":
             for name, parameter in self._trained.items():
-                parameter.register_post_accumulate_grad_hook(functools.partial(self._see, name))
+                hook = parameter.register_post_accumulate_grad_hook(functools.partial(self._see, name))
+                self._hooks.append(hook)
+
+    def _is_due(self, step: int) -> bool:
+        return step == 1 or step % self._every == 0
 
     def _see(self, name: str, parameter: Tensor) -> None:
-        """Keeps the gradient, which is summed up and clipped in place, until the step's row is logged."""
-        if parameter.grad is not None:
+        """Keeps a gradient of a step that is due, which is summed up and clipped in place, until its row is logged."""
+        if parameter.grad is not None and self._is_due(self._made + 1):
             self._gradients[name] = parameter.grad
 
     def histograms(self, step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """{"gradients/NAME": (counts, edges)} at every so many steps; of gradients as the update took them."""
+        """{"gradients/NAME": (counts, edges)} at every so many steps, not of those made before; of gradients as the
+        update took them."""
+        if step <= self._made:
+            return {}
+        self._made = step
         gradients, self._gradients = self._gradients, {}
-        if step != 1 and step % self._every:
+        if not self._is_due(step):
             return {}
         parameters: Mapping[str, Tensor] = {} if self._which == "gradients" else self._trained
         kinds = {"gradients": gradients, "parameters": parameters}
         return {f"{kind}/{name}": _counted(value) for kind, found in kinds.items() for name, value in found.items()}
+
+
+    def close(self) -> None:
+        """Look at no gradient any more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._gradients = {}
 
 
 def _counted(values: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -364,7 +435,7 @@ def _counted(values: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def _kind(row: Mapping[str, Any]) -> str | None:
     """What a row is of: a step, or one of the measurements that may follow it."""
-    return next((name for name in ("loss", "eval_loss", "mmlu_eval_accuracy") if name in row), None)
+    return next((name for name in ("loss", "eval_loss", "mmlu_loss") if name in row), None)
 
 
 def _kept(output_dir: Path) -> tuple[str, dict[str, int]]:

@@ -29,12 +29,20 @@ from jindo_core.run_record import METRICS, by_name, shown
 from jindo_core.settings import Setting, settings
 
 CARD, OTHER_CARD = "README.md", "RUN.md"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+"""owner/name; a pattern of files is none."""
 MARK = "<!-- Written by jindo-core; its next run in this folder replaces it. Without this line it is left alone. -->"
 _ENGINE = ("torch", "transformers", "safetensors")
 _ROWS = {
     "held_out_loss": ("held-out loss", "{:.4f}"),
     "held_out_perplexity": ("held-out perplexity", "{:,.2f}"),
     "mmlu_accuracy": ("MMLU accuracy, mean of its subjects", "{:.4f}"),
+}
+_PREDICTED = {
+    "predict_exact_match": "exact match {:.4f}",
+    "predict_chrf": "chrF {:.2f}",
+    "predict_ended": "{:.1%} ended by themselves",
+    "predict_mean_tokens": "{:.1f} tokens on average",
 }
 
 
@@ -100,8 +108,17 @@ class Card:
             f"{figures['peak_bytes'] / 1e6:,.0f} MB, on {device}, in {dtype}."
         )
         plot = f"![Loss over steps, training and held out](loss.png)\n\nEvery step is in {_code(METRICS)}."
-        parts = ["\n".join(table), facts, plot if (folder / "loss.png").exists() else "", *self._answers()]
+        drawn = plot if (folder / "loss.png").exists() else ""
+        parts = ["\n".join(table), facts, self._predictions(), drawn, *self._answers()]
         return "\n\n".join(filter(None, parts))
+
+    def _predictions(self) -> str:
+        """Of the held-out rows, where they were answered."""
+        found = self.figures
+        if "predict_samples" not in found:
+            return ""
+        told = [form.format(found[name]) for name, form in _PREDICTED.items() if name in found]
+        return f"{found['predict_samples']:,} held-out rows were answered: {', '.join(told)}."
 
     def _answers(self) -> Iterator[str]:
         for instruction, before, after in self.answers:
@@ -124,15 +141,25 @@ class Card:
         named = [] if self.job.config.base_model is None else ["--base_model", base]
         asks = shlex.join(["jindo-core", "generate", *named, "--lora_weights", here, "--instruction", "..."])
         merges = shlex.join(["jindo-core", "merge", *named, "--lora_weights", here, "--output_dir", f"{here}-merged"])
-        peft = (
-            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(_hub_base(self.job.config) or base)})\n"
-            f"model = PeftModel.from_pretrained(base, {json.dumps(here, ensure_ascii=False)})"
-        )
         return (
             f"## How to use it\n\n{_fenced(asks, 'sh')}\n\nAs a model of its own, base and adapter in one:\n\n"
-            f"{_fenced(merges, 'sh')}\n\nWith peft:\n\n{_fenced(peft, 'python')}"
+            f"{_fenced(merges, 'sh')}{self._peft(here)}"
         )
+
+    def _peft(self, here: str) -> str:
+        """Empty where transformers can't read the base as it is: a .gguf file, Meta's layout."""
+        config = self.job.config
+        base = _hub_base(config)
+        if base is None:
+            if not (Path(config.base_model or "").expanduser() / "config.json").is_file():
+                return ""
+            base = _base(config)
+        code = (
+            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base, ensure_ascii=False)})\n"
+            f"model = PeftModel.from_pretrained(base, {json.dumps(here, ensure_ascii=False)})"
+        )
+        return f"\n\nWith peft:\n\n{_fenced(code, 'python')}"
 
     def _settings(self) -> str:
         config = self.job.config
@@ -156,14 +183,14 @@ def write_card(folder: Path, card: Card, notice: Callable[[str], None]) -> str |
     Returns:
         Its name; None, and a notice: both are somebody's own, or it can't be written.
     """
-    free = [name for name in (CARD, OTHER_CARD) if _is_free(folder / name)]
-    if not free:
-        notice(f"no run card: {CARD} and {OTHER_CARD} in {folder} are not jindo-core's, and are left alone")
-        return None
     try:
+        free = [name for name in (CARD, OTHER_CARD) if _is_free(folder / name)]
+        if not free:
+            notice(f"no run card: {CARD} and {OTHER_CARD} in {folder} are not jindo-core's, and are left alone")
+            return None
         write_atomically(folder / free[0], card.text(folder).encode())
     except OSError as error:
-        notice(f"the run card {folder / free[0]} could not be written ({error.strerror}): the adapter is saved")
+        notice(f"the run card in {folder} could not be written ({error.strerror}): the adapter is saved")
         return None
     if free[0] == OTHER_CARD:
         notice(f"{folder / CARD} is not jindo-core's and is left alone: the run card is {OTHER_CARD}")
@@ -251,12 +278,13 @@ def _hub_data(path: str) -> str | None:
     if not Path(path).expanduser().exists() and (named := named_dataset(path)) is not None:
         path = named[0]
     if path.startswith(HUB):
-        return "/".join(path.removeprefix(HUB).split("/")[:2])
+        path = "/".join(path.removeprefix(HUB).split("/")[:2])
+        return path if _HUB_ID.fullmatch(path) else None
     return path if _is_hub_id(path) else None
 
 
 def _is_hub_id(name: str) -> bool:
-    return looks_like_hub_id(name) and not Path(name).expanduser().exists()
+    return bool(_HUB_ID.fullmatch(name)) and looks_like_hub_id(name) and not Path(name).expanduser().exists()
 
 
 def _usual(config: TrainConfig) -> dict[str, Any]:
@@ -270,13 +298,18 @@ def _usual(config: TrainConfig) -> dict[str, Any]:
 
 def _table(values: Mapping[str, Any]) -> str:
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
-    rows = [f"| {_code(name)} | {_code(text)} |" for name, text in texts.items()]
+    rows = [f"| {_code(name)} | {_cell(text)} |" for name, text in texts.items()]
     return "\n".join(["| setting | value |", "|---|---|", *rows])
 
 
+def _cell(text: str) -> str:
+    """Text as code in a table's cell, which a | would end even there."""
+    return _code(text).replace("|", "\\|")
+
+
 def _code(text: str) -> str:
-    """Text as code in a line or a cell, whatever is in it."""
-    text = " ".join(text.split()).replace("|", "\\|")
+    """Text as code in a line, whatever is in it."""
+    text = " ".join(text.split())
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
 

@@ -116,10 +116,11 @@ class MetricsLog:
 
 
 class History:
-    """The rows of metrics.jsonl, written as they come; and MMLU's scores, the first and the last."""
+    """The rows of metrics.jsonl, written as they come; and MMLU's scores, the first ones and those of the adapter that
+    the run ends with."""
 
     def __init__(self, log: MetricsLog, tell: Callable[[Mapping[str, Any]], None] = lambda row: None) -> None:
-        """tell: is told of every row that is new."""
+        """tell: is told of every row."""
         self.rows = Rows()
         self.first_scores: Scores | None = None
         self.last_scores: Scores | None = None
@@ -129,11 +130,15 @@ class History:
         self.add_line(json.dumps(_plain(row)))
         self._tell(row)
 
-    def add_line(self, line: str, *, new: bool = False) -> None:
-        """A row as its line of JSON. new: it is to be told."""
+    def add_line(self, line: str) -> None:
+        """A row as its line of JSON, which is not told."""
         self.rows.lines.append(line)
         self._log.write(self.rows.lines)
-        if new:
+
+    def load(self, lines: Sequence[str]) -> None:
+        """The rows of a run that is gone on with. All are told: who listens may have missed some, and knows which."""
+        for line in lines:
+            self.add_line(line)
             self._tell(json.loads(line))
 
     def complete(self) -> None:
@@ -191,10 +196,11 @@ class Pace:
 
 
 class Best(NamedTuple):
-    """The checkpoint that was measured best so far, at the step that it holds."""
+    """The checkpoint that was measured best so far, at the step that it holds; scores: MMLU's, where it was asked."""
 
     step: int
     loss: float
+    scores: Scores | None = None
 
 
 @dataclass
@@ -253,27 +259,37 @@ class RunState:
 
     def packed(self) -> dict[str, Any]:
         """As JSON takes it, for a checkpoint: whose candidate is the best then."""
-        scores, best = self.history.first_scores, self.candidate or self.best
+        best = self.candidate or self.best
         return {
             "step": self.step, "measured": self.measured, "tokens": self.tokens, "seconds": self.seconds,
             "first_answer": self.first_answer, "skipped": vars(self.skipped),
-            "best": None if best is None else list(best), "aside": vars(self.aside),
-            "first_scores": None if scores is None else vars(scores),
+            "best": None if best is None else [best.step, best.loss, _packed(best.scores)], "aside": vars(self.aside),
+            "first_scores": _packed(self.history.first_scores),
             "history": list(self.history.rows.lines), **_plain({"before": self.before}),
         }  # fmt: skip
 
     def load(self, packed: Mapping[str, Any]) -> None:
-        """The inverse of `packed`; the rows are written to the log once more, and those of the last step told."""
+        """The inverse of `packed`; the rows are written to the log once more, and told."""
         self.step, self.measured, self.tokens = packed["step"], packed["measured"], packed["tokens"]
         self.seconds, self.first_answer = packed["seconds"], packed["first_answer"]
         self.before = math.nan if packed["before"] is None else packed["before"]
-        self.best = None if packed["best"] is None else Best(*packed["best"])
+        if packed["best"] is not None:
+            step, loss, *scores = packed["best"]
+            self.best = Best(step, loss, _unpacked(scores[0]) if scores else None)
         self.skipped, self.aside = Skipped(**packed["skipped"]), Pace(**packed.get("aside", {}))
-        if (held := packed["first_scores"]) is not None:
-            subjects = {name: (right, count) for name, (right, count) in held["subjects"].items()}
-            self.history.first_scores = Scores(held["split"], tuple(held["predictions"]), subjects, held["loss"])
-        for line in packed["history"]:
-            self.history.add_line(line, new=json.loads(line)["step"] == self.step)
+        self.history.first_scores = _unpacked(packed["first_scores"])
+        self.history.load(packed["history"])
+
+
+def _packed(scores: Scores | None) -> dict[str, Any] | None:
+    return None if scores is None else dict(vars(scores))
+
+
+def _unpacked(held: Mapping[str, Any] | None) -> Scores | None:
+    if held is None:
+        return None
+    subjects = {name: (right, count) for name, (right, count) in held["subjects"].items()}
+    return Scores(held["split"], tuple(held["predictions"]), subjects, held["loss"])
 
 
 def random_states(device: torch.device) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jindo_core import checkpoint, parallel, predict, profiling, reports, resume
 from jindo_core.ceiling import share_of
@@ -25,8 +25,9 @@ from jindo_core.files import held
 from jindo_core.host_memory import TRY_AGAIN, HostWatch
 from jindo_core.interrupt import Broken, StopSignals
 from jindo_core.memory import current_bytes, keep_budget, peak_bytes
-from jindo_core.mmlu import Mmlu, Share
+from jindo_core.mmlu import Mmlu, Scores, Share
 from jindo_core.outcome import (
+    PICTURE,
     TrainResult,
     answer,
     base_name,
@@ -44,6 +45,7 @@ from jindo_core.progress import draw_loss
 from jindo_core.reports import Reports, open_reports
 from jindo_core.resume import Foreign, Saver, base_digest, load_best, restore, take_weights
 from jindo_core.run_card import Card, command_of, write_card
+from jindo_core.run_record import FILE as RECORD
 from jindo_core.run_record import METRICS, ROOM, choose_output_dir
 from jindo_core.run_state import NOT_FINITE, Best, History, MetricsLog, RunState, perplexity
 from jindo_core.step import take_step
@@ -79,7 +81,7 @@ def train(
         planned = resume.check_settings(found, config, view) if isinstance(found, Checkpoint) else None
         job = prepare(config, explicit, view, planned, ranks)
         owned.callback(keep_budget, job.model.device, 0)
-        ranks.first(lambda: _clear(output_dir, owned, there, anew=found is None and config.overwrite_output_dir))
+        ranks.first(lambda: _clear(output_dir, owned, there))
         command = command_of(given, explicit, ranks.size)
         return _run(job, found, output_dir, view, command)
 
@@ -94,13 +96,17 @@ def _claim(
     return output_dir, there, resume.find(config, output_dir, view)
 
 
-def _clear(output_dir: Path, owned: contextlib.ExitStack, there: bool, *, anew: bool) -> None:
-    """Make the folder ready to be written to. anew: without another run's checkpoints."""
+def _clear(output_dir: Path, owned: contextlib.ExitStack, there: bool) -> None:
+    """Make the folder ready to be written to; what another run has in it stays."""
     _make_room(output_dir)
     if not there:
         owned.enter_context(held(output_dir))
     checkpoint.clear(output_dir)
-    if anew:
+
+
+def _begin_anew(job: TrainingJob, output_dir: Path) -> None:
+    """Take away another run's checkpoints, once nothing refuses this one any more."""
+    if job.config.overwrite_output_dir and job.ranks.leads:
         for folder in filter(checkpoint.is_ours, checkpoint.folders(output_dir)):
             checkpoint.remove(folder)
 
@@ -110,12 +116,13 @@ def _run(
 ) -> TrainResult:
     """Measure, train, measure again, save. command: what a person typed for it."""
     part = output_dir / f"{METRICS}.part"
-    if job.ranks.leads:
-        profiling.clear(output_dir)
-    with (
-        _reports(job, found, output_dir, view) as reported,
-        MetricsLog(part if job.ranks.leads else None, view.notice) as log,
-    ):
+    with contextlib.ExitStack() as owned:
+        reported = owned.enter_context(_reports(job, found, output_dir, view))
+        if found is None:
+            _begin_anew(job, output_dir)
+        if job.ranks.leads:
+            profiling.clear(output_dir)
+        log = owned.enter_context(MetricsLog(part if job.ranks.leads else None, view.notice))
         run = _Run(job, RunState(History(log, reported.log)), output_dir, view)
         run.begin(found)
         with run.signals:
@@ -154,7 +161,7 @@ def _reports(job: TrainingJob, found: Checkpoint | Foreign | None, output_dir: P
 def _finish(
     run: _Run, part: Path, total: int, after: float, kept: int, reported: Reports, command: str
 ) -> TrainResult:
-    """Show and save what came of it. A signal that comes now changes nothing: it is short, but for the predictions."""
+    """Save and show what came of it. A signal that comes now changes nothing: it is short, but for the predictions."""
     job, output_dir, view = run.job, part.parent, run.view
     state, history = run.state, run.state.history
     result = TrainResult(
@@ -164,37 +171,78 @@ def _finish(
     if not job.ranks.leads:
         _predict(run, output_dir, after)
         return result
+    # Until here a run that was in the folder before is whole, and one that fails leaves no more than its log.
+    save(job, output_dir)
+    figures = figures_of(result, history)
+    _keep(job, part, result, figures)
+    _draw(history, output_dir, view)
     asked = None if job.ranks.sharded else job.probe
     answers = [] if asked is None else [(one_line(asked), state.first_answer, answer(job, view))]
     perplexities = (result.perplexity_before, result.perplexity_after)
     view.results(state.before, after, len(job.held_out), answers, perplexities=perplexities)
     if (first := history.first_scores) is not None and (last := history.last_scores) is not None:
         view.mmlu(first.subjects, last.subjects, first.accuracy, last.accuracy)
-    # Until here a run that was in the folder before is whole, and one that fails leaves no more than its log.
-    save(job, output_dir)
-    predict.clear(output_dir)
-    os.replace(part, output_dir / METRICS)
-    figures = figures_of(result, history)
-    record(job.config, result, job.template, figures)
-    draw_loss(history.rows, output_dir / "loss.png")
-    described = write_card(output_dir, Card(job, figures, answers, command), view.notice)
-    reported.finish(output_dir, figures)
-    _predict(run, output_dir, after)
+    view.finished(vars(result))
+    try:
+        if predicted := _predict(run, output_dir, after):
+            figures |= predicted
+            _record(job, result, figures)
+            view.predicted(output_dir / predict.FILE, predicted)
+    finally:  # the card and the reports are the adapter's, whatever became of its predictions
+        described = write_card(output_dir, Card(job, figures, answers, command), view.notice)
+        reported.finish(output_dir, figures)
     farewell(view, job.config, result, job.probe, described)
     return result
 
 
-def _predict(run: _Run, output_dir: Path, loss: float) -> None:
+def _keep(job: TrainingJob, part: Path, result: TrainResult, figures: dict[str, Any]) -> None:
+    """The log and the record of the run beside its adapter, which is saved; what another adapter's run left goes. part:
+    the log. Raises TrainingError: one can't be written."""
+    try:
+        predict.clear(result.output_dir, going_on=bool(job.data.answered))
+        os.replace(part, result.output_dir / METRICS)
+    except OSError as error:
+        raise _unwritten(METRICS, result.output_dir, error) from error
+    _record(job, result, figures)
+
+
+def _record(job: TrainingJob, result: TrainResult, figures: dict[str, Any]) -> None:
+    try:
+        record(job.config, result, job.template, figures)
+    except OSError as error:
+        raise _unwritten(RECORD, result.output_dir, error) from error
+
+
+def _unwritten(name: str, output_dir: Path, error: OSError) -> TrainingError:
+    on = "generate takes it with the run's --base_model and --prompt_template_name"
+    return TrainingError(
+        f"the adapter is saved in {output_dir}, but {name} could not be written ({error.strerror}): make room; {on}"
+    )
+
+
+def _draw(history: History, output_dir: Path, view: TrainingView) -> None:
+    try:
+        draw_loss(history.rows, output_dir / PICTURE)
+    except OSError as error:
+        said = f"{PICTURE} could not be written ({error.strerror})"
+        view.notice(f"{said}: the adapter is saved, and {METRICS} has the figures")
+
+
+def _predict(run: _Run, output_dir: Path, loss: float) -> dict[str, float]:
     """Answer the held-out rows where that is asked for: the first rank does, whatever time the others wait for it.
-    Raises Stopped where a signal ends it: the adapter is saved by then."""
+    Returns the figures of that, none where it isn't. Raises Stopped where a signal ends it: the adapter is saved by
+    then."""
     job = run.job
     if not job.data.answered:
-        return
-    number = job.ranks.first(lambda: predict.predict(job, output_dir, loss, run.signals, run.view), limit=None)
+        return {}
+    number, figures = job.ranks.first(
+        lambda: predict.predict(job, output_dir, loss, run.signals, run.view), limit=None
+    )
     if number is not None:
         name = signal.Signals(number).name
         on = "--resume goes on" if checkpoint.folders(output_dir) else "jindo-core eval --tasks generation answers, too"
         raise Stopped(f"stopped by {name} within the predictions: {output_dir} has the adapter; {on}", 128 + number)
+    return figures
 
 
 def _make_room(folder: Path) -> None:
@@ -252,7 +300,7 @@ class _Run:
         with contextlib.suppress(Broken):
             loss = self._measure(breakable=True)
             if self._is_due("save") and math.isfinite(loss) and (state.best is None or loss < state.best.loss):
-                state.candidate = Best(state.step, loss)
+                state.candidate = Best(state.step, loss, state.history.last_scores)
 
     def measure_last(self, total: int) -> tuple[float, int]:
         """The held-out loss of what the run ends with, and whose it is: the last step, or the checkpoint that was
@@ -267,6 +315,7 @@ class _Run:
             return loss, total
         if not load_best(self.job, self._output_dir / f"checkpoint-{best.step}", self.view):
             return loss, total
+        self.state.history.last_scores = best.scores  # MMLU's, of what is kept
         self.view.say(f"checkpoint-{best.step} was measured best, {best.loss:.4f} to {loss:.4f}: its adapter is kept")
         return best.loss, best.step
 
@@ -371,12 +420,21 @@ def count_steps(per_epoch: int, config: TrainConfig) -> int:
 
 
 def _measure(job: TrainingJob, view: TrainingView, history: History, step: int, may_break: MayBreak) -> float:
-    """Held-out loss, also written to the history; and MMLU where it is asked for."""
-    if job.mmlu is not None:
-        _ask(job, job.mmlu, view, history, step, may_break)
-    if not job.held_out:
-        return math.nan
+    """Held-out loss, and MMLU where it is asked for; written to the history once both are known, for a measurement that
+    is left off in the middle is made again."""
+    scores = None if job.mmlu is None else _ask(job, job.mmlu, view, step, may_break)
+    loss = _held_out_loss(job, view, step, may_break) if job.held_out else math.nan
+    if scores is not None:
+        history.add_scores(step, scores)
+        view.evaluated({"step": step, **scores.metrics()})
+    if job.held_out:
+        row = {"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
+        history.add(row)
+        view.evaluated(row)
+    return loss
 
+
+def _held_out_loss(job: TrainingJob, view: TrainingView, step: int, may_break: MayBreak) -> float:
     def run() -> tuple[float, int]:
         with may_break():
             return held_out_sums(
@@ -385,16 +443,10 @@ def _measure(job: TrainingJob, view: TrainingView, history: History, step: int, 
             )  # fmt: skip
 
     total, count = job.ranks.totals(*job.relief.outlive(run, step, view.notice))
-    loss = total / count if count else math.nan
-    row = {"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
-    history.add(row)
-    view.evaluated(row)
-    return loss
+    return total / count if count else math.nan
 
 
-def _ask(
-    job: TrainingJob, mmlu: Mmlu, view: TrainingView, history: History, step: int, may_break: MayBreak
-) -> None:
+def _ask(job: TrainingJob, mmlu: Mmlu, view: TrainingView, step: int, may_break: MayBreak) -> Scores:
     """Each rank asks its part of the questions."""
     def run() -> Share:
         with may_break(), view.asking(-(-len(mmlu.questions) // job.ranks.size)) as on_progress:
@@ -402,6 +454,4 @@ def _ask(
                 job.model, batch_size=job.relief.micro_batch, ranks=job.ranks, on_progress=on_progress
             )
 
-    scores = mmlu.scores(job.ranks.gather(job.relief.outlive(run, step, view.notice)))
-    history.add_scores(step, scores)
-    view.evaluated({"step": step, **scores.metrics()})
+    return mmlu.scores(job.ranks.gather(job.relief.outlive(run, step, view.notice)))

@@ -64,7 +64,7 @@ class TrainingData:
         chosen: the rows of those. names: of the files, for messages.
         rows: that are trained on; as many as there are examples, but for packs.
         asked: rows that were held out, with those that had nothing to learn.
-        answered: (file, its row's number from 1, the row) of those that are answered at the end.
+        answered: (number of its file, its row's number from 1, the row) of those that are answered at the end.
     """
 
     examples: Selection | PackedRows
@@ -75,7 +75,7 @@ class TrainingData:
     probes: list[Record]
     chosen: Selection
     names: tuple[str, ...]
-    answered: tuple[tuple[str, int, Record], ...] = ()
+    answered: tuple[tuple[int, int, Record], ...] = ()
 
     def said(self, batches: Sequence[Sequence[int]]) -> str:
         """The rows of a step, in words: `row 3, 17, 4 of rows.json`."""
@@ -167,15 +167,15 @@ def read_data(
 
 def _records(
     files: Sequence[DataFile], sources: Sequence[TokenizedRows], chosen: NDArray[np.int64]
-) -> Iterator[tuple[str, int, Record]]:
+) -> Iterator[tuple[int, int, Record]]:
     """Of the chosen records those that something is learnt from, file by file: read now, for files may change."""
     first = 0
-    for file, source in zip(files, sources, strict=True):
+    for number, (file, source) in enumerate(zip(files, sources, strict=True)):
         here = chosen[(chosen >= first) & (chosen < first + len(source))] - first
         wanted = set(here[source.lengths[here] > 0].tolist())
         for place, record in enumerate(itertools.islice(file.records(), max(wanted, default=-1) + 1)):
             if place in wanted:
-                yield file.source.paths[0].name, place + 1, record
+                yield number, place + 1, record
         first += len(source)
 
 
@@ -194,7 +194,7 @@ def _cache() -> Path:
 def _tokenized(file: DataFile, config: TrainConfig, encoder: Encoder, view: TrainingView) -> TokenizedRows:
     name = file.source.paths[0].name
     began = time.perf_counter()
-    with tokenizing_bar(view.console, name) as on_progress:
+    with tokenizing_bar(view.console, name, shown=view.draws) as on_progress:
         rows = tokenize(
             file.source, file.format, encoder, on_progress=on_progress, say=view.notice,
             cache=_cache() if config.tokenized_cache else None,

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from jindo_core.errors import Stopped, TrainingError
 from jindo_core.plan import Plan
-from jindo_core.progress import plan_table
+from jindo_core.progress import LastingOutput, plan_table
 
 REFRESHES = 4
 """Of the bar, a second."""
@@ -54,15 +54,17 @@ class InputWait:
 
 
 class TrainingView:
-    """Prints a run to standard output; without a terminal, one line every `logging_steps`."""
+    """Prints a run to standard output; without a terminal, one line every `logging_steps`. A run goes on when standard
+    output takes no more."""
 
     def __init__(self, *, quiet: bool = False, bar: bool = True) -> None:
         """quiet: say nothing, for a rank that does not lead. bar: whether a terminal may show one; without, lines."""
-        self.console, self._may_draw = Console(highlight=False), bar
+        self._output, self._may_draw = LastingOutput(), bar
+        self.console = self._console()
         # Not what rich asks: FORCE_COLOR is a terminal to it, and fills a CI's log with bars.
         if quiet or not sys.stdout.isatty() or self.console.is_dumb_terminal:
             # Without a terminal rich assumes 80 columns and wraps; a log line should stay one line.
-            self.console = Console(highlight=False, width=160, quiet=quiet, force_terminal=False)
+            self.console = self._console(width=160, quiet=quiet, force_terminal=False)
         self._bar: Progress | None = None
         self._total = 0
         self._planned: int | None = None
@@ -70,12 +72,20 @@ class TrainingView:
         self._held_out = math.nan
         self._share: float | None = None
 
+    def _console(self, **more: Any) -> Console:
+        return Console(file=cast(IO[str], self._output), highlight=False, **more)
+
+    @property
+    def draws(self) -> bool:
+        """Whether bars are shown."""
+        return self.console.is_terminal and self._may_draw
+
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def notice(self, text: str) -> None:
         """Something the user should know: a warning that does not stop the run."""
-        self.console.print(f"note: {text}", style="yellow", markup=False)
+        self.console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=True)
 
     def plan(self, plan: Plan, process: str) -> None:
         """The rows of a plan; `process`: what the row of the context is called here."""
@@ -99,7 +109,7 @@ class TrainingView:
             token_operations: floating-point operations of a training token.
         """
         self._total, self._planned = total, planned_bytes
-        if self.console.is_terminal and self._may_draw:
+        if self.draws:
             column = _Line(lambda: self.console.width, ascii_only=self.console.options.ascii_only)
             self._bar = Progress(column, console=self.console, refresh_per_second=REFRESHES)
             self._bar.start()
@@ -108,7 +118,7 @@ class TrainingView:
     @contextmanager
     def asking(self, total: int) -> Iterator[Callable[[int], None] | None]:
         """Shows how many of MMLU's questions are answered; on a terminal only, and gone afterwards."""
-        if not self.console.is_terminal or not self._may_draw:
+        if not self.draws:
             yield None
             return
         if self._bar is not None:  # two live displays at once can't be: this is a line of training's
@@ -137,7 +147,7 @@ class TrainingView:
 
     def _note(self, row: Mapping[str, Any]) -> None:
         self._input.add(row)
-        self._share = row.get("share_of_ceiling", self._share)
+        self._share = row.get("share_of_ceiling")  # of a run that came out above it there is none
 
     def _line(self, row: Mapping[str, Any], total: int, left: float) -> str:
         parts = [
@@ -190,10 +200,10 @@ class TrainingView:
             self.console.print(table)
         for instruction, first, second in answers:
             title = f"Instruction: {instruction}" if instruction else "What it writes without a prompt"
-            table = Table(title=title, title_justify="left", title_style="bold")
+            table = Table(title=Text(title), title_justify="left", title_style="bold")
             table.add_column("before", ratio=1)
             table.add_column("after", ratio=1)
-            table.add_row(_plain(first), _plain(second))
+            table.add_row(_answer(first), _answer(second))
             self.console.print(table)
 
     def mmlu(
@@ -205,11 +215,17 @@ class TrainingView:
         for name in ("questions", "before", "after"):
             table.add_column(name, justify="right")
         for subject, (right, count) in sorted(after.items()):
-            table.add_row(_plain(subject), str(count), f"{before[subject][0] / count:.3f}", f"{right / count:.3f}")
+            table.add_row(Text(subject), str(count), f"{before[subject][0] / count:.3f}", f"{right / count:.3f}")
         table.add_section()
         questions = sum(count for _, count in after.values())
         table.add_row("mean of the subjects", str(questions), f"{first:.4f}", f"{last:.4f}", style="bold")
         self.console.print(table)
+
+    def predicted(self, path: str | os.PathLike[str], figures: Mapping[str, float]) -> None:
+        """The held-out rows are answered, in the file at `path`; figures: as in metrics.json."""
+        names = {"predict_exact_match": "exact match", "predict_chrf": "chrF", "predict_ended": "ended by themselves"}
+        told = [f"{said} {figures[name]:.4f}" for name, said in names.items() if name in figures]
+        self.say(f"{os.path.basename(path)}: {figures['predict_samples']:,} rows, " + ", ".join(told))
 
     def finished(self, result: Mapping[str, Any]) -> None:
         """What came of it, once it is saved; result: a `TrainResult`'s attributes."""
@@ -301,10 +317,10 @@ def _short_clock(seconds: float) -> str:
     return f"{minutes // 60}h{minutes % 60:02d}" if minutes < 100 * 60 else f"{minutes // 1440}d"
 
 
-def _plain(text: str) -> str:
-    # Square brackets are markup to rich, and a model may say them.
+def _answer(text: str) -> Text:
+    """As it was written: square brackets in a str would be markup to rich."""
     # A syllable that the token limit cut in half is left out.
-    return (text.strip().rstrip("\N{REPLACEMENT CHARACTER}") or "(nothing)").replace("[", r"\[")
+    return Text(text.strip().rstrip("\N{REPLACEMENT CHARACTER}") or "(nothing)")
 
 
 # --- for machines ---------------------------------------------------------------------------------------
@@ -322,6 +338,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "mmlu": ("accuracy_before", "accuracy_after", "subjects"),
     "results": ("output_dir", "steps", "adapter_step", "loss_before", "loss_after", "tokens_per_second", "peak_bytes",
                 "skipped_steps", "share_of_ceiling", "input_share"),
+    "predictions": ("path", "figures"),
     "stopped": ("message", "code"),
     "error": ("message", "code"),
 }  # fmt: skip
@@ -339,8 +356,8 @@ class JsonView(TrainingView):
         """One line. Numbers that are not finite are null, as JSON has no such number."""
         if not self._silent:
             # In ASCII, whatever the encoding; in one piece, which a pipe takes whole.
-            sys.stdout.write(json.dumps({"event": name, **_finite(values)}, allow_nan=False) + "\n")
-            sys.stdout.flush()
+            self._output.write(json.dumps({"event": name, **_finite(values)}, allow_nan=False) + "\n")
+            self._output.flush()
 
     def say(self, text: str) -> None:
         self.event("message", text=text)
@@ -395,6 +412,9 @@ class JsonView(TrainingView):
             for name, (right, count) in sorted(after.items())
         }
         self.event("mmlu", accuracy_before=first, accuracy_after=last, subjects=subjects)
+
+    def predicted(self, path: str | os.PathLike[str], figures: Mapping[str, float]) -> None:
+        self.event("predictions", path=str(path), figures=figures)
 
     def finished(self, result: Mapping[str, Any]) -> None:
         values = {name: str(value) if isinstance(value, os.PathLike) else value for name, value in result.items()}

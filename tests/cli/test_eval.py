@@ -183,6 +183,29 @@ def test_mmlu_is_what_train_measures(stories15m, questions, mmlu_command, data):
     assert tuple(json.loads(line)["choice"] for line in lines) == scores.predictions
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [([], "five_shot_mmlu_val"), (["--mmlu_dataset", "mmlu-zs", "--mmlu_split", "test"], "zero_shot_mmlu_test")],
+)
+def test_mmlus_folder_and_which_of_its_files(words, name, mmlu_command, questions, data):
+    for other in ("five_shot_mmlu_val", "zero_shot_mmlu_val", "five_shot_mmlu_test", "zero_shot_mmlu_test"):
+        row = {"subject": other, "input": "Which one?\nAnswer:", "output": "A"}
+        (data / f"{other}.json").write_text(json.dumps(row))
+    argv = [str(data) if word == str(questions) else word for word in mmlu_command]
+    assert main([*argv, *words, *saved(data)]) == 0
+    assert f"acc_{name}" in read(data / "results.json")["results"]["nf4"]["mmlu"]
+
+
+def test_what_cannot_be_shown_is_written(mmlu_command, data, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("the display is broken")
+
+    monkeypatch.setattr(ConversionView, "evaluation", fails)
+    with pytest.raises(RuntimeError, match="the display is broken"):
+        main([*mmlu_command, "--limit", "3", *saved(data)])
+    assert read(data / "results.json")["results"]["nf4"]["mmlu"]["n"] == 3
+
+
 def test_mmlus_batches_are_halved_where_memory_runs_out(mmlu_command, data, monkeypatch):
     assert main([*mmlu_command, *saved(data, "whole.json")]) == 0
     logits, sizes = Mmlu._logits, []

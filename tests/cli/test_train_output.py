@@ -167,6 +167,53 @@ def test_a_file_may_ask_for_it(tmp_path, capsys):
     assert parsed(capsys.readouterr().out)[-1]["event"] == "error"
 
 
+@pytest.mark.parametrize("name", ["run.yaml", "run.toml"])
+def test_what_is_wrong_in_that_file_is_an_event_too(name, tmp_path, capsys):
+    path = tmp_path / name
+    sign = " =" if name.endswith("toml") else ":"
+    path.write_text(f"json{sign} true\nlora_rank{sign} 4\n")
+    assert main(["train", "--config", str(path)]) == 2
+    assert parsed(capsys.readouterr().out)[-1]["event"] == "error"
+    path.write_text(f"json{sign} true\n: [\n")
+    assert main(["train", f"--config={path}"]) == 2
+    assert parsed(capsys.readouterr().out)[-1]["event"] == "error"
+    assert main(["train", "--config", str(path), "--no_json"]) == 2  # flags win
+    assert main(["train", "--config", str(tmp_path / "no.yaml")]) == 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("rank", "tells"), [("0", 1), ("1", 0)])
+def test_of_torchruns_processes_the_first_tells_of_a_wrong_flag(rank, tells, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    if tells:
+        assert main(["train", "--json", "--lora_rank", "4"]) == 2
+    else:
+        with pytest.raises(SystemExit) as caught:
+            main(["train", "--json", "--lora_rank", "4"])
+        assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert (out.count("\n"), err.count("error: ")) == (tells, tells)
+
+
+@pytest.mark.parametrize(
+    ("json_too", "why"), [(True, "No space left on device"), (False, "Broken pipe")], ids=["json, full", "gone"]
+)
+def test_a_display_that_takes_no_more_ends_no_run(json_too, why, command, tmp_path):
+    """/dev/full, and a reader as `| head` leaves; Python's own flush at the end is no error, either."""
+    words = [word for word in command(max_steps=2, save_steps=2) if json_too or word != "--json"]
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") if json_too else os.fdopen(write, "w") as target:
+        done = subprocess.run(
+            [sys.executable, "-m", "jindo_core.cli.main", *words], stdout=target, stderr=subprocess.PIPE, text=True,
+            timeout=120,
+        )  # fmt: skip
+    note = f"note: standard output takes no more ({why}): the run goes on and shows nothing\n"
+    assert (done.returncode, done.stderr) == (0, note)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "out" / "checkpoint-2").exists()
+
+
 @pytest.mark.parametrize("words", [["--json", "False"], ["--no_json"], ["--json=0"], ["--json", "--no_json"], []])
 def test_without_it_standard_output_holds_no_event(words, capsys):
     assert main(["train", *words, "--lora_rank", "4"]) == 2
@@ -206,3 +253,12 @@ def test_the_document_has_every_event_with_its_keys(repo_root):
     table = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| `")]
     documented = {name.strip().strip("`"): set(re.findall(r"`(\w+)`", keys)) for name, keys, _ in table}
     assert documented == {name: set(keys) for name, keys in EVENTS.items()}
+
+
+def test_without_a_standard_output_a_run_is_a_run(command, tmp_path):
+    """Closed by who started it, as `>&-` does."""
+    words = [word for word in command(max_steps=1, save_steps=0) if word != "--json"]
+    program = [sys.executable, "-m", "jindo_core.cli.main", *words]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *program], stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()

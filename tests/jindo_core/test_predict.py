@@ -170,6 +170,49 @@ def test_rows_of_several_files_say_whose_they_are(settings, tmp_path):
     assert all(one["output"] == ROWS[one["row"] - 1]["output"] for one in told)
 
 
+def test_sampled_answers_are_those_of_eval(settings, tmp_path):
+    """A row draws from its number, whichever rows are asked beside it."""
+    sampled = {"do_sample": True, "temperature": 0.8, "top_k": 20}
+    training.train(*settings("out", **sampled))
+    out = tmp_path / "out"
+    words = f"eval --lora_weights {out} --tasks generation --data_path {tmp_path}/rows.json"
+    words += " --temperature 0.8 --top_k 20 --max_new_tokens 6 --device cpu --dtype fp32"
+    words += f" --predictions_path {tmp_path}/eval.jsonl"
+    assert main(words.split()) == 0
+    asked = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
+    said = {one["row"]: one["prediction"].strip() for one in asked}
+    assert [one["prediction"] for one in lines(out)] == [said[one["row"]] for one in lines(out)]
+    assert len({one["prediction"] for one in lines(out)}) > 3
+
+
+def test_a_row_of_each_file_draws_on_its_own():
+    questions = [predictions.Question(row, Record.single("x"), (1,), file) for file in (0, 1) for row in (1, 2)]
+    assert len({predictions._seed(42, one) for one in questions}) == 4
+
+
+def test_what_a_stopped_run_answered_goes_with_its_adapter(settings, stop_within, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "_ROWS_AT_ONCE", 4)
+    stop_within(2)
+    with pytest.raises(Stopped):
+        training.train(*settings("out"))
+    assert (tmp_path / "out" / "predictions.jsonl.part").exists()
+    training.train(*settings("out", overwrite_output_dir=True, do_predict=False))
+    assert not (tmp_path / "out" / "predictions.jsonl.part").exists()
+
+
+def test_the_results_are_told_before_the_answers(settings, tmp_path, capsys, stop_within):
+    training.train(*settings("out", json=True))
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    order = [one["event"] for one in found if one["event"] in ("results", "predictions")]
+    assert order == ["results", "predictions"]
+    figures = json.loads((tmp_path / "out" / predict.FIGURES).read_text())
+    assert found[-1 - [one["event"] for one in reversed(found)].index("predictions")]["figures"] == figures
+    stop_within(1)
+    with pytest.raises(Stopped):
+        training.train(*settings("other", json=True))
+    assert [json.loads(line)["event"] for line in capsys.readouterr().out.splitlines()].count("results") == 1
+
+
 def test_halves_and_an_answer_too_large(settings, tmp_path, monkeypatch):
     answer, sizes = predictions.answer, []
 

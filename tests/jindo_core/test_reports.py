@@ -13,6 +13,7 @@ import pytest
 import torch
 from short_runs import logged, rows_file, settings_of, signal_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from jindo_core import outcome, reports
 from jindo_core import train as training
@@ -151,6 +152,87 @@ def test_a_run_that_goes_on_goes_on_with_its_curves(run, monkeypatch, tmp_path):
     assert len(list(folder.iterdir())) == 3
 
 
+@pytest.mark.parametrize("before", ["none", "tensorboard"])
+def test_a_resume_tells_tensorboard_what_it_lacks(before, run, monkeypatch):
+    """All, where nothing was reported before; nothing twice where all was."""
+    original = training.take_step
+    monkeypatch.setattr(training, "take_step", signal_at(3, original))
+    with pytest.raises(Stopped):
+        run("out", report_to=before)
+    monkeypatch.setattr(training, "take_step", original)
+    out = run("out", report_to="tensorboard", resume=True)
+    found = curves(out / "runs")
+    assert found == {key: pytest.approx(value, rel=1e-6) for key, value in expected(logged(out)).items()}
+    newest = sorted((out / "runs").iterdir())[-1]
+    first = min(event.step for event in EventFileLoader(str(newest)).Load() if event.HasField("summary"))
+    assert first == (4 if before == "tensorboard" else 0)
+
+
+def test_a_resume_mends_curves_that_a_full_disk_cut(run, monkeypatch):
+    """From the middle of a step: its row was written, its measurement was not."""
+    write, take = reports._TensorBoard.log, training.take_step
+
+    def full(self, row):
+        if row["step"] == 2 and "eval_loss" in row:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, row)
+
+    monkeypatch.setattr(reports._TensorBoard, "log", full)
+    monkeypatch.setattr(training, "take_step", signal_at(5, take))
+    with pytest.raises(Stopped):
+        run("out", report_to="tensorboard")
+    monkeypatch.setattr(training, "take_step", take)
+    monkeypatch.setattr(reports._TensorBoard, "log", write)
+    out = run("out", report_to="tensorboard", resume=True)
+    assert curves(out / "runs") == {key: pytest.approx(v, rel=1e-6) for key, v in expected(logged(out)).items()}
+
+
+def test_a_resume_tells_wandb_what_it_lacks(wandb, run, monkeypatch, tmp_path):
+    """It was lost at step 2 and the run stopped at 5; then one that only begins with the resume."""
+    take, log = training.take_step, wandb.Run.log
+
+    def broken(self, row):
+        if row["step"] == 2 and "train/loss" in row:
+            raise wandb.CommError("no network")
+        log(self, row)
+
+    monkeypatch.setattr(wandb.Run, "log", broken)
+    monkeypatch.setattr(training, "take_step", signal_at(5, take))
+    with pytest.raises(Stopped):
+        run("out", report_to="wandb")
+    monkeypatch.setattr(wandb.Run, "log", log)
+    monkeypatch.setattr(training, "take_step", signal_at(5, take))
+    with pytest.raises(Stopped):
+        run("late")
+    monkeypatch.setattr(training, "take_step", take)
+    told = []
+    for name in ("out", "late"):
+        out = run(name, report_to="wandb", resume=True)
+        told, wandb.calls[:] = [row for kind, row in wandb.calls if kind == "log"], []
+        assert [(row["step"], "train/loss" in row) for row in told] == [
+            (row["step"], "loss" in row) for row in logged(out)
+        ]  # fmt: skip
+
+
+def test_gradients_are_only_kept_for_a_histogram_and_hooks_go(wandb, tmp_path):
+    model, config = torch.nn.Linear(3, 2, bias=False), TrainConfig(report_to="wandb", wandb_watch="gradients")
+    opened = open_reports(config, tmp_path, None, print, model)
+    (sink,), hooks = opened._sinks, model.weight._post_accumulate_grad_hooks
+    for step, kept in ((1, 1), (2, 0)):
+        model(torch.ones(4, 3)).sum().backward()
+        assert len(sink._watched._gradients) == kept
+        opened.log({"step": step, "loss": 1.0})
+    assert len(hooks) == 1
+    wandb.fail_with["log"] = wandb.CommError("no network")
+    opened.log({"step": 3, "loss": 1.0})
+    assert len(hooks) == 0
+    wandb.fail_with.clear()
+    with open_reports(config, tmp_path, 3, print, model) as again:
+        assert len(model.weight._post_accumulate_grad_hooks) == 1
+        again.log({"step": 1, "loss": 1.0})  # told before; and no step is made now
+    assert len(model.weight._post_accumulate_grad_hooks) == 0
+
+
 def test_a_kill_loses_no_row(tmp_path):
     """What `log` was told is in the file."""
     child = os.fork()
@@ -169,6 +251,15 @@ def test_what_has_no_number_is_left_out():
     assert tagged({"step": 0, "mmlu_eval_accuracy": 0.25, "mmlu_loss": 1.5}) == {
         "mmlu/eval_accuracy": 0.25, "mmlu/loss": 1.5,
     }  # fmt: skip
+
+
+def test_figures_of_predictions_come_last(run, wandb):
+    out = run("out", report_to="tensorboard,wandb", predict_with_generate=True, max_new_tokens=4, max_steps=2)
+    figures = json.loads((out / "metrics.json").read_text())
+    found = {tag: value for (step, tag), value in curves(out / "runs").items() if step == 2}
+    assert found["predict/samples"] == figures["predict_samples"] == 4
+    assert found["predict/chrf"] == pytest.approx(figures["predict_chrf"], rel=1e-6)
+    assert wandb.calls[-1][1]["summary"]["results/predict_chrf"] == figures["predict_chrf"]
 
 
 # --- a place that fails -----------------------------------------------------------------------------------
@@ -263,16 +354,16 @@ def test_wandb_gets_histograms_of_what_is_trained(watch, kinds, wandb, tmp_path)
     model[0].requires_grad_(False)
     config = TrainConfig(report_to="wandb", wandb_watch=watch)
     with open_reports(config, tmp_path, None, print, model) as opened:
-        for step in (1, 2, 100):
+        for step in (1, 2, 99, 100):
             model(torch.ones(4, 3)).square().sum().backward()
             model(torch.ones(4, 3)).square().sum().backward()  # a second micro-batch
             gradient = model[1].weight.grad.clone()
             model.zero_grad(set_to_none=True)
             opened.log({"step": step, "loss": 1.0})
     rows = [row for name, row in wandb.calls if name == "log"]
-    assert [len(row) for row in rows] == [2 + len(kinds), 2, 2 + len(kinds)]
-    assert {name for name in rows[2] if "weight" in name} == {f"{kind}/1.weight" for kind in kinds}
-    found = rows[2]["gradients/1.weight"]
+    assert [len(row) for row in rows] == [2 + len(kinds), 2, 2, 2 + len(kinds)]
+    assert {name for name in rows[3] if "weight" in name} == {f"{kind}/1.weight" for kind in kinds}
+    found = rows[3]["gradients/1.weight"]
     assert found.counts.sum() == 10
     assert (found.edges[0], found.edges[-1]) == pytest.approx((gradient.min().item(), gradient.max().item()))
 
@@ -301,13 +392,16 @@ def test_wandb_is_not_told_again_what_a_killed_run_told(wandb, tmp_path):
     rows = [{"step": 0, "eval_loss": 3.0}, *({"step": step, "loss": 2.0} for step in (1, 2, 3, 4))]
     (tmp_path / "metrics.jsonl.part").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 5, "lo')
     with open_reports(TrainConfig(report_to="wandb"), tmp_path, 3, print) as opened:
-        for step in (3, 4, 5):
+        opened.log(rows[0])
+        for step in (1, 2, 3, 4, 5):
             opened.log({"step": step, "loss": 2.0})
         opened.log({"step": 4, "eval_loss": 2.5})
+        opened.log({"step": 4, "mmlu_loss": 1.0, "mmlu_test_accuracy": 0.25})  # of either split
     assert wandb.calls[0][1]["id"] == "abc"
-    assert [row["step"] for name, row in wandb.calls if name == "log"] == [5, 4]
+    assert [row["step"] for name, row in wandb.calls if name == "log"] == [5, 4, 4]
+    assert wandb.calls[-2][1]["mmlu/test_accuracy"] == 0.25
     held = json.loads((tmp_path / "wandb_run.json").read_text())
-    assert held == {"id": "abc", "told": {"loss": 5, "eval_loss": 4}, "closed": True}
+    assert held == {"id": "abc", "told": {"loss": 5, "eval_loss": 4, "mmlu_loss": 4}, "closed": True}
     open_reports(TrainConfig(), tmp_path, 5, print).close()  # goes on without wandb, which then lacks steps
     assert not (tmp_path / "wandb_run.json").exists()
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -131,6 +132,42 @@ def test_a_run_that_went_on_says_so_in_its_command(run, monkeypatch):
     assert command.endswith("--save_steps 3 --resume")
 
 
+def test_a_card_that_cant_be_read_costs_no_run(run, monkeypatch, capsys, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("# Mine\n")
+    original = Path.read_bytes
+
+    def refused(path):
+        if path.name == "README.md":
+            raise PermissionError(13, "Permission denied")
+        return original(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    out = run("out", max_steps=1, save_steps=0)
+    assert (out / "adapter_model.safetensors").exists()
+    assert "could not be written (Permission denied): the adapter is saved" in said(capsys)
+
+
+def test_a_bar_is_only_escaped_where_it_would_end_a_cell():
+    assert run_card._code("a|b") == "`a|b`"
+    assert run_card._cell("a|b") == "`a\\|b`"
+
+
+@pytest.mark.parametrize(
+    ("base", "files", "shown"),
+    [("o/m", [], True), (None, [], True), ("here", ["config.json"], True), ("meta", ["params.json"], False)],
+)
+def test_peft_is_shown_where_transformers_reads_the_base(base, files, shown, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in files:
+        (tmp_path / base).mkdir()
+        (tmp_path / base / name).write_text("{}")
+    config = resolve_train_config({} if base is None else {"base_model": base, "data_path": "rows.json"})[0]
+    text = run_card.Card(Job(config), {}, [], "")._use(tmp_path / "out")
+    assert ("from peft import PeftModel" in text) is shown
+    assert "jindo-core merge" in text
+
+
 # --- the front matter -------------------------------------------------------------------------------------
 
 
@@ -142,6 +179,8 @@ def test_a_run_that_went_on_says_so_in_its_command(run, monkeypatch):
         ({"base_model": "/models/m", "data_path": "hf://datasets/o/r/f.json"}, {"datasets": ["o/r"]}),
         ({"model_name_or_path": "o/m", "dataset": "alpaca"}, {"base_model": "o/m", "datasets": ["tatsu-lab/alpaca"]}),
         ({"base_model": "o/m", "data_path": "rows.json", "quantize": "none"}, {"base_model": "o/m"}),
+        ({"base_model": "o/m", "data_path": "sub/*.jsonl"}, {"base_model": "o/m"}),
+        ({"base_model": "o/m", "data_path": "hf://datasets/o/[r]/f.json"}, {"base_model": "o/m"}),
     ],
 )
 def test_the_front_says_only_what_is_known(given, expected):

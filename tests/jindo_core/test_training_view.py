@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from jindo_core.errors import InputError, Stopped, TrainingError
+from jindo_core.progress import loading_bar, tokenizing_bar
 from jindo_core.training_view import InputWait, JsonView, TrainingView, fitting
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -167,6 +168,17 @@ def test_mmlus_bar_stands_alone_or_within_trainings(training):
     assert ("0/5" in shown) is training
 
 
+def test_without_a_bar_nothing_is_drawn_on_a_terminal():
+    view, screen = on_a_terminal(80, bar=False)
+    assert not view.draws
+    with loading_bar(view.console, shown=view.draws) as on_progress:
+        assert on_progress is None
+    with tokenizing_bar(view.console, "rows.json", shown=view.draws) as on_progress:
+        assert on_progress is None
+    assert screen.getvalue() == ""
+    assert on_a_terminal(80)[0].draws
+
+
 def test_mmlu_draws_nothing_in_a_log(capsys):
     with TrainingView().asking(40) as on_progress:
         assert on_progress is None
@@ -190,6 +202,20 @@ def test_a_line_says_all_that_is_known(capsys):
         "step 2/240  held-out loss 6.5000  perplexity 665.14",
         "step 3/240  loss 2.346  lr 2.00e-04  819 tokens/s  412/506 MB  held out 6.500  input wait 1.0%  7:54 left",
     ]
+
+
+def test_text_of_rows_and_models_is_no_markup(capsys):
+    answers = [("[INST] tell [/INST] me", r"\[a^2\] [/]", "[bold]b[/bold] [/INST]")]
+    TrainingView().results(math.nan, math.nan, 0, answers)
+    TrainingView().mmlu({"[/b]": (1, 4)}, {"[/b]": (2, 4)}, 0.25, 0.5)
+    said = capsys.readouterr().out
+    for text in ("tell [/INST] me", r"\[a^2\] [/]", "[bold]b[/bold] [/INST]", "│ [/b] "):
+        assert text in said
+
+
+def test_a_long_notice_is_one_line(capsys):
+    TrainingView().notice("word " * 60)
+    assert capsys.readouterr().out.count("\n") == 1
 
 
 def test_losses_and_perplexities_before_and_after(capsys):
@@ -225,6 +251,14 @@ def test_the_last_line(capsys):
         "8 steps at 819 tokens/s, 63% of this device's matrix products; 0.5% of the steps' time spent waiting for "
         "rows; peak memory 412 MB\n"
     )
+
+
+def test_a_share_that_is_none_any_more_is_not_told_at_the_end(capsys):
+    view = TrainingView()
+    view.step(row(1, share_of_ceiling=0.9), 8, 0, log=False)
+    view.step(row(2), 8, 0, log=False)  # above its ceiling, and left out
+    view.finished(RESULT)
+    assert capsys.readouterr().out == "8 steps at 819 tokens/s; peak memory 412 MB\n"
 
 
 def test_the_last_line_without_figures_that_are_not_known(capsys):
@@ -291,6 +325,12 @@ def test_steps_between_the_logged_ones_are_not_told(capsys):
 def test_what_ended_a_run(error, event, code, capsys):
     JsonView().ended(error)
     assert events(capsys) == [{"event": event, "message": "got x", "code": code}]
+
+
+def test_predictions(capsys):
+    JsonView().predicted("out/predictions.jsonl", {"predict_samples": 4, "predict_loss": math.nan})
+    figures = {"predict_samples": 4, "predict_loss": None}
+    assert events(capsys) == [{"event": "predictions", "path": "out/predictions.jsonl", "figures": figures}]
 
 
 def test_mmlu_before_and_after(capsys):
