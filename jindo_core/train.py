@@ -104,11 +104,10 @@ def _clear(output_dir: Path, owned: contextlib.ExitStack, there: bool) -> None:
     checkpoint.clear(output_dir)
 
 
-def _begin_anew(job: TrainingJob, output_dir: Path) -> None:
+def _begin_anew(output_dir: Path) -> None:
     """Take away another run's checkpoints, once nothing refuses this one any more."""
-    if job.config.overwrite_output_dir and job.ranks.leads:
-        for folder in filter(checkpoint.is_ours, checkpoint.folders(output_dir)):
-            checkpoint.remove(folder)
+    for folder in filter(checkpoint.is_ours, checkpoint.folders(output_dir)):
+        checkpoint.remove(folder)
 
 
 def _run(
@@ -118,8 +117,8 @@ def _run(
     part = output_dir / f"{METRICS}.part"
     with contextlib.ExitStack() as owned:
         reported = owned.enter_context(_reports(job, found, output_dir, view))
-        if found is None:
-            _begin_anew(job, output_dir)
+        if found is None and job.config.overwrite_output_dir:
+            job.ranks.first(lambda: _begin_anew(output_dir))
         if job.ranks.leads:
             profiling.clear(output_dir)
         log = owned.enter_context(MetricsLog(part if job.ranks.leads else None, view.notice))

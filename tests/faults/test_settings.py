@@ -282,7 +282,7 @@ def test_a_best_checkpoint_that_fails_leaves_the_best_before(settings, tmp_path,
     assert [path.name for path in checkpoint.folders(out)] == ["checkpoint-2", "checkpoint-8"]
     assert (result.loss_after, result.adapter_step) == (1.0, 2)
     assert same(load_file(out / WEIGHTS), load_file(out / "checkpoint-2" / WEIGHTS))
-    assert checkpoint.newest(out)[0].state["run"]["best"] == [2, 1.0]
+    assert checkpoint.newest(out)[0].state["run"]["best"] == [2, 1.0, None]
 
 
 def same(one, other):
