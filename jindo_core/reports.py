@@ -134,7 +134,8 @@ def check(config: TrainConfig, notice: Callable[[str], None]) -> None:
             why = "--report_to" if name in (config.report_to or ()) else "--wandb_project"
             if why == "--wandb_project" and config.wandb_project is None:
                 why = "WANDB_PROJECT in the environment"
-            raise InputError(f"{why} asks for {name}, which is not installed: {_PIP[name]}, or give --report_to none")
+            instead = "leave it out" if why == "--wandb_project" else "give --report_to none"
+            raise InputError(f"{why} asks for {name}, which is not installed: {_PIP[name]}, or {instead}")
     if config.report_to == ("all",) and not names:
         notice("--report_to all: neither tensorboard nor wandb is installed, so nothing is reported")
     idle = [name for name in ("wandb_run_name", "wandb_watch", "wandb_log_model") if getattr(config, name)]

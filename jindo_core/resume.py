@@ -331,7 +331,8 @@ def restore(
     now = surroundings(job.model.device, job.ranks.size)
     for what, before in held["surroundings"].items():
         if before != now[what]:
-            view.notice(f"{name} was made with {what} {before}, this run has {now[what]}: rounding may differ")
+            draws = " and dropout is drawn otherwise" if what == "processes" and job.config.lora_dropout else ""
+            view.notice(f"{name} was made with {what} {before}, this run has {now[what]}: rounding may differ{draws}")
     random = [held["random"], *held.get("random_of_others", [])][job.ranks.rank :]
     if not random:  # fewer ranks than now wrote it
         job.ranks.diverge(job.config.seed, state.step)

@@ -140,7 +140,8 @@ class Card:
         base, here = _base(self.job.config), folder.resolve().name
         named = [] if self.job.config.base_model is None else ["--base_model", base]
         asks = shlex.join(["jindo-core", "generate", *named, "--lora_weights", here, "--instruction", "..."])
-        merges = shlex.join(["jindo-core", "merge", *named, "--lora_weights", here, "--output_dir", f"{here}-merged"])
+        merges = shlex.join(["jindo-core", "merge", *named, "--lora_weights", here, "--output_dir", f"{here}-merged",
+                             "--onto", "original"])  # fmt: skip
         return (
             f"## How to use it\n\n{_fenced(asks, 'sh')}\n\nAs a model of its own, base and adapter in one:\n\n"
             f"{_fenced(merges, 'sh')}{self._peft(here)}"
@@ -167,7 +168,8 @@ class Card:
         others = {name: value for name, value in values.items() if getattr(config, name) != usual[name]}
         whole = json.dumps(values, indent=2, ensure_ascii=False)
         return (
-            f"## How it was made\n\n{_fenced(self.command, 'sh')}\n\nSettings that are not the defaults of the profile "
+            f"## How it was made\n\n{_fenced(self.command, 'sh')}\n\nPaths are relative to where it ran, or their last "
+            "part alone where they lay elsewhere. Settings that are not the defaults of the profile "
             f"{config.profile or 'alpaca'}, as they took effect:\n\n{_table(others)}\n\n"
             f"<details>\n<summary>All settings</summary>\n\n{_fenced(whole, 'json')}\n\n</details>"
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jindo_core import checkpoint, parallel, predict, profiling, reports, resume
+from jindo_core.adapters import WEIGHTS
 from jindo_core.ceiling import share_of
 from jindo_core.checkpoint import Checkpoint
 from jindo_core.compiled import compiled_graphs
@@ -46,7 +47,7 @@ from jindo_core.reports import Reports, open_reports
 from jindo_core.resume import Foreign, Saver, base_digest, load_best, restore, take_weights
 from jindo_core.run_card import Card, command_of, write_card
 from jindo_core.run_record import FILE as RECORD
-from jindo_core.run_record import METRICS, ROOM, choose_output_dir
+from jindo_core.run_record import METRICS, ROOM, choose_output_dir, read_run
 from jindo_core.run_state import NOT_FINITE, Best, History, MetricsLog, RunState, perplexity
 from jindo_core.step import take_step
 from jindo_core.training_view import JsonView, TrainingView
@@ -79,6 +80,10 @@ def train(
         ranks.first(lambda: reports.check(config, view.notice))
         output_dir, there, found = ranks.first(lambda: _claim(config, "output_dir" in explicit, owned, view))
         planned = resume.check_settings(found, config, view) if isinstance(found, Checkpoint) else None
+        if isinstance(found, Checkpoint) and (done := ranks.first(lambda: _ended(found, config, output_dir))):
+            view.say(f"The run in {output_dir} has ended, and nothing is left to do: --max_steps N goes further")
+            view.finished(vars(done))
+            return done
         job = prepare(config, explicit, view, planned, ranks)
         owned.callback(keep_budget, job.model.device, 0)
         ranks.first(lambda: _clear(output_dir, owned, there))
@@ -96,6 +101,24 @@ def _claim(
     return output_dir, there, resume.find(config, output_dir, view)
 
 
+def _ended(found: Checkpoint, config: TrainConfig, output_dir: Path) -> TrainResult | None:
+    """What the run in output_dir came to, where it has ended and no more is asked for; None: there is something to do.
+    A run that has not ended keeps its rows under another name."""
+    run, before = read_run(output_dir), found.state["given"]
+    asked = all(before[name] == getattr(config, name) for name in ("num_epochs", "max_steps"))
+    unanswered = config.predict_with_generate and not (output_dir / predict.FILE).exists()
+    whole = (output_dir / METRICS).exists() and not (output_dir / f"{METRICS}.part").exists()
+    if run is None or not asked or unanswered or not whole or not (output_dir / WEIGHTS).exists():
+        return None
+    known: dict[str, Any] = {name: math.nan if value is None else value for name, value in run.results.items()}
+    if known["steps"] < found.step:
+        return None
+    return TrainResult(
+        output_dir, known["steps"], known["adapter_of_step"], known["held_out_loss_before"],
+        known["held_out_loss_after"], known["tokens_per_second"], known["peak_bytes"], known["skipped_steps"],
+    )  # fmt: skip
+
+
 def _clear(output_dir: Path, owned: contextlib.ExitStack, there: bool) -> None:
     """Make the folder ready to be written to; what another run has in it stays."""
     _make_room(output_dir)
@@ -108,6 +131,8 @@ def _begin_anew(output_dir: Path) -> None:
     """Take away another run's checkpoints, once nothing refuses this one any more."""
     for folder in filter(checkpoint.is_ours, checkpoint.folders(output_dir)):
         checkpoint.remove(folder)
+    for name in (profiling.TABLE, profiling.TRACE):
+        (output_dir / name).unlink(missing_ok=True)
 
 
 def _run(
@@ -234,12 +259,18 @@ def _predict(run: _Run, output_dir: Path, loss: float) -> dict[str, float]:
     job = run.job
     if not job.data.answered:
         return {}
-    number, figures = job.ranks.first(
-        lambda: predict.predict(job, output_dir, loss, run.signals, run.view), limit=None
-    )
+    on = "--resume goes on" if checkpoint.folders(output_dir) else "jindo-core eval --tasks generation answers, too"
+
+    def answer_all() -> tuple[int | None, dict[str, float]]:
+        try:
+            return predict.predict(job, output_dir, loss, run.signals, run.view)
+        except InputError as error:  # a part file: its own advice is for a run that has only that to do
+            said = str(error).partition(": ")[0]
+            raise TrainingError(f"{said}: {output_dir} has the adapter without predictions; {on}") from error
+
+    number, figures = job.ranks.first(answer_all, limit=None)
     if number is not None:
         name = signal.Signals(number).name
-        on = "--resume goes on" if checkpoint.folders(output_dir) else "jindo-core eval --tasks generation answers, too"
         raise Stopped(f"stopped by {name} within the predictions: {output_dir} has the adapter; {on}", 128 + number)
     return figures
 
@@ -310,7 +341,11 @@ class _Run:
             self.save_if_due()  # and raises Stopped
             raise
         best = self.state.best
-        if not self.job.config.load_best_model_at_end or best is None or not best.loss < loss:
+        spoilt = math.isfinite(self.state.before) and not math.isfinite(loss)
+        kept = best is not None and self.job.config.load_best_model_at_end and (spoilt or best.loss < loss)
+        if spoilt and not kept:
+            raise TrainingError(f"the held-out loss is {loss} after the last step: {NOT_FINITE}")
+        if best is None or not kept:
             return loss, total
         if not load_best(self.job, self._output_dir / f"checkpoint-{best.step}", self.view):
             return loss, total

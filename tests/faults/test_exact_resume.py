@@ -53,3 +53,18 @@ def test_checkpoints_and_measurements_at_the_end_of_each_epoch(settings, stop_af
     for name, steps in (("whole", [5, 10]), ("parts", [5, 7, 10])):
         assert sorted(found.step for found in map(checkpoint.read, checkpoint.folders(tmp_path / name))) == steps
         assert [row["step"] for row in metrics(tmp_path / name) if "eval_loss" in row] == [0, 5, 10, 12]
+
+
+def test_a_run_that_has_ended_is_left_as_it_is(settings, tmp_path, capsys):
+    """Whatever its newest checkpoint's step; and goes further where more is asked for."""
+    whole, out = train(*settings("out")), tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    again = train(*settings("out", resume=True))
+    assert again == whole
+    said = " ".join(capsys.readouterr().out.split())
+    assert "has ended, and nothing is left to do: --max_steps N goes further" in said
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    assert train(*settings("out", resume=True, max_steps=9)).steps == 9
+    (out / "metrics.jsonl.part").touch()  # as a run leaves it that was killed, and another ended in the folder before
+    assert train(*settings("out", resume=True, max_steps=9)).loss_before == whole.loss_before
+    assert "Going on after step" in capsys.readouterr().out

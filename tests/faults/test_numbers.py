@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from jindo_core import step as stepping
+from jindo_core import train as training
 from jindo_core.errors import Stopped, TrainingError
 from jindo_core.train import train
 
@@ -62,3 +63,18 @@ def test_skipped_steps_are_counted_through_a_stop(settings, stop_after, tmp_path
     train(*settings("out", resume=True))  # from step 3, where three had failed
     counts = [row["skipped_steps"] for row in metrics(tmp_path / "out") if "loss" in row]
     assert counts == [1, 2, 3, 3, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_weights_that_are_spoilt_at_the_end_are_not_saved(best, settings, tmp_path, monkeypatch):
+    """The held-out loss is no number after the last step: the best checkpoint's adapter serves, or none does."""
+    losses = iter([3.0, 1.0, 2.0, math.nan])
+    monkeypatch.setattr(training, "held_out_sums", lambda *_, **__: (next(losses), 1))
+    more = {"eval_steps": 3, "load_best_model_at_end": best}
+    if best:
+        result = train(*settings("out", **more))
+        assert (result.adapter_step, result.loss_after) == (3, 1.0)
+        return
+    with pytest.raises(TrainingError, match="the held-out loss is nan after the last step: no adapter was saved"):
+        train(*settings("out", **more))
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
