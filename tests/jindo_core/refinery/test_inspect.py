@@ -82,7 +82,7 @@ def test_a_file_that_breaks_off_is_told_of_and_the_next_is_read(tmp_path):
     assert found.rows == 32
     assert found.sample.rows == 32
     assert len(found.broken) == 1
-    assert "a.jsonl, line 32" in found.broken[0]  # the decoder's: behind the newline
+    assert "a.jsonl, line 31" in found.broken[0]
 
 
 def test_a_sample_is_seeded_and_of_its_size(stories260k, tmp_path):
