@@ -139,16 +139,17 @@ def _flags(before: Any, after: Any) -> Iterator[str]:
 
 
 def _sizes(base_model: str) -> Any:
-    """Of a model, whose weights need not be there beside its config.json."""
+    """Of a model, whose weights need not be there beside its config.json; where they are, they are looked at."""
     from jindo_core.architectures import read_config
     from jindo_core.files import read_json
     from jindo_core.formats import open_checkpoint
     from jindo_core.formats.bitsandbytes import check_quantization
-    from jindo_core.hub import holds_model, resolve_model
+    from jindo_core.hub import OLDER_FILES, holds_model, resolve_model
     from jindo_core.memory import sizes_of
 
     path = resolve_model(base_model)
-    if not holds_model(path):
+    weights = any(True for pattern in ("*.safetensors", *OLDER_FILES) for _ in path.glob(pattern))
+    if weights or not holds_model(path):
         return sizes_of(open_checkpoint(path).config)
     raw = read_json(path / "config.json")
     check_quantization(raw, path / "config.json")

@@ -143,8 +143,8 @@ class TrainConfig:
     seed: int = setting(42, _RUN, "of split, order and LoRA", at_least=0, at_most=_SEED_LIMIT)
 
     cutoff_len: int = setting(256, _DATA, "longest row in tokens", at_least=2)
-    source_max_len: int | None = setting(None, _DATA, "instead: longest prompt by itself,", at_least=1)
-    target_max_len: int | None = setting(None, _DATA, "and longest answer (both or neither)", at_least=1)
+    source_max_len: int | None = setting(None, _DATA, "instead, and --target_max_len: longest prompt", at_least=1)
+    target_max_len: int | None = setting(None, _DATA, "longest answer", at_least=1, hidden=True)
     max_train_samples: int | None = setting(None, _DATA, "train on the first N rows", at_least=1)
     max_eval_samples: int | None = setting(None, _DATA, "measure on the first N held out", at_least=1, hidden=True)
     val_set_size: int = _profiled("val_set_size", _DATA, "rows held out (0: none)", at_least=0)
@@ -161,10 +161,10 @@ class TrainConfig:
     lora_target_modules: tuple[str, ...] = _profiled(
         "lora_target_modules", _LORA, "layers to adapt", metavar="A,B"
     )
-    use_rslora: bool = setting(False, _LORA, "scale by alpha / sqrt(r)")
+    use_rslora: bool = setting(False, _LORA, "scale by alpha / sqrt(r)", hidden=True)
 
     quantize: Literal["nf4", "none"] = setting("nf4", _MEMORY, "how the base model is kept")
-    double_quant: bool = setting(True, _MEMORY, "quantize NF4's scales too")
+    double_quant: bool = setting(True, _MEMORY, "quantize NF4's scales too", hidden=True)
     max_memory_MB: int = setting(
         0, _MEMORY, "keep to N MB there, say 5400 (0: no limit)", at_least=0
     )
